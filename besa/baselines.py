@@ -1,0 +1,114 @@
+"""Magnitude, Wanda and SparseGPT as block methods of the same loop, and every method by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa.blocks import projections
+from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
+from besa.prune import Besa, BlockTask, Method, PrunedBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Method):
+    """The smallest weights of each projection go (Han et al. 2015)."""
+
+    name: ClassVar[str] = "magnitude"
+
+    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
+        weights = {}
+        for name, projection in projections(task.block).items():
+            scores = magnitude(projection.weight).flatten()[None]
+            weights[name] = projection.weight * _keep_largest(scores, self.sparsity).view_as(projection.weight)
+        return PrunedBlock(weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Method):
+    """The least important weights of each row go, by |W_ij| * ||x_j||_2 (Sun et al. 2024)."""
+
+    name: ClassVar[str] = "wanda"
+
+    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
+        weights = {}
+        for name, projection in projections(task.block).items():
+            scores = wanda(projection.weight, task.statistics[name])
+            weights[name] = projection.weight * _keep_largest(scores, self.sparsity)
+        return PrunedBlock(weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT(Method):
+    """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1)."""
+
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean; raised where the Hessian cannot be factorized."""
+    block_columns: int = 128
+    """Columns that share one selection of what is pruned."""
+
+    name: ClassVar[str] = "sparsegpt"
+    needs_hessian: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping <= 0 or self.block_columns < 1:
+            raise ValueError(f"damping ({self.damping}) and block_columns ({self.block_columns}) must be positive")
+
+    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
+        weights, notes = {}, {}
+        for name, projection in projections(task.block).items():
+            weights[name], notes[name] = self._prune_projection(projection.weight, task.statistics[name])
+        return PrunedBlock(weights, notes=notes)
+
+    def _prune_projection(
+        self, weight: Float[Tensor, "rows columns"], statistics: InputStatistics
+    ) -> tuple[Float[Tensor, "rows columns"], str]:
+        factor = inverse_cholesky(statistics.hessian, self.damping)
+        new = weight.float().masked_fill(statistics.hessian.diag() == 0, 0.0)
+        for start in range(0, weight.shape[1], self.block_columns):
+            columns = slice(start, start + self.block_columns)
+            upper = factor.upper[columns, columns]
+            scores = new[:, columns].square() / upper.diag().square()  # OBS saliency
+            keep = _keep_largest(scores.flatten()[None], self.sparsity).view_as(scores)
+            new[:, columns], errors = _prune_columns(new[:, columns], keep, upper)
+            new[:, start + self.block_columns :] -= errors @ factor.upper[columns, start + self.block_columns :]
+        note = f"damping {factor.damping:g}, {str(factor.dtype).removeprefix('torch.')}"
+        return new.to(weight.dtype), note
+
+
+def _prune_columns(
+    weight: Float[Tensor, "rows n"], keep: Bool[Tensor, "rows n"], upper: Float[Tensor, "n n"]
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """Zero what is not kept, spreading each column's error over the columns right of it; also returns the errors."""
+    weight, errors = weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        errors[:, j] = weight[:, j] * ~keep[:, j] / upper[j, j]
+        weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
+    return weight * keep, errors
+
+
+def _keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
+    """False for the floor(sparsity * columns) lowest scores of each row; of equals, the first go."""
+    n_pruned = int(sparsity * scores.shape[1])
+    lowest = scores.sort(dim=1, stable=True).indices[:, :n_pruned]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
+
+
+def named_method(name: str, sparsity: float = 0.5, **fields) -> Method:
+    """A method by the name it has in tables; `fields` go to its dataclass.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "besa-row-wise":
+        return Besa(sparsity=sparsity, row_group="row", targets="pruned", **fields)
+    if name == "besa-layer-wise":
+        return Besa(sparsity=sparsity, row_group="layer", targets="dense", **fields)
+    methods = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}, besa-layer-wise, besa-row-wise")
+    return methods[name](sparsity=sparsity, **fields)

@@ -1,0 +1,179 @@
+"""Find the blocks and projections of any decoder, record what every block is called with, run one block.
+
+Nothing here names an argument of a block: the calls that the model makes are recorded once and replayed verbatim.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to a block beside the hidden states, and whether the block answers with a tuple."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returns_tuple: bool
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model, in order.
+
+    Raises:
+        ValueError: no list of `num_hidden_layers` modules of a class that the model declares unsplittable.
+    """
+    n_blocks = model.config.get_text_config().num_hidden_layers
+    unsplittable = set(model._no_split_modules or [])
+    for module in model.modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == n_blocks
+        if is_list and {type(block).__name__ for block in module} <= unsplittable:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {n_blocks} blocks of a class in {sorted(unsplittable)}: "
+        "not a decoder that besa knows how to walk through"
+    )
+
+
+def projections(block: nn.Module) -> dict[str, nn.Linear]:
+    """The prunable linear maps of a block by their name in it (`self_attn.q_proj`); weights are (rows, columns)."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what cannot be pruned, before any work.
+
+    Raises:
+        ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, or part
+            of a mixture of experts; the message names it.
+    """
+    for index, block in enumerate(find_blocks(model)):
+        # Fused experts first: the router beside them would be named instead.
+        for name, parameter in sorted(block.named_parameters(), key=lambda item: -item[1].ndim):
+            problem = _problem(block, name, parameter)
+            if problem:
+                raise ValueError(f"block {index}, {name}: {problem}")
+
+
+def _problem(block: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
+    owner = block.get_submodule(name.rpartition(".")[0])
+    if parameter.is_meta:
+        return "the weights are on the meta device; load the model with its weights"
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        return f"quantized weights ({parameter.dtype}); load the model in bfloat16, float16 or float32"
+    if parameter.ndim > 2:
+        return f"a parameter of shape {tuple(parameter.shape)}: mixture-of-experts and convolutions are not supported"
+    if parameter.ndim == 2 and not isinstance(owner, nn.Linear):
+        return f"a {type(owner).__name__} is not a torch.nn.Linear and cannot be pruned; convert it first"
+    if not torch.isfinite(parameter).all():
+        return "the weights hold NaN or infinity"
+    return None
+
+
+def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: int) -> None:
+    """Refuse token ids that the model cannot take, before any work.
+
+    Raises:
+        ValueError: not int64, empty, sequences shorter than 2 or longer than the model's context, unknown ids.
+    """
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"token ids must be int64, not {tokens.dtype}")
+    context = _context(model)
+    if not 2 <= seq_len <= context:
+        raise ValueError(f"seq_len {seq_len} is outside [2, {context}], what the model's context allows")
+    if not tokens.numel():
+        raise ValueError(f"no token ids: shape {tuple(tokens.shape)}")
+    n_ids = model.get_input_embeddings().num_embeddings
+    if tokens.min() < 0 or tokens.max() >= n_ids:
+        raise ValueError(
+            f"token ids from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_ids}: "
+            "were they made with another model's tokenizer?"
+        )
+
+
+def _context(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+@torch.no_grad()
+def record_calls(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"]) -> list[BlockCall]:
+    """How the model calls each of its blocks for a window; it depends on the window's length, not on its tokens.
+
+    Raises:
+        ValueError: the model did not call every block once.
+    """
+    blocks = find_blocks(model)
+    calls: list[BlockCall] = []
+    run_first = blocks[0].forward
+
+    def stub(index: int, hidden: Tensor, *args, **kwargs):
+        # Whether blocks return a tuple differs between families: the first one is run to find out.
+        returns_tuple = calls[0].returns_tuple if calls else isinstance(run_first(hidden, *args, **kwargs), tuple)
+        calls.append(BlockCall(args, kwargs, returns_tuple))
+        return (hidden,) if returns_tuple else hidden
+
+    with _stubbed(blocks, stub):
+        model.base_model(window.to(model.device), use_cache=False)
+    if len(calls) != len(blocks):
+        raise ValueError(f"{type(model).__name__} made {len(calls)} calls to its {len(blocks)} blocks: not supported")
+    return calls
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"], returns_tuple: bool
+) -> Float[Tensor, "1 seq_len hidden"]:
+    """The hidden states that enter the first block."""
+    entered: list[Tensor] = []
+
+    def stub(index: int, hidden: Tensor, *args, **kwargs):
+        entered.append(hidden)
+        return (hidden,) if returns_tuple else hidden
+
+    with _stubbed(find_blocks(model), stub):
+        model.base_model(window.to(model.device), use_cache=False)
+    return entered[0]
+
+
+@contextlib.contextmanager
+def _stubbed(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
+    """Replace every block's forward by `stub(index, hidden, ...)` for a while."""
+    own = [block.__dict__.get("forward") for block in blocks]
+    for index, block in enumerate(blocks):
+        block.forward = functools.partial(stub, index)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def run_block(
+    block: nn.Module,
+    hidden: Float[Tensor, "batch seq_len hidden"],
+    call: BlockCall,
+    weights: dict[str, Tensor] | None = None,
+) -> Float[Tensor, "batch seq_len hidden"]:
+    """One block's output hidden states, with some projections' weights replaced for this call only."""
+    parameters = {f"{name}.weight": weight for name, weight in (weights or {}).items()}
+    output = torch.func.functional_call(block, parameters, (hidden, *call.args), call.kwargs)
+    return output[0] if call.returns_tuple else output
+
+
+@torch.no_grad()
+def run_head(
+    model: PreTrainedModel, hidden: Float[Tensor, "1 n hidden"], returns_tuple: bool
+) -> Float[Tensor, "1 n vocab"]:
+    """Logits of hidden states that leave the last block: final norm, head and softcap run as the model has them."""
+    stub = lambda index, _, *args, **kwargs: (hidden,) if returns_tuple else hidden  # noqa: E731
+    with _stubbed(find_blocks(model), stub):
+        return model(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), use_cache=False).logits

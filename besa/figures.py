@@ -1,0 +1,51 @@
+"""DataFrame in, matplotlib Axes out; computes nothing."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def allocation(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Heat map of `sparsity` over `block` and `projection`, the columns of `Report.to_frame()`."""
+    names = list(dict.fromkeys(frame["projection"]))
+    grid = frame.pivot(index="projection", columns="block", values="sparsity").loc[names]
+    if ax is None:
+        _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
+    image = ax.imshow(grid, aspect="auto", cmap="viridis")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel("block")
+    ax.figure.colorbar(image, ax=ax, label="sparsity (fraction of zeros)")
+    return ax
+
+
+def perplexity(frame: pd.DataFrame) -> Figure:
+    """One panel per text: perplexity by method on a logarithmic axis, the dense model as a line.
+
+    Args:
+        frame: indexed by method, one column per text.
+    """
+    figure, axes = plt.subplots(1, frame.shape[1], figsize=(1.5 + 3.4 * frame.shape[1], 0.9 + 0.36 * len(frame)))
+    figure.set_layout_engine("constrained")
+    for ax, text in zip(np.atleast_1d(axes), frame.columns, strict=True):
+        values = frame[text]
+        positions = np.arange(len(values))
+        ax.scatter(values, positions, color=[_colour(method) for method in values.index], zorder=3)
+        for position, value in zip(positions, values, strict=True):
+            ax.annotate(f"{value:.2f}", (value, position), xytext=(7, 0), textcoords="offset points", va="center")
+        if "dense" in values.index:
+            ax.axvline(values["dense"], color="grey", linestyle=":", linewidth=1)
+        ax.set_xscale("log")
+        ax.set_xlim(values.min() * 0.8, values.max() * (values.max() / values.min()) ** 0.35 * 1.15)
+        ax.set_yticks(positions, values.index)
+        ax.invert_yaxis()
+        ax.set_xlabel(f"perplexity on {text} (log scale, lower is better)")
+        ax.grid(axis="x", alpha=0.3)
+        if ax is not np.atleast_1d(axes)[0]:
+            ax.set_yticklabels([])
+    return figure
+
+
+def _colour(method: str) -> str:
+    return "tab:red" if method.startswith("besa") else "black" if method == "dense" else "tab:blue"

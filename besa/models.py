@@ -1,0 +1,124 @@
+"""Name -> (model, tokenizer): the paper's models, the embedded one, any hub id or local folder."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from besa import assets
+
+EMBEDDED = "smollm2-135m"
+
+PAPER_MODELS = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-30b": "huggyllama/llama-30b",
+    "llama-65b": "huggyllama/llama-65b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+}
+
+
+def load_model(
+    name: str, dtype: torch.dtype | str | None = None, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode and its tokenizer.
+
+    Args:
+        name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` (embedded), a hub id or a local folder.
+        dtype: of the weights; None takes bfloat16 where the processor computes in it, else float32.
+        device: where the model goes; "auto" takes the GPU where there is one.
+
+    Raises:
+        ValueError: the name, dtype or device is unknown, or neither hub nor folder has the model.
+    """
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    source = _source(name)
+    with _explained(source):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=dtype), load_tokenizer(name)
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model by the same names as `load_model`.
+
+    Raises:
+        ValueError: neither hub nor folder has it.
+    """
+    source = _source(name)
+    with _explained(source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def _source(name: str) -> str:
+    """Hub id or folder."""
+    return str(assets.derive(EMBEDDED, _convert)) if name == EMBEDDED else PAPER_MODELS.get(name, name)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies matrices in bfloat16 natively (elsewhere it is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities()
+    return any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def resolve_device(device: str) -> torch.device:
+    """A device by name; "auto" takes the GPU where there is one.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here ({error}); take 'auto', 'cpu' or 'cuda'") from error
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A precision by name; None takes bfloat16 where the device computes in it natively, else float32.
+
+    Raises:
+        ValueError: not one of bfloat16, float16, float32.
+    """
+    if dtype is None:
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32")
+    return getattr(torch, name)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the embedded model as an ordinary float32 checkpoint: parsing the GGUF takes ten times as long."""
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The GGUF conversion loses the digit split of the original tokenizer.
+    pre = tokenizers.pre_tokenizers
+    byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn the hub's many failures into one error that names the ways out."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        who = "the folder has" if Path(source).is_dir() else "it is no folder, and the hub has"
+        raise ValueError(
+            f"cannot load the model {source!r}: {who} not delivered it ({str(error).splitlines()[0]}). Known without a "
+            f"hub: {EMBEDDED!r} or a local folder; with one: {', '.join(PAPER_MODELS)} or any hub id."
+        ) from error

@@ -1,0 +1,284 @@
+"""What the reproduce notebooks share: profiles, run records with provenance, tables, comparison, citation."""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a notebook computes."""
+
+    name: str
+    n_samples: int
+    """Calibration windows."""
+    seq_len: int
+    """Tokens per window and per test segment."""
+    max_segments: int | None
+    """Test segments per text; None takes all."""
+
+
+PROFILES = {
+    "smoke": Profile("smoke", n_samples=2, seq_len=64, max_segments=2),
+    "quick": Profile("quick", n_samples=8, seq_len=2048, max_segments=8),
+    "paper": Profile("paper", n_samples=128, seq_len=2048, max_segments=None),
+}
+
+
+def resolve_profile(name: str) -> Profile:
+    """A profile by name; "auto" takes `$BESA_PROFILE`, else paper where there is a GPU and quick where there is none.
+
+    Raises:
+        ValueError: unknown profile.
+    """
+    if name == "auto":
+        name = os.environ.get("BESA_PROFILE") or ("paper" if torch.cuda.is_available() else "quick")
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; known: auto, {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def open_folder(item: str, folder: str | None = None) -> Path:
+    """The folder that an item's records and tables go to, made if need be.
+
+    Args:
+        item: `table1`, ...
+        folder: None takes `results/<item>` of this repository, or `$BESA_RESULTS/<item>`.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    base = os.environ.get("BESA_RESULTS") or ROOT / "results"
+    path = Path(folder) if folder else Path(base) / item
+    try:
+        (path / "records").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ValueError(f"the results folder {str(path)!r} is not writable ({error}); name another one") from error
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hash of a tensor's values, for records."""
+    return hashlib.sha256(tensor.contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that change with any value of the configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def find_record(folder: Path, config: dict[str, Any]) -> Record | None:
+    """The finished record of exactly this configuration, if there is one."""
+    try:
+        return json.loads(_record_path(folder, config).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def save_record(folder: Path, config: dict[str, Any], outcome: dict[str, Any]) -> Record:
+    """Write one row's record: configuration and its hash, outcome, provenance."""
+    record = {"config": config, "config_hash": config_hash(config), **outcome, "provenance": provenance()}
+    write_text(_record_path(folder, config), json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _record_path(folder: Path, config: dict[str, Any]) -> Path:
+    parts = (slug(config["model"]), config["profile"], config["row"], config_hash(config))
+    return folder / "records" / ("-".join(parts) + ".json")
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: the last part of a path or hub id."""
+    return Path(name).name.lower()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@dataclass
+class Cost:
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    """Highest resident memory of the process, or highest allocation on the GPU."""
+
+
+@contextlib.contextmanager
+def measure() -> Iterator[Cost]:
+    """Time a piece of work and take its peak memory."""
+    cost = Cost()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    _reset_peak_resident()
+    start = time.perf_counter()
+    yield cost
+    cost.seconds = time.perf_counter() - start
+    cost.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident()
+
+
+def _reset_peak_resident() -> None:
+    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def provenance() -> dict[str, Any]:
+    """Who computed: versions, commit, processor or GPU, date."""
+    packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
+    installed = {package: _version(package) for package in packages}
+    return {
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "modified": bool(_git("status", "--porcelain", "--", "besa", "reproduce")),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{k: v for k, v in installed.items() if v}},
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
+def _git(*arguments: str) -> str:
+    with contextlib.suppress(OSError):
+        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return "" if result.returncode else result.stdout.strip()
+    return ""
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.is_file() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def summary(records: list[Record]) -> pd.DataFrame:
+    """One row per record: perplexities, the sparsity counted in the weights, cost."""
+    rows = [
+        {
+            "method": record["config"]["row"],
+            "sparsity": record["sparsity"],
+            **record["metrics"],
+            "seconds": record["seconds"],
+            "peak GiB": record["peak_bytes"] / 2**30,
+        }
+        for record in records
+    ]
+    return pd.DataFrame(rows).set_index("method")
+
+
+def compare(records: list[Record], item: str) -> pd.DataFrame:
+    """Ours beside published, where there is a published value, with the relative difference and a verdict.
+
+    The verdict is "reproduced" within 2 %, else "better" or "worse"; runs that do not follow the published protocol
+    (another profile or sparsity) are shown and not judged.
+    """
+    published = pd.read_csv(ROOT / "reproduce" / "published.csv")
+    names = {"besa": "besa-row-wise"}
+    rows = []
+    for record in records:
+        config = record["config"]
+        for text, ours in record["metrics"].items():
+            wanted = published[
+                published["item"].isin([item, "readme_granularity"])
+                & (published["model"] == config["model"])
+                & (published["method"].replace(names) == config["row"])
+                & (published["task"] == text)
+            ]
+            for _, row in wanted.drop_duplicates("value").iterrows():
+                rows.append(_comparison(config, text, ours, float(row["value"]), row["source"]))
+    columns = ["method", "text", "ours", "published", "difference", "verdict", "source"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _comparison(config: dict[str, Any], text: str, ours: float, published: float, source: str) -> dict[str, Any]:
+    difference = ours / published - 1
+    if config["profile"] != "paper" or config["sparsity"] not in (0.0, 0.5):
+        verdict = "not judged: other protocol"
+    else:
+        verdict = "reproduced" if abs(difference) <= 0.02 else "better" if difference < 0 else "worse"
+    row = {"method": config["row"], "text": text, "ours": ours, "published": published}
+    return {**row, "difference": f"{difference:+.1%}", "verdict": verdict, "source": source}
+
+
+def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> str:
+    """Write a table as Markdown, CSV (unrounded) and LaTeX; returns the Markdown."""
+    markdown = f"**{caption}**\n\n{_rounded(frame).to_markdown(stralign='left', disable_numparse=True)}\n"
+    write_text(folder / f"{stem}.md", markdown)
+    write_text(folder / f"{stem}.csv", frame.to_csv())
+    write_text(folder / f"{stem}.tex", _rounded(frame).to_latex(caption=caption, escape=True))
+    return markdown
+
+
+def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """Numbers as the paper prints them: two decimals, sparsities four."""
+    digits = {column: 4 if column == "sparsity" else 0 if column == "seconds" else 2 for column in frame.columns}
+    show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value  # noqa: E731
+    return frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
+
+
+def save_figure(figure: Figure, folder: Path, stem: str) -> None:
+    """Save a figure as PNG and SVG."""
+    for suffix in ("png", "svg"):
+        temporary = folder / f".{stem}.{os.getpid()}.{suffix}"
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, folder / f"{stem}.{suffix}")
+
+
+PAPER_BIBTEX = """@inproceedings{xu2024besa,
+  title     = {{BESA}: Pruning Large Language Models with Blockwise Parameter-Efficient Sparsity Allocation},
+  author    = {Peng Xu and Wenqi Shao and Mengzhao Chen and Shitao Tang and Kaipeng Zhang and Peng Gao and
+               Fengwei An and Yu Qiao and Ping Luo},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  note      = {arXiv:2402.16880}
+}"""
+
+
+def citation(records: list[Record]) -> str:
+    """BibTeX of the paper, and of this run by commit, hardware and profile."""
+    config, source = records[-1]["config"], records[-1]["provenance"]
+    modified = " (modified)" if source["modified"] else ""
+    note = f"commit {source['commit'][:12]}{modified}, profile {config['profile']}, {source['hardware']}"
+    return f"""{PAPER_BIBTEX}
+
+@misc{{besa-{slug(config["model"])}-{records[-1]["config_hash"]},
+  title = {{besa, {config["item"]} on {config["model"]}}},
+  year  = {{{source["date"][:4]}}},
+  note  = {{{note}, {source["date"][:10]}}}
+}}"""

@@ -1,0 +1,52 @@
+import os
+
+import jaxtyping
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+os.environ.setdefault("BESA_PROFILE", "smoke")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def results_elsewhere(tmp_path_factory):
+    """Smoke runs never overwrite the committed results."""
+    os.environ["BESA_RESULTS"] = str(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture
+def tiny_llama():
+    """Three blocks of random weights, grouped-query attention, float32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def windows():
+    """Six windows of 24 random token ids."""
+    return torch.randint(0, 97, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model in float32; do not change it."""
+    import besa
+
+    return besa.load_model("smollm2-135m", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def no_type_checks():
+    """Bad input meets the module's own errors, as it does where beartype is not installed."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

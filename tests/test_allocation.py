@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from besa import kernels
+from besa.allocation import Allocation, candidate_counts, candidate_rates, rank_rows, reachable_sparsity, simplex
+
+
+def straight_through(weight, importance, logits, smooth):
+    """The paper's Eqn. 3-6 with the full probability matrix and torch's own gradient."""
+    rates = candidate_rates(logits.shape[1])
+    rows, columns = weight.shape
+    beta = simplex(logits, smooth).repeat_interleave(rows // len(logits), 0)  # (rows, n)
+    ranks = importance.argsort(dim=1, stable=True).argsort(dim=1)
+    counts = torch.tensor([int(columns * rate) for rate in rates.tolist()])
+    probability = torch.stack([(beta * (counts > rank)).sum(1) for rank in range(columns)], 1).gather(1, ranks)
+    keep = (ranks >= (beta @ rates * columns).long()[:, None]).float()
+    return weight * (keep - (1 - probability).detach() + (1 - probability))
+
+
+@pytest.mark.parametrize("groups, n, smooth", [(12, 101, True), (12, 101, False), (4, 11, True), (1, 256, True)])
+def test_gradient_equals_autograd_through_the_probability_matrix(groups, n, smooth):
+    torch.manual_seed(groups + n)
+    weight, scores, grad = torch.randn(3, 12, 40)
+    logits = torch.randn(groups, n, requires_grad=True)
+    masked, _ = Allocation.create(weight, scores, candidate_rates(n), groups, smooth)(logits)
+    expected = straight_through(weight, scores, logits, smooth)
+    torch.testing.assert_close(masked, expected)
+    (ours,) = torch.autograd.grad((masked * grad).sum(), logits)
+    (theirs,) = torch.autograd.grad((expected * grad).sum(), logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_equal_plain_torch(dtype, monkeypatch):
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    weight, grad = torch.randn(2, 17, 300).to(dtype)
+    ranking = rank_rows(torch.rand(17, 300), candidate_counts(candidate_rates(101), 300))
+    counts = torch.randint(0, 301, (17,))
+    compiled = kernels.masked_rows(weight, ranking.ranks, counts, torch.empty_like(weight))
+    sums = kernels.bucket_sums(grad, weight, ranking.buckets, 101)
+    monkeypatch.setattr(kernels, "numba", None)
+    assert torch.equal(compiled, kernels.masked_rows(weight, ranking.ranks, counts, torch.empty_like(weight)))
+    torch.testing.assert_close(sums, kernels.bucket_sums(grad, weight, ranking.buckets, 101), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 33000])
+def test_ranks_order_each_row_and_buckets_name_the_last_pruning_candidate(columns):
+    torch.manual_seed(columns)
+    scores = torch.rand(3, columns)
+    counts = candidate_counts(candidate_rates(101), columns)
+    ranking = rank_rows(scores, counts)
+    ordered = torch.empty_like(scores).scatter_(1, ranking.ranks.long(), scores)
+    assert (ordered.diff(dim=1) >= 0).all()
+    assert ranking.ranks.dtype == (torch.int32 if columns == 33000 else torch.int16)
+    bucket, rank = ranking.buckets.long(), ranking.ranks.long()
+    assert (counts[bucket] > rank).all() and (counts[bucket + 1] <= rank).all()
+
+
+def test_reachable_sparsity_is_what_extreme_logits_reach():
+    rates = candidate_rates(101)
+    best = max(float(simplex(torch.where(rates >= cut, 40.0, -40.0), smooth=True) @ rates) for cut in rates)
+    lowest, highest = reachable_sparsity(101, smooth=True)
+    assert highest == pytest.approx(best, abs=1e-6) and lowest == pytest.approx(1 - best, abs=1e-6)
+    assert (round(lowest, 3), round(highest, 3)) == (0.376, 0.624)

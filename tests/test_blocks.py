@@ -1,0 +1,115 @@
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from besa.blocks import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
+from besa.importance import collect_statistics
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+ARCHITECTURES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Qwen2": {},
+    "Qwen3": {},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "GPTNeoX": {},
+    "Gemma3": {"sliding_window": 8, "sliding_window_pattern": 2, "final_logit_softcapping": 5.0},
+    "Phi": {},
+}
+
+
+def build(architecture):
+    torch.manual_seed(0)
+    config_name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
+    config = getattr(transformers, config_name)(**SMALL, **ARCHITECTURES[architecture])
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_blocks_chained_equal_the_whole_model(architecture):
+    model, window = build(architecture), torch.randint(1, 97, (1, 24))
+    calls = record_calls(model, torch.randint(1, 97, (1, 24)))
+    hidden = embed(model, window, calls[0].returns_tuple)
+    for block, call in zip(find_blocks(model), calls, strict=True):
+        hidden = run_block(block, hidden, call)
+    expected = model(window).logits
+    torch.testing.assert_close(run_head(model, hidden, calls[0].returns_tuple), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model(window).logits, expected, rtol=0, atol=0)  # stubs are gone
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_weight_matrix_of_a_block_is_a_projection(architecture):
+    for block in find_blocks(build(architecture)):
+        matrices = {name.removesuffix(".weight") for name, p in block.named_parameters() if p.ndim == 2}
+        assert set(projections(block)) == matrices
+
+
+def test_linear_subclasses_count_as_projections(tiny_llama):
+    class MyLinear(nn.Linear):
+        pass
+
+    tiny_llama.model.layers[1].mlp.up_proj = MyLinear(32, 80, bias=False)
+    assert "mlp.up_proj" in projections(tiny_llama.model.layers[1])
+    check_model(tiny_llama)
+
+
+def test_projections_with_one_input_share_its_statistics(tiny_llama, windows):
+    block, (call, *_) = tiny_llama.model.layers[0], record_calls(tiny_llama, windows[:1])
+    hidden = embed(tiny_llama, windows[:1], call.returns_tuple)
+    with collect_statistics(projections(block), 1, hessian=False) as statistics, torch.no_grad():
+        run_block(block, hidden, call)
+    assert set(statistics) == set(projections(block))
+    assert statistics["self_attn.q_proj"] is statistics["self_attn.k_proj"] is statistics["self_attn.v_proj"]
+    assert statistics["mlp.gate_proj"] is statistics["mlp.up_proj"]
+    assert len({id(value) for value in statistics.values()}) == 4
+    normed = block.input_layernorm(hidden)[0]
+    torch.testing.assert_close(statistics["self_attn.q_proj"].squared_norm, normed.square().sum(0))
+
+
+def test_refuses_conv1d_by_name():
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)
+    with pytest.raises(ValueError, match=r"block 0, attn.c_attn.weight: a Conv1D is not a torch.nn.Linear"):
+        check_model(transformers.GPT2LMHeadModel(config))
+
+
+def test_refuses_mixture_of_experts_by_name():
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=2)
+    with pytest.raises(ValueError, match=r"block 0, mlp\..*mixture-of-experts"):
+        check_model(transformers.MixtralForCausalLM(config))
+
+
+def test_refuses_meta_weights(tiny_llama):
+    with pytest.raises(ValueError, match=r"block 0, .*meta"):
+        check_model(tiny_llama.to("meta"))
+
+
+def test_refuses_quantized_weights(tiny_llama):
+    projection = tiny_llama.model.layers[1].mlp.down_proj
+    projection.weight = nn.Parameter(torch.zeros(32, 80, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"block 1, mlp.down_proj.weight: quantized weights \(torch.int8\)"):
+        check_model(tiny_llama)
+
+
+def test_refuses_weights_that_are_not_finite(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.model.layers[2].self_attn.o_proj.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"block 2, self_attn.o_proj.weight: .*NaN"):
+        check_model(tiny_llama)
+
+
+def test_refuses_models_without_a_list_of_blocks(tiny_llama):
+    tiny_llama.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="no list of 5 blocks"):
+        find_blocks(tiny_llama)

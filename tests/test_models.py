@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+import besa
+from besa.models import resolve_device, resolve_dtype
+
+
+def test_a_local_folder_loads(tiny_llama, smollm2, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    smollm2[1].save_pretrained(tmp_path)
+    model, tokenizer = besa.load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert torch.equal(model.lm_head.weight, tiny_llama.lm_head.weight) and not model.training
+    assert tokenizer("a b")["input_ids"] == smollm2[1]("a b")["input_ids"]
+
+
+def test_an_unknown_model_names_the_known_ones(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot load the model .*the folder has not.*smollm2-135m.*llama2-70b"):
+        besa.load_model(str(tmp_path))
+
+
+def test_bad_dtype_and_device_are_refused():
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of bfloat16, float16, float32"):
+        besa.load_model("smollm2-135m", dtype="int8")
+    with pytest.raises(ValueError, match="device 'tpu' cannot be used here"):
+        besa.load_model("smollm2-135m", device="tpu")
+
+
+def test_dtype_defaults_to_what_the_processor_computes_in():
+    cpu = resolve_device("cpu")
+    assert resolve_dtype(None, cpu) in (torch.bfloat16, torch.float32)
+    assert resolve_dtype("float16", cpu) == torch.float16

@@ -1,0 +1,63 @@
+"""The reproduce notebooks as papermill runs them, on a tiny model."""
+
+from pathlib import Path
+
+import papermill
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[1] / "reproduce"
+
+
+@pytest.fixture
+def tiny_folder(smollm2, tmp_path):
+    """A random two-block model with the embedded model's tokenizer, as a local folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(tmp_path / "tiny")
+    smollm2[1].save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def run(notebook, folder, **parameters):
+    parameters = {"profile": "smoke", "results": str(folder), "device": "cpu", **parameters}
+    folder.mkdir(exist_ok=True)
+    papermill.execute_notebook(NOTEBOOKS / notebook, folder / "out.ipynb", parameters, progress_bar=False)
+
+
+def test_table1_continues_where_it_was_interrupted(tiny_folder, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("table1.ipynb", whole, model=str(tiny_folder))
+    # Interrupted: the first rows are there, the last ones are not.
+    run("table1.ipynb", broken, model=str(tiny_folder), methods="dense,magnitude,wanda")
+    before = {path: path.stat().st_mtime_ns for path in (broken / "records").iterdir()}
+    assert len(before) == 3
+    run("table1.ipynb", broken, model=str(tiny_folder))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert {path.name for path in (broken / "records").iterdir()} == {p.name for p in (whole / "records").iterdir()}
+    columns = slice(0, 4)  # method, sparsity and the two perplexities; seconds and memory differ between runs
+    tables = [(folder / "tiny-smoke.csv").read_text().splitlines() for folder in (whole, broken)]
+    assert len(tables[0]) == 7
+    assert [row.split(",")[columns] for row in tables[0]] == [row.split(",")[columns] for row in tables[1]]
+    for suffix in ("md", "tex", "png", "svg"):
+        assert (broken / f"tiny-smoke.{suffix}").stat().st_size > 0
+    assert "SMOKE RUN" in (broken / "tiny-smoke.md").read_text()
+    assert (broken / "tiny-smoke-besa-row-wise-allocation.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"methods": "dense,wander"}, "unknown method 'wander'"),
+        ({"datasets": "wiki,wikitext3"}, "unknown text 'wikitext3'"),
+        ({"model": "/nowhere/model"}, "cannot load the model '/nowhere/model'"),
+        ({"sparsity": 0.9}, r"sparsity 0.9 is outside \(0.376, 0.624\)"),
+        ({"profile": "fast"}, "unknown profile 'fast'"),
+        ({"seq_len": 100000, "calibration": "sotu"}, "no document of 'sotu' is longer than seq_len=100000"),
+    ],
+)
+def test_table1_refuses_bad_parameters_and_leaves_nothing_behind(tiny_folder, tmp_path, parameters, message):
+    folder = tmp_path / "bad"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        run("table1.ipynb", folder, **({"model": str(tiny_folder)} | parameters))
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]

@@ -1,0 +1,214 @@
+import copy
+
+import pytest
+import torch
+
+import besa
+from besa.blocks import projections
+from besa.importance import InputStatistics, inverse_cholesky
+
+METHODS = {
+    "besa": besa.Besa(),
+    "besa layer, dense targets": besa.Besa(row_group="layer", targets="dense", d_coef=50.0),
+    "besa in groups of 8 rows, obs": besa.Besa(row_group=8, importance="sparsegpt", epochs=2, seed=3),
+    "besa unsmoothed": besa.Besa(sparsity=0.7, smooth=False, importance="magnitude", candidates=51),
+    "magnitude": besa.Magnitude(),
+    "wanda": besa.Wanda(),
+    "sparsegpt": besa.SparseGPT(),
+}
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_weights_to_the_bit(tiny_llama, windows, name):
+    twin = copy.deepcopy(tiny_llama)
+    besa.prune(tiny_llama, windows, METHODS[name], progress=False)
+    besa.prune(twin, windows, METHODS[name], progress=False)
+    for key, value in tiny_llama.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_projections_change_and_the_report_counts_their_zeros(tiny_llama, windows, name):
+    before = weights_of(tiny_llama)
+    report = besa.prune(tiny_llama, windows, METHODS[name], progress=False)
+    frame = report.to_frame().set_index(["block", "projection"])
+    assert len(frame) == 3 * 7
+    for key, value in tiny_llama.state_dict().items():
+        if "_proj" not in key:
+            assert torch.equal(value, before[key])
+    for index, block in enumerate(tiny_llama.model.layers):
+        for projection, module in projections(block).items():
+            row = frame.loc[(index, projection)]
+            assert row["zeros"] == (module.weight == 0).sum()
+            if name != "sparsegpt":
+                kept = module.weight != 0
+                assert torch.equal(module.weight[kept], before[f"model.layers.{index}.{projection}.weight"][kept])
+            assert 0 < row["projection_error"] < 1 and 0 < row["block_error"] < 1
+    assert report.sparsity == pytest.approx(METHODS[name].sparsity, abs=0.06)
+    assert all(not p.grad_fn and p.requires_grad for p in tiny_llama.parameters())
+
+
+def test_besa_lowers_the_loss_of_a_block(tiny_llama, windows):
+    report = besa.prune(tiny_llama, windows, besa.Besa(epochs=20), progress=False)
+    steps = [step for step in report.steps if step["block"] == 0]
+    assert len(steps) == 20 * 6
+    first, last = (sum(step["loss"] for step in part) for part in (steps[:6], steps[-6:]))
+    assert last < first
+
+
+def test_seed_changes_the_order_of_the_windows_only(tiny_llama, windows):
+    twin = copy.deepcopy(tiny_llama)
+    plain = besa.prune(tiny_llama, windows, besa.Besa(epochs=2), progress=False)
+    shuffled = besa.prune(twin, windows, besa.Besa(epochs=2, seed=5), progress=False)
+    assert [s["loss"] for s in plain.steps[:6]] != [s["loss"] for s in shuffled.steps[:6]]
+
+
+def test_targets_of_the_first_block_agree_and_later_ones_differ(tiny_llama, windows):
+    twin = copy.deepcopy(tiny_llama)
+    pruned = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    dense = besa.prune(twin, windows, besa.Besa(targets="dense"), progress=False)
+    assert {row["block"] for row in pruned.rows} == {row["block"] for row in dense.rows} == {0, 1, 2}
+    errors = dense.to_frame().groupby("block")["block_error"].first()
+    assert errors[2] > errors[0]  # against the dense model, errors accumulate
+
+
+def naive_inputs(model, windows, block, name):
+    seen = []
+    module = model.model.layers[block].get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    handle.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+
+
+def test_wanda_prunes_each_rows_lowest_weight_times_input_norm(tiny_llama, windows):
+    dense = copy.deepcopy(tiny_llama)
+    besa.prune(tiny_llama, windows, besa.Wanda(sparsity=0.25), progress=False)
+    for name in ("self_attn.v_proj", "mlp.up_proj"):
+        # Block 1 as Wanda meets it: block 0 pruned, itself dense.
+        model = copy.deepcopy(dense)
+        model.model.layers[0] = tiny_llama.model.layers[0]
+        norms = naive_inputs(model, windows, 1, name).norm(dim=0)
+        weight = dense.model.layers[1].get_submodule(name).weight
+        for row, pruned in zip(weight, tiny_llama.model.layers[1].get_submodule(name).weight, strict=True):
+            lowest = sorted(range(len(row)), key=lambda j, row=row: float(abs(row[j]) * norms[j]))[: len(row) // 4]
+            assert sorted(lowest) == (pruned == 0).nonzero().flatten().tolist()
+
+
+def test_magnitude_prunes_each_projections_smallest_weights(tiny_llama, windows):
+    dense = weights_of(tiny_llama)
+    besa.prune(tiny_llama, windows, besa.Magnitude(sparsity=0.3), progress=False)
+    weight = dense["model.layers.2.mlp.gate_proj.weight"]
+    threshold = weight.abs().flatten().sort().values[int(0.3 * weight.numel())]
+    assert torch.equal(tiny_llama.model.layers[2].mlp.gate_proj.weight != 0, weight.abs() >= threshold)
+
+
+def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses():
+    """Pruning a column and correcting those right of it is a least-squares solution, here by explicit inverses."""
+    torch.manual_seed(0)
+    rows, columns = 5, 12
+    x, weight = torch.randn(200, columns) @ torch.randn(columns, columns), torch.randn(rows, columns)
+    statistics = InputStatistics(x.square().sum(0), 2 * x.T @ x)
+    method = besa.SparseGPT(block_columns=columns, damping=1e-2)
+    ours, note = method._prune_projection(weight, statistics)
+    hessian = 2 * (x.T @ x).double()
+    hessian += 1e-2 * hessian.diag().mean() * torch.eye(columns)
+    saliency = torch.stack(
+        [weight[:, j].double() ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(columns)], 1
+    )
+    keep = torch.ones(rows * columns, dtype=torch.bool)
+    keep[saliency.flatten().argsort()[: rows * columns // 2]] = False
+    keep, expected = keep.view(rows, columns), weight.double().clone()
+    for j in range(columns):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        error = expected[:, j] * ~keep[:, j] / inverse[0, 0]
+        expected[:, j:] -= error[:, None] * inverse[0]
+    torch.testing.assert_close(ours, (expected * keep).float(), rtol=1e-3, atol=1e-4)
+    assert note == "damping 0.01, float32"
+
+
+def test_hessian_that_float32_cannot_factorize_is_factorized_and_says_how():
+    torch.manual_seed(0)
+    x = torch.randn(200, 3) @ torch.randn(3, 64)  # rank 3: float32 cannot tell the damping from 0
+    factor = inverse_cholesky(2 * x.T @ x, damping=1e-12)
+    assert (factor.dtype, factor.damping) != (torch.float32, 1e-12)
+    assert torch.isfinite(factor.upper).all()
+
+
+def test_activations_that_are_not_finite_name_block_and_projection(tiny_llama, windows):
+    with torch.no_grad():
+        tiny_llama.model.layers[1].input_layernorm.weight[0] = 1e38
+        tiny_llama.model.layers[1].input_layernorm.weight *= 1e30
+    with pytest.raises(ValueError, match=r"block 1, .*input_layernorm.weight|block 1, self_attn.q_proj: .*NaN or inf"):
+        besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"sparsity": 1.0}, r"sparsity 1.0 is outside \[0, 1\)"),
+        ({"sparsity": -0.1}, r"sparsity -0.1 is outside \[0, 1\)"),
+        ({"sparsity": 0.7}, r"outside \(0.376, 0.624\).*smooth=False"),
+        ({"sparsity": 0.0, "smooth": False}, r"sparsity 0.0 is outside \(0.000, 1.000\)"),
+        ({"row_group": "column"}, "row_group 'column'"),
+        ({"row_group": 0}, "row_group 0"),
+        ({"targets": "both"}, "targets 'both'"),
+        ({"importance": "random"}, "importance 'random'"),
+        ({"candidates": 300}, r"candidates 300 is outside \[2, 256\]"),
+        ({"epochs": 0}, r"epochs \(0\)"),
+    ],
+)
+def test_bad_fields_are_refused(no_type_checks, fields, message):
+    with pytest.raises(ValueError, match=message):
+        besa.Besa(**fields)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.int(), "must be int64, not torch.int32"),
+        (lambda w: w[:0], r"no token ids: shape \(0, 24\)"),
+        (lambda w: w[:, :1], r"seq_len 1 is outside \[2, 64\]"),
+        (lambda w: w.repeat(1, 3), r"seq_len 72 is outside \[2, 64\]"),
+        (lambda w: w + 90, "vocabulary has 97"),
+        (lambda w: w.flatten(), r"must be \(n_samples, seq_len\)"),
+    ],
+)
+def test_bad_windows_are_refused_before_any_work(no_type_checks, tiny_llama, windows, change, message):
+    before = weights_of(tiny_llama)
+    with pytest.raises(ValueError, match=message):
+        besa.prune(tiny_llama, change(windows), besa.Wanda(), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
+
+
+def test_row_group_that_does_not_divide_is_refused_by_name(tiny_llama, windows):
+    with pytest.raises(ValueError, match=r"block 0, self_attn.q_proj: 32 rows do not divide into groups of 3"):
+        besa.prune(tiny_llama, windows, besa.Besa(row_group=3), progress=False)
+
+
+def test_unknown_method_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown method 'wanda2'; known: magnitude, wanda, sparsegpt"):
+        besa.named_method("wanda2")
+
+
+def test_interrupted_pruning_leaves_the_model_usable(tiny_llama, windows):
+    class Stop(besa.Wanda):
+        def prune_block(self, task, tick):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        besa.prune(tiny_llama, windows, Stop(), progress=False)
+    assert all(p.requires_grad for p in tiny_llama.parameters())
+    assert torch.isfinite(tiny_llama(windows).logits).all()
+
+
+def test_plot_allocation_draws_blocks_by_projections(tiny_llama, windows):
+    ax = besa.prune(tiny_llama, windows, besa.Besa(), progress=False).plot_allocation()
+    assert ax.images[0].get_array().shape == (7, 3)
+    assert ax.get_xlabel() == "block"

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+from besa import results
+
+CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
+OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
+
+
+def test_a_record_is_found_by_exactly_its_configuration(tmp_path):
+    folder = results.open_folder("table1", str(tmp_path))
+    assert results.find_record(folder, CONFIG) is None
+    saved = results.save_record(folder, CONFIG, OUTCOME)
+    assert results.find_record(folder, CONFIG) == json.loads(json.dumps(saved))
+    assert results.find_record(folder, CONFIG | {"sparsity": 0.6}) is None
+    assert saved["provenance"]["versions"]["torch"] == torch.__version__
+    assert saved["provenance"]["hardware"] and len(saved["provenance"]["commit"]) >= 7
+
+
+def test_a_broken_record_counts_as_missing(tmp_path):
+    folder = results.open_folder("table1", str(tmp_path))
+    results.save_record(folder, CONFIG, OUTCOME)
+    (path,) = (folder / "records").glob("*.json")
+    path.write_text(path.read_text()[:100])
+    assert results.find_record(folder, CONFIG) is None
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "table.md"
+    results.write_text(path, "old")
+    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        results.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"results folder .*file/x' is not writable"):
+        results.open_folder("table1", str(tmp_path / "file" / "x"))
+
+
+def test_comparison_finds_the_published_value_and_judges_within_two_percent(tmp_path):
+    folder = results.open_folder("table1", str(tmp_path))
+    frame = results.compare([results.save_record(folder, CONFIG, OUTCOME)], "table1").set_index("text")
+    assert frame.loc["wikitext2", "published"] == 7.26 and frame.loc["wikitext2", "verdict"] == "reproduced"
+    assert frame.loc["c4", "verdict"] == "better"
+    assert frame.loc["wikitext2", "difference"] == "+0.6%"
+    assert frame["source"].str.startswith("Xu et al. 2024").all()
+
+
+def test_runs_of_another_protocol_are_not_judged(tmp_path):
+    folder = results.open_folder("table1", str(tmp_path))
+    quick = results.save_record(folder, CONFIG | {"profile": "quick"}, OUTCOME)
+    assert set(results.compare([quick], "table1")["verdict"]) == {"not judged: other protocol"}
+    other = results.save_record(folder, CONFIG | {"model": "smollm2-135m"}, OUTCOME)
+    assert results.compare([other], "table1").empty
+
+
+def test_tables_round_as_the_paper_does_and_keep_the_digits_in_the_csv(tmp_path):
+    folder = results.open_folder("table1", str(tmp_path))
+    table = results.summary([results.save_record(folder, CONFIG, OUTCOME | {"sparsity": 0.49663})])
+    markdown = results.write_table(table, folder, "t", "Caption 50 %")
+    assert "| wanda" in markdown and "0.4966" in markdown and "7.30" in markdown
+    assert "0.49663" in (folder / "t.csv").read_text()
+    assert r"Caption 50 \%" in (folder / "t.tex").read_text() or "Caption 50 %" in (folder / "t.tex").read_text()
+
+
+def test_profiles_by_name(monkeypatch):
+    monkeypatch.setenv("BESA_PROFILE", "smoke")
+    assert results.resolve_profile("auto").name == "smoke"
+    with pytest.raises(ValueError, match="unknown profile 'fast'; known: auto, smoke, quick, paper"):
+        results.resolve_profile("fast")
+
+
+def test_measured_peak_covers_what_was_allocated_and_freed():
+    with results.measure() as cost:
+        torch.ones(2**26).sum()  # 256 MiB
+    assert cost.seconds > 0 and cost.peak_bytes > 2**28
+
+
+def test_citation_names_commit_hardware_and_profile(tmp_path):
+    folder = results.open_folder("table1", str(tmp_path))
+    record = results.save_record(folder, CONFIG, OUTCOME)
+    text = results.citation([record])
+    for part in ("xu2024besa", record["provenance"]["commit"][:12], record["provenance"]["hardware"], "profile paper"):
+        assert part in text
