@@ -52,7 +52,7 @@ def prune(
         for index, block in enumerate(tqdm(blocks, desc=f"prune ({method.name})", unit="block", disable=not progress)):
             with tqdm(desc=f"block {index}", unit="window", leave=False, disable=not progress) as bar:
                 bar.reset(len(windows) * (method.passes + 2 + (dense is not None)))
-                hidden = _prune_block(index, block, calls[index], hidden, dense, method, report, bar.update)
+                _prune_block(index, block, calls[index], hidden, dense, method, report, bar.update)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -61,52 +61,60 @@ def _prune_block(
     index: int,
     block: nn.Module,
     call: BlockCall,
-    inputs: Float[Tensor, "n_samples seq_len hidden"],
+    hidden: Float[Tensor, "n_samples seq_len hidden"],
     dense: Float[Tensor, "n_samples seq_len hidden"] | None,
     method: "Method",
     report: "Report",
     tick: Callable[[], Any],
-) -> Float[Tensor, "n_samples seq_len hidden"]:
-    """Prune one block and return what it puts out; `dense` moves on in place."""
+) -> None:
+    """Prune one block; `hidden`, and `dense` where it is used, move on to the block's output in place."""
     start = time.perf_counter()
-    targets, statistics = _dense_outputs(index, block, call, inputs, method, tick)
+    outputs, statistics = _observe(index, block, call, hidden, method, tick)
     if dense is not None:  # Algorithm 1 as written: the dense model's own hidden states are the targets
         for window in dense.split(1):
             window.copy_(run_block(block, window, call))
             tick()
-        targets = dense
-    before = {name: projection.weight.clone() for name, projection in projections(block).items()}
-    pruned = method.prune_block(BlockTask(index, block, call, inputs, targets, statistics), tick)
+    task = BlockTask(index, block, call, hidden, outputs if dense is None else dense, statistics)
+    pruned = method.prune_block(task, tick)
+    error, projection_errors = _advance(task, pruned.weights, tick)
     for name, projection in projections(block).items():
         projection.weight.copy_(pruned.weights[name])
-    errors, outputs = [], torch.empty_like(inputs)
-    with _projection_errors(block, before) as projection_errors:
-        for output, window, target in zip(outputs.split(1), inputs.split(1), targets.split(1), strict=True):
-            output.copy_(run_block(block, window, call))
-            errors.append(reconstruction_error(output, target))
-            tick()
-    error = float(torch.stack(errors).mean())
     report.add(index, block, pruned, error, projection_errors, time.perf_counter() - start)
-    return outputs
 
 
-def _dense_outputs(
-    index: int, block: nn.Module, call: BlockCall, inputs: Tensor, method: "Method", tick: Callable[[], Any]
-) -> tuple[Tensor, dict[str, InputStatistics]]:
-    """What the unpruned block makes of its inputs, and the statistics of what enters its projections."""
-    outputs = torch.empty_like(inputs)
-    with collect_statistics(projections(block), len(inputs), method.needs_hessian) as statistics:
-        for output, window in zip(outputs.split(1), inputs.split(1), strict=True):
-            output.copy_(run_block(block, window, call))
+def _observe(
+    index: int, block: nn.Module, call: BlockCall, hidden: Tensor, method: "Method", tick: Callable[[], Any]
+) -> tuple[Tensor | None, dict[str, InputStatistics]]:
+    """What the unpruned block makes of its inputs (where that is the target), and the statistics of what enters its
+    projections."""
+    outputs = torch.empty_like(hidden) if method.targets == "pruned" else None
+    finite = torch.ones((), dtype=torch.bool, device=hidden.device)
+    with collect_statistics(projections(block), len(hidden), method.needs_hessian) as statistics:
+        for number, window in enumerate(hidden.split(1)):
+            output = run_block(block, window, call)
+            finite &= torch.isfinite(output).all()
+            if outputs is not None:
+                outputs[number] = output[0]
             tick()
     for name in projections(block):
         if name not in statistics:
             raise ValueError(f"block {index}, {name}: never called; conditional projections are not supported")
         if not statistics[name].is_finite():
             raise ValueError(f"block {index}, {name}: its inputs hold NaN or infinity; try dtype float32")
-    if not torch.isfinite(outputs).all():
+    if not finite:
         raise ValueError(f"block {index}: its output holds NaN or infinity; try dtype float32")
     return outputs, statistics
+
+
+def _advance(task: "BlockTask", weights: dict[str, Tensor], tick: Callable[[], Any]) -> tuple[float, dict[str, float]]:
+    """Replace the inputs by the pruned block's outputs; mean reconstruction error, and each projection's own error."""
+    errors = []
+    with _projection_errors(task.block, weights) as projection_errors:
+        for window, target in zip(task.inputs.split(1), task.targets.split(1), strict=True):
+            window.copy_(run_block(task.block, window, task.call, weights))
+            errors.append(reconstruction_error(window, target))
+            tick()
+    return float(torch.stack(errors).mean()), projection_errors
 
 
 def reconstruction_error(
@@ -123,18 +131,19 @@ def reconstruction_error(
 
 
 @contextlib.contextmanager
-def _projection_errors(block: nn.Module, before: dict[str, Tensor]) -> Iterator[dict[str, float]]:
+def _projection_errors(block: nn.Module, weights: dict[str, Tensor]) -> Iterator[dict[str, float]]:
     """While active, ||(W - W')x||^2 / ||Wx||^2 of each projection over the first window that passes."""
     errors: dict[str, float] = {}
+    dense = {name: projection.weight for name, projection in projections(block).items()}
 
-    def hook(name: str, projection: nn.Linear, x: Tensor) -> None:
+    def hook(name: str, x: Tensor) -> None:
         if name not in errors:
-            dense = nn.functional.linear(x, before[name]).float()
-            lost = nn.functional.linear(x, before[name] - projection.weight).float()
-            errors[name] = float(lost.square().sum() / dense.square().sum().clamp_min(1e-30))
+            output = nn.functional.linear(x, dense[name]).float()
+            lost = nn.functional.linear(x, dense[name] - weights[name]).float()
+            errors[name] = float(lost.square().sum() / output.square().sum().clamp_min(1e-30))
 
     handles = [
-        projection.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, module, inputs[0]))
+        projection.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, inputs[0]))
         for name, projection in projections(block).items()
     ]
     try:
@@ -282,7 +291,7 @@ class Besa(Method):
         """Learn the block's allocation, then mask its weights with it."""
         allocations = self._allocations(task)
         logits, steps = self._learn(task, allocations, tick)
-        masked = {name: allocations[name](theta)[0].clone() for name, theta in logits.items()}
+        masked = {name: allocations[name](theta)[0] for name, theta in logits.items()}
         return PrunedBlock(masked, steps)
 
     def _learn(

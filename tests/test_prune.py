@@ -11,7 +11,7 @@ METHODS = {
     "besa": besa.Besa(),
     "besa layer, dense targets": besa.Besa(row_group="layer", targets="dense", d_coef=50.0),
     "besa in groups of 8 rows, obs": besa.Besa(row_group=8, importance="sparsegpt", epochs=2, seed=3),
-    "besa unsmoothed": besa.Besa(sparsity=0.7, smooth=False, importance="magnitude", candidates=51),
+    "besa unsmoothed": besa.Besa(sparsity=0.45, smooth=False, importance="magnitude", candidates=51),
     "magnitude": besa.Magnitude(),
     "wanda": besa.Wanda(),
     "sparsegpt": besa.SparseGPT(),
@@ -60,6 +60,12 @@ def test_besa_lowers_the_loss_of_a_block(tiny_llama, windows):
     assert last < first
 
 
+def test_unsmoothed_softmax_reaches_sparsities_beyond_the_recipes_range(tiny_llama, windows):
+    tiny_llama.model.layers, tiny_llama.config.num_hidden_layers = tiny_llama.model.layers[:1], 1
+    report = besa.prune(tiny_llama, windows, besa.Besa(sparsity=0.75, smooth=False, epochs=40), progress=False)
+    assert report.sparsity == pytest.approx(0.75, abs=0.02)
+
+
 def test_seed_changes_the_order_of_the_windows_only(tiny_llama, windows):
     twin = copy.deepcopy(tiny_llama)
     plain = besa.prune(tiny_llama, windows, besa.Besa(epochs=2), progress=False)
@@ -97,7 +103,9 @@ def test_wanda_prunes_each_rows_lowest_weight_times_input_norm(tiny_llama, windo
         norms = naive_inputs(model, windows, 1, name).norm(dim=0)
         weight = dense.model.layers[1].get_submodule(name).weight
         for row, pruned in zip(weight, tiny_llama.model.layers[1].get_submodule(name).weight, strict=True):
-            lowest = sorted(range(len(row)), key=lambda j, row=row: float(abs(row[j]) * norms[j]))[: len(row) // 4]
+            lowest = sorted(range(len(row)), key=lambda j, row=row: abs(row[j].item()) * norms[j].item())[
+                : len(row) // 4
+            ]
             assert sorted(lowest) == (pruned == 0).nonzero().flatten().tolist()
 
 
