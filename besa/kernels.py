@@ -4,6 +4,9 @@ numba compiles them for the processor by itself at first use and keeps the resul
 on other devices and in other precisions, plain torch computes the same.
 """
 
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import no_type_check
 
 import torch
@@ -25,7 +28,8 @@ def masked_rows(
 ) -> Float[Tensor, "rows columns"]:
     """`weight` with the `prune_counts` lowest-ranked of each row set to 0, written to `out`."""
     if _compiled(weight):
-        _mask(_bits(weight), ranks.numpy(), prune_counts.to(ranks.dtype).numpy(), _bits(out))
+        counts = prune_counts.to(ranks.dtype)
+        _over_rows(_mask, _bits(weight), ranks.numpy(), counts.numpy(), _bits(out))
         return out
     return torch.mul(weight, ranks >= prune_counts[:, None], out=out)
 
@@ -40,7 +44,7 @@ def bucket_sums(
     if _compiled(weight) and grad.dtype == weight.dtype:
         sums = torch.zeros(len(weight), n_buckets)
         kernel = _sum_bfloat16 if weight.dtype == torch.bfloat16 else _sum_float32
-        kernel(_bits(grad.contiguous()), _bits(weight), buckets.numpy(), sums.numpy())
+        _over_rows(kernel, _bits(grad.contiguous()), _bits(weight), buckets.numpy(), sums.numpy())
         return sums
     # Rows in slices: torch wants 64-bit indices, eight times the memory of the buckets.
     step = max(1, 2**24 // weight.shape[1])
@@ -52,12 +56,26 @@ def bucket_sums(
 
 
 def _compiled(weight: Tensor) -> bool:
-    if numba is None or weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float32):
-        return False
-    # As torch does, one thread for little work: waking others costs more, much more where cores are shared.
-    threads = torch.get_num_threads() if weight.numel() > 2**15 else 1
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    return True
+    return numba is not None and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+
+
+def _over_rows(kernel, *arrays) -> None:
+    """Run a kernel on slices of rows, one per thread.
+
+    Not numba's own threads: their OpenMP pool and torch's keep each other waiting, five times the time of a block.
+    """
+    n = min(torch.get_num_threads(), 1 + arrays[0].size // 2**18)  # waking a thread costs what 2^18 weights do
+    edges = [len(arrays[0]) * i // n for i in range(n + 1)]
+    slices = [[array[start:end] for array in arrays] for start, end in itertools.pairwise(edges)]
+    pending = [_threads().submit(kernel, *part) for part in slices[1:]]
+    kernel(*slices[0])
+    for result in pending:
+        result.result()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="besa")
 
 
 def _bits(tensor: Tensor):
@@ -68,29 +86,34 @@ def _bits(tensor: Tensor):
 
 if numba is not None:
 
-    @numba.njit(parallel=True, cache=True)
+    @numba.njit(nogil=True, cache=True)
     @no_type_check
     def _mask(weight, ranks, prune_counts, out):
         zero = weight.dtype.type(0)
-        for i in numba.prange(weight.shape[0]):
+        for i in range(weight.shape[0]):
             for j in range(weight.shape[1]):
                 out[i, j] = weight[i, j] if ranks[i, j] >= prune_counts[i] else zero
 
-    @numba.njit(parallel=True, cache=True)
+    @numba.njit(nogil=True, cache=True)
     @no_type_check
     def _sum_float32(grad, weight, buckets, sums):
-        for i in numba.prange(weight.shape[0]):
-            product = grad[i] * weight[i]
+        product = np.empty(weight.shape[1], np.float32)
+        for i in range(weight.shape[0]):
+            for j in range(weight.shape[1]):  # this loop becomes vector instructions, the next one cannot
+                product[j] = grad[i, j] * weight[i, j]
             for j in range(weight.shape[1]):
                 sums[i, buckets[i, j]] += product[j]
 
-    @numba.njit(parallel=True, cache=True)
+    @numba.njit(nogil=True, cache=True)
     @no_type_check
     def _sum_bfloat16(grad, weight, buckets, sums):
-        for i in numba.prange(weight.shape[0]):
-            # A bfloat16 is the upper half of a float32.
-            g = (grad[i].astype(np.uint32) << np.uint32(16)).view(np.float32)
-            w = (weight[i].astype(np.uint32) << np.uint32(16)).view(np.float32)
-            product = g * w
+        g, w = np.empty(weight.shape[1], np.uint32), np.empty(weight.shape[1], np.uint32)
+        g_float, w_float = g.view(np.float32), w.view(np.float32)
+        for i in range(weight.shape[0]):
             for j in range(weight.shape[1]):
-                sums[i, buckets[i, j]] += product[j]
+                g[j] = np.uint32(grad[i, j]) << np.uint32(16)  # a bfloat16 is the upper half of a float32
+                w[j] = np.uint32(weight[i, j]) << np.uint32(16)
+            for j in range(weight.shape[1]):
+                g_float[j] *= w_float[j]
+            for j in range(weight.shape[1]):
+                sums[i, buckets[i, j]] += g_float[j]
