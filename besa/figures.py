@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 
 def allocation(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -37,6 +38,9 @@ def perplexity(frame: pd.DataFrame) -> Figure:
         if "dense" in values.index:
             ax.axvline(values["dense"], color="grey", linestyle=":", linewidth=1)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlim(values.min() * 0.8, values.max() * (values.max() / values.min()) ** 0.35 * 1.15)
         ax.set_yticks(positions, values.index)
         ax.invert_yaxis()
