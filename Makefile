@@ -13,7 +13,7 @@ venv: .venv/installed
 
 table1 cost: venv
 	mkdir -p results/$@
-	.venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE)
+	TQDM_DISABLE=1 .venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE) --log-output
 
 test: venv
 	.venv/bin/ruff check .

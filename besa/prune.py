@@ -49,9 +49,10 @@ def prune(
         calls = record_calls(model, windows[:1])
         hidden = torch.cat([embed(model, window, calls[0].returns_tuple) for window in windows.split(1)])
         dense = hidden.clone() if method.targets == "dense" else None
-        for index, block in enumerate(tqdm(blocks, desc=f"prune ({method.name})", unit="block", disable=not progress)):
-            with tqdm(desc=f"block {index}", unit="window", leave=False, disable=not progress) as bar:
-                bar.reset(len(windows) * (method.passes + 2 + (dense is not None)))
+        passes = method.passes + 2 + (dense is not None)  # beside training: observe, advance, the dense stream
+        with tqdm(desc="windows", unit="window", leave=False, disable=not progress) as bar:
+            for index, block in enumerate(tqdm(blocks, desc=method.name, unit="block", disable=not progress)):
+                bar.reset(len(windows) * passes)
                 _prune_block(index, block, calls[index], hidden, dense, method, report, bar.update)
     report.seconds = time.perf_counter() - start
     return report
