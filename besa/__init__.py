@@ -6,8 +6,10 @@ Start reading at `besa/prune.py`.
 from besa.baselines import Magnitude, SparseGPT, Wanda, named_method
 from besa.data import calibration_windows, test_tokens
 from besa.evaluate import perplexity
+from besa.learn import Besa
 from besa.models import load_model
-from besa.prune import Besa, Report, prune
+from besa.prune import prune
+from besa.report import Report
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from besa.blocks import projections
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
-from besa.prune import Besa, BlockTask, Method, PrunedBlock
+from besa.learn import Besa
+from besa.prune import BlockTask, Method, PrunedBlock
 
 
 @dataclass(frozen=True, kw_only=True)

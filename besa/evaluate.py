@@ -35,14 +35,13 @@ def perplexity(
     if n_segments == 0:
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
+    quiet = {} if progress else {"disable": True}  # left out, $TQDM_DISABLE has a say
+    bar = tqdm(segments.split(1), desc="perplexity", unit="segment", leave=False, **quiet)
     training = model.training
     model.eval()
     try:
         calls = record_calls(model, segments[:1])
-        total = sum(
-            _negative_log_likelihood(model, segment, calls)
-            for segment in tqdm(segments.split(1), desc="perplexity", unit="segment", leave=False, disable=not progress)
-        )
+        total = sum(_negative_log_likelihood(model, segment, calls) for segment in bar)
     finally:
         model.train(training)
     return math.exp(total / (n_segments * (seq_len - 1)))

@@ -1,29 +1,28 @@
-"""Start reading here: prune a model block by block (paper Algorithm 1), and the block's own learning (Eqn. 1-2)."""
+"""Start reading here: prune a model block by block (paper Algorithm 1), whatever the method.
+
+`besa/learn.py` holds the method this is about, `besa/allocation.py` its heart.
+"""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
-import pandas as pd
-import prodigyopt
 import torch
 from jaxtyping import Float, Float32, Int64
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa import figures
-from besa.allocation import Allocation, candidate_rates, reachable_sparsity
 from besa.blocks import BlockCall, check_model, check_tokens, embed, find_blocks, projections, record_calls, run_block
-from besa.importance import Importance, InputStatistics, collect_statistics, importance
+from besa.importance import InputStatistics, collect_statistics
+from besa.report import Report
 
 
 def prune(
     model: PreTrainedModel, windows: Int64[Tensor, "n_samples seq_len"], method: "Method", progress: bool = True
-) -> "Report":
+) -> Report:
     """Prune every projection of every block, in place, block by block (paper Algorithm 1).
 
     Each block sees what the already pruned blocks before it put out; the method decides what goes, and the pruned
@@ -43,15 +42,16 @@ def prune(
     _check_windows(model, windows)
     method.check(model)
     blocks = find_blocks(model)
-    report = Report(method, n_samples=len(windows), seq_len=windows.shape[1])
+    report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     start = time.perf_counter()
     with _frozen(model), torch.no_grad():
         calls = record_calls(model, windows[:1])
         hidden = torch.cat([embed(model, window, calls[0].returns_tuple) for window in windows.split(1)])
         dense = hidden.clone() if method.targets == "dense" else None
         passes = method.passes + 2 + (dense is not None)  # beside training: observe, advance, the dense stream
-        with tqdm(desc="windows", unit="window", leave=False, disable=not progress) as bar:
-            for index, block in enumerate(tqdm(blocks, desc=method.name, unit="block", disable=not progress)):
+        quiet = {} if progress else {"disable": True}  # left out, $TQDM_DISABLE has a say
+        with tqdm(desc="windows", unit="window", leave=False, **quiet) as bar:
+            for index, block in enumerate(tqdm(blocks, desc=method.name, unit="block", **quiet)):
                 bar.reset(len(windows) * passes)
                 _prune_block(index, block, calls[index], hidden, dense, method, report, bar.update)
     report.seconds = time.perf_counter() - start
@@ -65,7 +65,7 @@ def _prune_block(
     hidden: Float[Tensor, "n_samples seq_len hidden"],
     dense: Float[Tensor, "n_samples seq_len hidden"] | None,
     method: "Method",
-    report: "Report",
+    report: Report,
     tick: Callable[[], Any],
 ) -> None:
     """Prune one block; `hidden`, and `dense` where it is used, move on to the block's output in place."""
@@ -80,7 +80,7 @@ def _prune_block(
     error, projection_errors = _advance(task, pruned.weights, tick)
     for name, projection in projections(block).items():
         projection.weight.copy_(pruned.weights[name])
-    report.add(index, block, pruned, error, projection_errors, time.perf_counter() - start)
+    report.add(index, block, pruned.notes, pruned.steps, error, projection_errors, time.perf_counter() - start)
 
 
 def _observe(
@@ -223,192 +223,3 @@ class Method:
     def config(self) -> dict[str, Any]:
         """Name and fields, for records."""
         return {"method": self.name, **asdict(self)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Besa(Method):
-    """Blockwise parameter-efficient sparsity allocation (Xu et al. 2024): the published row-wise recipe by default."""
-
-    row_group: Literal["row", "layer"] | int = "row"
-    """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them."""
-    targets: Literal["pruned", "dense"] = "pruned"
-    """What a pruned block must reproduce: the dense block's output on the same (pruned) inputs, as the released code
-    does row-wise, or the dense model's own hidden states, as Algorithm 1 is written and the released code does
-    layer-wise."""
-    importance: Importance = "wanda"
-    """What weights are ranked by."""
-    smooth: bool = True
-    """beta = softmax(sigmoid(logits)), the released recipe; False is the paper's plain softmax."""
-    candidates: int = 101
-    """D + 1, the number of candidate rates p_d between 1 and 0."""
-    penalty: float = 5.0
-    """lambda, the weight of ((s - sparsity) / sparsity)^2 in the loss (Eqn. 2)."""
-    d_coef: float = 5.0
-    """Prodigy's step size factor; the published runs set it by model (reproduce/params)."""
-    epochs: int = 1
-    """Passes over the windows, one window per step."""
-    seed: int | None = None
-    """None takes the windows in their order in every epoch (published); a number shuffles them anew each epoch."""
-
-    name: ClassVar[str] = "besa"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.row_group not in ("row", "layer") and (isinstance(self.row_group, str) or self.row_group < 1):
-            raise ValueError(f"row_group {self.row_group!r} is not 'row', 'layer' or a number of rows")
-        if self.targets not in ("pruned", "dense"):
-            raise ValueError(f"targets {self.targets!r} is not 'pruned' or 'dense'")
-        if self.importance not in ("magnitude", "wanda", "sparsegpt"):
-            raise ValueError(f"importance {self.importance!r} is not 'magnitude', 'wanda' or 'sparsegpt'")
-        if not 2 <= self.candidates <= 256:
-            raise ValueError(f"candidates {self.candidates} is outside [2, 256]")
-        if self.epochs < 1 or self.penalty <= 0 or self.d_coef <= 0:
-            raise ValueError(f"epochs ({self.epochs}), penalty ({self.penalty}) and d_coef must be positive")
-        lowest, highest = reachable_sparsity(self.candidates, self.smooth)
-        if not lowest < self.sparsity < highest:
-            raise ValueError(
-                f"sparsity {self.sparsity} is outside ({lowest:.3f}, {highest:.3f}), what {self.candidates} candidates "
-                f"with smooth={self.smooth} can reach" + ("; smooth=False lifts the limit" if self.smooth else "")
-            )
-
-    @property
-    def needs_hessian(self) -> bool:
-        return self.importance == "sparsegpt"
-
-    @property
-    def passes(self) -> int:
-        return self.epochs
-
-    def check(self, model: PreTrainedModel) -> None:
-        for index, block in enumerate(find_blocks(model)):
-            for name, projection in projections(block).items():
-                if projection.weight.shape[0] % self._group_rows(projection.weight):
-                    raise ValueError(
-                        f"block {index}, {name}: {projection.weight.shape[0]} rows do not divide into groups of "
-                        f"{self.row_group}"
-                    )
-
-    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        """Learn the block's allocation, then mask its weights with it."""
-        allocations = self._allocations(task)
-        logits, steps = self._learn(task, allocations, tick)
-        masked = {name: allocations[name](theta)[0] for name, theta in logits.items()}
-        return PrunedBlock(masked, steps)
-
-    def _learn(
-        self, task: BlockTask, allocations: dict[str, Allocation], tick: Callable[[], Any]
-    ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-        """Minimize Eqn. 2 over the windows, one Prodigy step per window; returns logits by projection and the log."""
-        # One flat parameter, starting at 0: every candidate equally likely, sparsity one half.
-        shapes = {name: (allocation.groups, self.candidates) for name, allocation in allocations.items()}
-        sizes = [groups * candidates for groups, candidates in shapes.values()]
-        flat = nn.Parameter(torch.zeros(sum(sizes), device=task.inputs.device))
-        optimizer = prodigyopt.Prodigy([flat], lr=1.0, d_coef=self.d_coef, weight_decay=0.0)
-        log = []
-        for window in self._order(len(task.inputs)):
-            with torch.enable_grad():
-                logits = {n: part.view(shapes[n]) for n, part in zip(shapes, flat.split(sizes), strict=True)}
-                error, sparsity = self._forward(task, allocations, logits, window)
-                loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            log.append(torch.stack([loss, error, sparsity]).detach())
-            tick()
-        keys = ("loss", "reconstruction_error", "sparsity")
-        steps = [dict(zip(keys, values, strict=True)) for values in torch.stack(log).tolist()]
-        return {n: part.view(shapes[n]).detach() for n, part in zip(shapes, flat.split(sizes), strict=True)}, steps
-
-    def _forward(
-        self, task: BlockTask, allocations: dict[str, Allocation], logits: dict[str, Tensor], window: int
-    ) -> tuple[Tensor, Tensor]:
-        """Reconstruction error of one window and the block's sparsity, weighted by the projections' sizes."""
-        masked, zeros = {}, 0.0
-        for name, allocation in allocations.items():
-            masked[name], alpha = allocation(logits[name])
-            zeros = zeros + alpha.mean() * allocation.weight.numel()
-        output = run_block(task.block, task.inputs[window : window + 1], task.call, masked)
-        error = reconstruction_error(output, task.targets[window : window + 1])
-        return error, zeros / sum(allocation.weight.numel() for allocation in allocations.values())
-
-    def _allocations(self, task: BlockTask) -> dict[str, Allocation]:
-        rates = candidate_rates(self.candidates).to(task.inputs.device)
-        allocations = {}
-        for name, projection in projections(task.block).items():
-            weight = projection.weight.detach()
-            scores = importance(self.importance, weight, task.statistics[name])
-            groups = len(weight) // self._group_rows(weight)
-            allocations[name] = Allocation.create(weight, scores, rates, groups, self.smooth)
-        return allocations
-
-    def _group_rows(self, weight: Tensor) -> int:
-        return {"row": 1, "layer": len(weight)}.get(self.row_group, self.row_group)
-
-    def _order(self, n_samples: int) -> Iterator[int]:
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        for _ in range(self.epochs):
-            yield from (
-                range(n_samples) if generator is None else torch.randperm(n_samples, generator=generator).tolist()
-            )
-
-
-@dataclass
-class Report:
-    """What pruning did: one row per block and projection, one entry per training step."""
-
-    method: Method
-    _: KW_ONLY
-    n_samples: int
-    seq_len: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    steps: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def add(
-        self,
-        index: int,
-        block: nn.Module,
-        pruned: PrunedBlock,
-        error: float,
-        projection_errors: dict[str, float],
-        seconds: float,
-    ) -> None:
-        """Note one block's result."""
-        for name, projection in projections(block).items():
-            weight = projection.weight
-            self.rows.append(
-                {
-                    "block": index,
-                    "projection": name,
-                    "rows": weight.shape[0],
-                    "columns": weight.shape[1],
-                    "zeros": int((weight == 0).sum()),
-                    "sparsity": float((weight == 0).sum() / weight.numel()),
-                    "projection_error": projection_errors[name],
-                    "block_error": error,
-                    "block_seconds": seconds,
-                    "note": pruned.notes.get(name, ""),
-                }
-            )
-        self.steps += [{"block": index, "step": number, **step} for number, step in enumerate(pruned.steps)]
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the projections' weights that are 0."""
-        return sum(row["zeros"] for row in self.rows) / sum(row["rows"] * row["columns"] for row in self.rows)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per block and projection.
-
-        `sparsity` is counted in the weights. `block_error` is the mean of Eqn. 1 over the windows; `projection_error`
-        is ||(W - W')x||^2 / ||Wx||^2 over the first window, x being the projection's input in the pruned block.
-        """
-        return pd.DataFrame(self.rows)
-
-    def plot_allocation(self, ax: Axes | None = None) -> Axes:
-        """Heat map of the sparsity, blocks x projections."""
-        return figures.allocation(self.to_frame(), ax)
-
-    def __str__(self) -> str:
-        blocks = len({row["block"] for row in self.rows})
-        return f"{self.method.name}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s"

@@ -151,9 +151,8 @@ def test_hessian_that_float32_cannot_factorize_is_factorized_and_says_how():
 
 def test_activations_that_are_not_finite_name_block_and_projection(tiny_llama, windows):
     with torch.no_grad():
-        tiny_llama.model.layers[1].input_layernorm.weight[0] = 1e38
-        tiny_llama.model.layers[1].input_layernorm.weight *= 1e30
-    with pytest.raises(ValueError, match=r"block 1, .*input_layernorm.weight|block 1, self_attn.q_proj: .*NaN or inf"):
+        tiny_llama.model.layers[1].input_layernorm.weight.fill_(1e38)  # finite, but what it makes is not
+    with pytest.raises(ValueError, match=r"block 1, self_attn.q_proj: its inputs hold NaN or infinity"):
         besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
 
 

@@ -1,0 +1,74 @@
+"""What pruning did: one row per block and projection, one entry per training step."""
+
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from torch import nn
+
+from besa import figures
+from besa.blocks import projections
+
+
+@dataclass
+class Report:
+    """Rows by block and projection, training steps by block, and the time pruning took."""
+
+    method: str
+    _: KW_ONLY
+    n_samples: int
+    seq_len: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(
+        self,
+        index: int,
+        block: nn.Module,
+        notes: dict[str, str],
+        steps: list[dict[str, float]],
+        error: float,
+        projection_errors: dict[str, float],
+        seconds: float,
+    ) -> None:
+        """Note one block's result."""
+        for name, projection in projections(block).items():
+            weight = projection.weight
+            self.rows.append(
+                {
+                    "block": index,
+                    "projection": name,
+                    "rows": weight.shape[0],
+                    "columns": weight.shape[1],
+                    "zeros": int((weight == 0).sum()),
+                    "sparsity": float((weight == 0).sum() / weight.numel()),
+                    "projection_error": projection_errors[name],
+                    "block_error": error,
+                    "block_seconds": seconds,
+                    "note": notes.get(name, ""),
+                }
+            )
+        self.steps += [{"block": index, "step": number, **step} for number, step in enumerate(steps)]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the projections' weights that are 0."""
+        return sum(row["zeros"] for row in self.rows) / sum(row["rows"] * row["columns"] for row in self.rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per block and projection.
+
+        `sparsity` is counted in the weights. `block_error` is the mean of Eqn. 1 over the windows; `projection_error`
+        is ||(W - W')x||^2 / ||Wx||^2 over the first window, x being the projection's input in the pruned block.
+        """
+        return pd.DataFrame(self.rows)
+
+    def plot_allocation(self, ax: Axes | None = None) -> Axes:
+        """Heat map of the sparsity, blocks x projections."""
+        return figures.allocation(self.to_frame(), ax)
+
+    def __str__(self) -> str:
+        blocks = len({row["block"] for row in self.rows})
+        return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s"
