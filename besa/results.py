@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -241,7 +242,8 @@ def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> s
     markdown = f"**{caption}**\n\n{_rounded(frame).to_markdown(stralign='left', disable_numparse=True)}\n"
     write_text(folder / f"{stem}.md", markdown)
     write_text(folder / f"{stem}.csv", frame.to_csv())
-    write_text(folder / f"{stem}.tex", _rounded(frame).to_latex(caption=caption, escape=True))
+    escaped = re.sub(r"([%&#_$])", r"\\\1", caption)  # pandas escapes the cells only
+    write_text(folder / f"{stem}.tex", _rounded(frame).to_latex(caption=escaped, escape=True))
     return markdown
 
 
