@@ -121,12 +121,20 @@ def load_documents(name: str, split: str) -> list[str]:
     folder = os.environ.get("BESA_DATA")
     local = Path(folder).expanduser() / name / f"{split}.jsonl" if folder else None
     if local and local.is_file():
-        return [json.loads(line)["text"] for line in local.open(encoding="utf-8")]
+        return _read_jsonl(local)
     if name == "sotu":
         return _sotu(split)
     if name == "wiki":
         return _wiki(split)
     return _from_hub(name, text, split)
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: every line must be a JSON object with a 'text' field ({error!r})") from error
 
 
 def _text(name: str) -> Text:

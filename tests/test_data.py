@@ -87,6 +87,15 @@ def test_bad_names_and_numbers_are_refused(no_type_checks, local_text):
         besa.calibration_windows("wiki", TOKENIZER)
 
 
+@pytest.mark.parametrize("line", ["not json", '{"sentence": "a"}', "3"])
+def test_a_local_text_of_another_form_is_refused_by_name(tmp_path, monkeypatch, line):
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "train.jsonl").write_text(line)
+    monkeypatch.setenv("BESA_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"c4/train.jsonl: every line must be a JSON object with a 'text' field"):
+        load_documents("c4", "train")
+
+
 def test_without_a_hub_both_ways_out_are_named(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise ConnectionError("no route")
