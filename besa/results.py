@@ -1,7 +1,9 @@
 """What the reproduce notebooks share: profiles, run records with provenance, tables, comparison, citation."""
 
 import contextlib
+import ctypes
 import datetime
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -144,6 +146,9 @@ def measure() -> Iterator[Cost]:
 
 
 def _reset_peak_resident() -> None:
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what earlier work freed, unless asked
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
         Path("/proc/self/clear_refs").write_text("5")
 

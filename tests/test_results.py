@@ -76,9 +76,14 @@ def test_profiles_by_name(monkeypatch):
 
 
 def test_measured_peak_covers_what_was_allocated_and_freed():
-    with results.measure() as cost:
-        torch.ones(2**26).sum()  # 256 MiB
-    assert cost.seconds > 0 and cost.peak_bytes > 2**28
+    with results.measure() as little:
+        pass
+    with results.measure() as much:
+        torch.ones(2**27).sum()  # 512 MiB
+    with results.measure() as after:
+        pass
+    assert much.seconds > 0 and much.peak_bytes - little.peak_bytes > 2**28
+    assert much.peak_bytes - after.peak_bytes > 2**28
 
 
 def test_citation_names_commit_hardware_and_profile(tmp_path):
