@@ -13,7 +13,7 @@ venv: .venv/installed
 
 table1 cost: venv
 	mkdir -p results/$@
-	TQDM_DISABLE=1 .venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE) --log-output
+	.venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE) --log-output
 
 test: venv
 	.venv/bin/ruff check .

@@ -35,8 +35,7 @@ def perplexity(
     if n_segments == 0:
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
-    quiet = {} if progress else {"disable": True}  # left out, $TQDM_DISABLE has a say
-    bar = tqdm(segments.split(1), desc="perplexity", unit="segment", leave=False, **quiet)
+    bar = tqdm(segments.split(1), desc="perplexity", unit="segment", leave=False, disable=not progress)
     training = model.training
     model.eval()
     try:

@@ -49,9 +49,8 @@ def prune(
         hidden = torch.cat([embed(model, window, calls[0].returns_tuple) for window in windows.split(1)])
         dense = hidden.clone() if method.targets == "dense" else None
         passes = method.passes + 2 + (dense is not None)  # beside training: observe, advance, the dense stream
-        quiet = {} if progress else {"disable": True}  # left out, $TQDM_DISABLE has a say
-        with tqdm(desc="windows", unit="window", leave=False, **quiet) as bar:
-            for index, block in enumerate(tqdm(blocks, desc=method.name, unit="block", **quiet)):
+        with tqdm(desc="windows", unit="window", leave=False, disable=not progress) as bar:
+            for index, block in enumerate(tqdm(blocks, desc=method.name, unit="block", disable=not progress)):
                 bar.reset(len(windows) * passes)
                 _prune_block(index, block, calls[index], hidden, dense, method, report, bar.update)
     report.seconds = time.perf_counter() - start
