@@ -10,6 +10,7 @@ from besa.learn import Besa
 from besa.models import load_model
 from besa.prune import prune
 from besa.report import Report
+from besa.simulate import simulate_cycles
 
 __version__ = "0.1.0"
 
@@ -24,5 +25,6 @@ __all__ = [
     "named_method",
     "perplexity",
     "prune",
+    "simulate_cycles",
     "test_tokens",
 ]
