@@ -208,8 +208,10 @@ def summary(records: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
-def compare(records: list[Record], item: str) -> pd.DataFrame:
+def compare(records: list[Record], item: str, metric: str = "perplexity") -> pd.DataFrame:
     """Ours beside published, where there is a published value, with the relative difference and a verdict.
+
+    `record["metrics"]` holds our values by text (perplexity) or projection (cycles); lower is better.
 
     The verdict is "reproduced" within 2 %, else "better" or "worse"; runs that do not follow the published protocol
     (another profile or sparsity) are shown and not judged.
@@ -222,6 +224,7 @@ def compare(records: list[Record], item: str) -> pd.DataFrame:
         for text, ours in record["metrics"].items():
             wanted = published[
                 published["item"].isin([item, "readme_granularity"])
+                & (published["metric"] == metric)
                 & (published["model"] == config["model"])
                 & (published["method"].replace(names) == config["row"])
                 & (published["task"] == text)

@@ -59,6 +59,15 @@ def test_runs_of_another_protocol_are_not_judged(tmp_path):
     assert results.compare([other], "table1").empty
 
 
+def test_comparison_takes_the_values_of_the_named_metric(tmp_path):
+    folder = results.open_folder("table4", str(tmp_path))
+    config = CONFIG | {"item": "table4", "row": "besa-row-wise"}
+    record = results.save_record(folder, config, OUTCOME | {"metrics": {"q_proj": 2232.31, "down_proj": 7200.0}})
+    frame = results.compare([record], "table4", "cycles").set_index("text")  # beside sparsity and speed-up of q_proj
+    assert frame["published"].to_dict() == {"q_proj": 2232.31, "down_proj": 6850.03}
+    assert frame["verdict"].to_dict() == {"q_proj": "reproduced", "down_proj": "worse"}
+
+
 def test_tables_round_as_the_paper_does_and_keep_the_digits_in_the_csv(tmp_path):
     folder = results.open_folder("table1", str(tmp_path))
     table = results.summary([results.save_record(folder, CONFIG, OUTCOME | {"sparsity": 0.49663})])
