@@ -51,5 +51,32 @@ def perplexity(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def speedup(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Bars of `speed-up` by `projection` and `method`, a tick at each bar's `limit`, the dense model as a line at 1.
+
+    Args:
+        frame: one row per method and projection, the dense model left out.
+    """
+    methods, names = (list(dict.fromkeys(frame[column])) for column in ("method", "projection"))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(2.5 + 1.1 * len(names), 3.2), layout="constrained")
+    width = 0.84 / max(len(methods), 1)
+    for number, method in enumerate(methods):
+        rows = frame[frame["method"] == method]
+        positions = [names.index(name) + (number + 0.5) * width - 0.42 for name in rows["projection"]]
+        others = [other for other in methods if _colour(other) == _colour(method)]  # told apart by their shade
+        shade = (1 + others.index(method)) / len(others)
+        bars = ax.bar(positions, rows["speed-up"], 0.9 * width, color=_colour(method), alpha=shade, label=method)
+        ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        ax.scatter(positions, rows["limit"], marker="_", s=90, color="black", zorder=3)
+    ax.scatter([], [], marker="_", s=90, color="black", label="limit: all PEs busy with kept weights")
+    ax.axhline(1, color="grey", linestyle=":", linewidth=1, label="dense")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel("speed-up (dense cycles / cycles)")
+    ax.set_ylim(0, 1.35 * max([1.0, *frame["limit"]]))
+    ax.legend(ncols=3, fontsize=8, loc="upper center", frameon=False)
+    return ax
+
+
 def _colour(method: str) -> str:
     return "tab:red" if method.startswith("besa") else "black" if method == "dense" else "tab:blue"

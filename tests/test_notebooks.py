@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pandas
 import papermill
 import pytest
 
@@ -43,6 +44,21 @@ def test_table1_continues_where_it_was_interrupted(tiny_folder, tmp_path):
         assert (broken / f"tiny-smoke.{suffix}").stat().st_size > 0
     assert "SMOKE RUN" in (broken / "tiny-smoke.md").read_text()
     assert (broken / "tiny-smoke-besa-row-wise-allocation.png").is_file()
+
+
+def test_table4_counts_cycles_per_row_and_continues(tiny_folder, tmp_path):
+    folder = tmp_path / "table4"
+    run("table4.ipynb", folder, model=str(tiny_folder), methods="dense,wanda")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    run("table4.ipynb", folder, model=str(tiny_folder))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
+    assert list(table.index) == ["dense", "sparsegpt", "wanda", "besa-row-wise"]
+    assert (table.loc["dense", ["q_proj", "gate_proj", "down_proj"]] == [1, 1, 2]).all()  # two patches of 16 x 16
+    assert table.loc["wanda", "sparsity"] == 0.5
+    for stem, suffix in [("tiny-smoke", s) for s in ("md", "tex", "png", "svg")] + [("tiny-smoke-projections", "csv")]:
+        assert (folder / f"{stem}.{suffix}").stat().st_size > 0
+    assert "SMOKE RUN" in (folder / "tiny-smoke.md").read_text()
 
 
 @pytest.mark.parametrize(
