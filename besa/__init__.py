@@ -11,6 +11,7 @@ from besa.models import load_model
 from besa.prune import prune
 from besa.report import Report
 from besa.simulate import simulate_cycles
+from besa.zero_shot import ZeroShot, zero_shot
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "SparseGPT",
     "Wanda",
+    "ZeroShot",
     "calibration_windows",
     "load_model",
     "named_method",
@@ -27,4 +29,5 @@ __all__ = [
     "prune",
     "simulate_cycles",
     "test_tokens",
+    "zero_shot",
 ]

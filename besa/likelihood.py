@@ -1,0 +1,126 @@
+"""Log-likelihoods of continuations, as lm-eval asks for them, with every context run once."""
+
+import copy
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from besa.tasks import quiet
+
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**29}
+"""Tokens of a batch times vocabulary: at most 64 MiB and 2 GiB of logits in float32. Larger batches pad more."""
+_NO_TOKEN = -100
+
+Request = tuple[Any, list[int], list[int]]
+"""lm-eval's: something, the context's tokens, the continuation's tokens."""
+
+
+class SharedContexts(HFLM):
+    """lm-eval's model, but what several choices continue is run once.
+
+    Each choice continues from the keys and values of its context; contexts with the same number of choices make a
+    batch, padded on the left. lm-eval runs a context again for every choice of more than one token.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: Any, progress: bool):
+        with quiet():  # a copy, because lm-eval may give the tokenizer a padding token
+            super().__init__(model, tokenizer=copy.deepcopy(tokenizer), add_bos_token=False, batch_size=batch_size)
+        self._progress = progress
+        # transformers 5.24 renamed the argument; its output's field likewise, which is why the cache is made here.
+        renamed = "cache" in inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if renamed else "past_key_values"
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Of each request, log p(continuation | context) in nats and whether greedy decoding would write it."""
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), desc="zero-shot", unit="choice", leave=False, disable=not self._progress) as bar:
+            for batch in self._batches(requests):
+                contexts, groups = zip(*batch, strict=True)
+                members = [index for group in groups for index in group]
+                scores = self._score(contexts, [requests[index][2] for index in members])
+                for index, score in zip(members, scores, strict=True):
+                    answers[index] = score
+                bar.update(len(members))
+        return answers
+
+    def _batches(self, requests: list[Request]) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+        """Lists of (context, the numbers of its requests), the longest contexts first."""
+        groups = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            groups[tuple(context[-self._room(continuation) :])].append(index)
+        n_cut = sum(len(context) > self._room(continuation) for _, context, continuation in requests)
+        if n_cut:
+            warnings.warn(
+                f"{n_cut} prompts exceed the model's {self.max_length} tokens and lose their beginning", stacklevel=2
+            )
+        longest = lambda members: max(len(requests[index][2]) for index in members)  # noqa: E731
+        alike = defaultdict(list)  # number of choices -> (tokens to run, context, its requests)
+        for context, members in groups.items():
+            n_tokens = len(context) + len(members) * longest(members)
+            alike[len(members)].append((n_tokens, context, members))
+        for alternatives in alike.values():
+            alternatives.sort(reverse=True)
+            while alternatives:
+                size = self._contexts_at_once(alternatives[0][0])
+                yield [(context, members) for _, context, members in alternatives[:size]]
+                del alternatives[:size]
+
+    def _room(self, continuation: list[int]) -> int:
+        """Tokens that a context may have; the last of the continuation is predicted, not read."""
+        if len(continuation) > self.max_length:
+            raise ValueError(f"a choice of {len(continuation)} tokens exceeds the model's {self.max_length}")
+        return self.max_length + 1 - len(continuation)
+
+    def _contexts_at_once(self, tokens: int) -> int:
+        if self.batch_size != "auto":
+            return self.batch_size
+        at_once = LOGITS_AT_ONCE["cpu" if self.device.type == "cpu" else "cuda"]
+        return max(1, at_once // (tokens * self.model.get_input_embeddings().num_embeddings))
+
+    def _score(self, contexts: Sequence[tuple[int, ...]], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        """Of each continuation; as many belong to each context."""
+        cache = DynamicCache(config=self.model.config)
+        options = {self._cache_argument: cache, "use_cache": True}
+        n_choices = len(continuations) // len(contexts)
+        tokens = self._pad(contexts, 0, "left")  # (contexts, n)
+        targets = self._pad(continuations, _NO_TOKEN, "right")  # (contexts * choices, longest)
+        n, longest = tokens.shape[1], targets.shape[1]
+        lengths = torch.tensor([[len(context)] for context in contexts], device=self.device)
+        positions = torch.arange(-n, longest - 1, device=self.device) + lengths  # (contexts, n + longest - 1)
+        # Padding right of a continuation needs no mask: causal attention does not look there.
+        mask, positions = (positions >= 0).long(), positions.clamp(0, self.max_length - 1)
+        first = {"attention_mask": mask[:, :n], "position_ids": positions[:, :n], "logits_to_keep": 1}
+        logits = self.model(tokens, **first, **options).logits.repeat_interleave(n_choices, dim=0)
+        if longest > 1:
+            cache.batch_repeat_interleave(n_choices)
+            mask, positions = (part.repeat_interleave(n_choices, dim=0) for part in (mask, positions[:, n:]))
+            rest = self.model(targets[:, :-1].clamp(min=0), attention_mask=mask, position_ids=positions, **options)
+            logits = torch.cat([logits, rest.logits], dim=1)  # (contexts * choices, longest, vocab)
+        return _sum_scores(logits.float(), targets)
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+        parts = [torch.tensor(row) for row in rows]
+        return pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side).to(self.device)
+
+
+def _sum_scores(
+    logits: Float[Tensor, "n longest vocab"], targets: Int64[Tensor, "n longest"]
+) -> list[tuple[float, bool]]:
+    """Log-likelihood in nats of each row of targets, and whether every target is the likeliest token."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_NO_TOKEN, reduction="none")
+    greedy = ((logits.argmax(dim=-1) == targets) | (targets == _NO_TOKEN)).all(dim=1)
+    return list(zip((-losses.view_as(targets).sum(dim=1)).tolist(), greedy.tolist(), strict=True))

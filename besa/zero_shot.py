@@ -1,0 +1,133 @@
+"""Zero-shot accuracy as the paper measures it, through lm-eval's own tasks and scoring."""
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lm_eval
+import pandas as pd
+from lm_eval.evaluator import evaluate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa.likelihood import SharedContexts
+from besa.tasks import TASKS, check_tasks, load_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """What a model scored: one row per task, one answer per question."""
+
+    rows: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
+    limit: int | None
+    """Questions asked per task, a subset drawn by `seed`; None: all."""
+    seed: int
+    lm_eval: str
+    """Version of lm-eval."""
+
+    @property
+    def average(self) -> float:
+        """Mean accuracy over the tasks, each of the same weight, as a fraction."""
+        return sum(row["acc"] for row in self.rows) / len(self.rows)
+
+    @property
+    def average_stderr(self) -> float:
+        """Standard error of `average`: the tasks' are independent."""
+        return math.sqrt(sum(row["stderr"] ** 2 for row in self.rows)) / len(self.rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per task and the average.
+
+        Columns: `acc` and its standard error `stderr`, as fractions; `chance`, what guessing gets; `n` questions asked
+        `of` how many; `version`, lm-eval's of the task; `questions`, a hash of the documents asked about.
+        """
+        average = {
+            "task": "average",
+            "acc": self.average,
+            "stderr": self.average_stderr,
+            "version": "",
+            "questions": "",
+        }
+        average |= {name: sum(row[name] for row in self.rows) for name in ("n", "of")}
+        average["chance"] = sum(row["chance"] for row in self.rows) / len(self.rows)
+        return pd.DataFrame([*self.rows, average]).set_index("task")
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = tuple(TASKS),
+    limit: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> ZeroShot:
+    """How often the right choice is the likeliest continuation of its question: lm-eval's `acc`, no examples.
+
+    acc = mean over questions of [argmax_c sum log p(tokens of choice c | question) = the right c]: log-probabilities in
+    float32, not divided by the choice's length (`acc_norm` is), and no token before the question (no `add_bos_token`).
+
+    Args:
+        tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.
+        limit: questions per task, drawn by `seed`, the same for every model; None asks all.
+        batch_size: contexts per batch; "auto" takes what fits (`besa.likelihood.LOGITS_AT_ONCE`).
+
+    Raises:
+        ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context.
+        FileNotFoundError: the questions are neither local nor embedded and the hub did not deliver them.
+    """
+    check_request(tasks, limit, batch_size)
+    loaded = {name: load_task(name) for name in tasks}
+    available = {name: len(task.eval_docs) for name, task in loaded.items()}
+    samples = {name: _subset(n, limit, seed) for name, n in available.items() if limit is not None and limit < n}
+    training = model.training
+    try:
+        lm = SharedContexts(model, tokenizer, batch_size, progress)
+        outcome = evaluate(lm, loaded, samples=samples)
+    finally:
+        model.train(training)
+    rows = [_row(name, outcome, available[name]) for name in tasks]
+    answers = [_answer(name, sample) for name in tasks for sample in outcome["samples"][name]]
+    return ZeroShot(rows=rows, answers=answers, limit=limit, seed=seed, lm_eval=lm_eval.__version__)
+
+
+def check_request(tasks: Sequence[str], limit: int | None, batch_size: int | Literal["auto"] = "auto") -> None:
+    """Refuse what `zero_shot` would, before long work.
+
+    Raises:
+        ValueError: as `zero_shot`.
+    """
+    check_tasks(tasks)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 question per task, or None for all, not {limit}")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
+
+
+def _subset(n: int, limit: int, seed: int) -> list[int]:
+    """In the task's order, which lm-eval expects."""
+    return sorted(random.Random(seed).sample(range(n), limit))
+
+
+def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
+    result, samples = outcome["results"][name], outcome["samples"][name]
+    stderr = result["acc_stderr,none"]  # "N/A" for one question
+    return {
+        "task": name,
+        "acc": float(result["acc,none"]),
+        "stderr": float(stderr) if isinstance(stderr, float) else math.nan,
+        "chance": sum(1 / len(sample["filtered_resps"]) for sample in samples) / len(samples),
+        "n": len(samples),
+        "of": available,
+        "version": outcome["versions"][name],
+        "questions": hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()[:12],
+    }
+
+
+def _answer(name: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Number of the question in its task, log-likelihood of each choice in nats, whether the likeliest was right."""
+    logliks = [loglik for loglik, _ in sample["filtered_resps"]]
+    return {"task": name, "question": sample["doc_id"], "logliks": logliks, "correct": bool(sample["acc"])}

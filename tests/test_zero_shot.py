@@ -1,0 +1,206 @@
+import json
+import math
+
+import lm_eval
+import pytest
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import besa
+from besa import assets, tasks
+from besa.likelihood import SharedContexts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+def build(architecture, **options):
+    """Two random blocks, weights large enough for every context to matter, float32."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 49152, "pad_token_id": 0, "initializer_range": 0.5}
+    config_name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
+    config = getattr(transformers, config_name)(**shape | options)
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("Llama", max_position_embeddings=2048)
+
+
+def prompts(name, document):
+    """The context and the continuations of one document, written down from the tasks' descriptions."""
+    if name == "piqa":
+        return [(f"Question: {document['goal']}\nAnswer:", f" {document[key]}") for key in ("sol1", "sol2")]
+    if name == "winogrande":
+        before, after = document["sentence"].split("_")
+        return [(before + document[key], f" {after.strip()}") for key in ("option1", "option2")]
+    return [(f"Question: {document['question']}\nAnswer:", f" {text}") for text in document["choices"]["text"]]
+
+
+def right_choice(name, document):
+    if name == "piqa":
+        return document["label"]
+    if name == "winogrande":
+        return int(document["answer"]) - 1
+    return document["choices"]["label"].index(document["answerKey"])
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, context, continuation):
+    n_context = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokenizer(context + continuation, add_special_tokens=False)["input_ids"])
+    log_probabilities = torch.log_softmax(model(ids[None]).logits[0].double(), dim=-1)
+    return sum(float(log_probabilities[i - 1, ids[i]]) for i in range(n_context, len(ids)))
+
+
+@pytest.mark.parametrize("name", ["piqa", "winogrande", "arc_challenge"])
+def test_accuracy_equals_the_naive_loop_over_single_choices(model, tokenizer, name):
+    report = besa.zero_shot(model, tokenizer, [name], limit=12, progress=False)
+    lines = (assets.derive("zero-shot", tasks._unpack) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    n_right = 0
+    for answer in report.answers:
+        document = json.loads(lines[answer["question"]])
+        expected = [log_likelihood(model, tokenizer, *pair) for pair in prompts(name, document)]
+        assert answer["logliks"] == pytest.approx(expected, abs=1e-3)
+        right = expected.index(max(expected)) == right_choice(name, document)
+        assert answer["correct"] == right
+        n_right += right
+    assert report.rows[0]["acc"] == report.average == n_right / 12
+    assert report.rows[0]["stderr"] == pytest.approx(math.sqrt(n_right / 12 * (1 - n_right / 12) / 11))
+
+
+PLAIN_BOOLQ = """
+task: plain
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{passage}}\\nQuestion: {{question}}?\\nAnswer:"
+doc_to_target: label
+doc_to_choice: ["no", "yes"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+PLAIN_PIQA = """
+task: plain
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "Question: {{goal}}\\nAnswer:"
+doc_to_target: label
+doc_to_choice: "{{[sol1, sol2]}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.parametrize("name, definition", [("boolq", PLAIN_BOOLQ), ("piqa", PLAIN_PIQA)])
+def test_every_answer_equals_lm_evals_on_a_plainly_written_task(
+    model, tokenizer, name, definition, tmp_path, monkeypatch
+):
+    lines = (assets.derive("zero-shot", tasks._unpack) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    local = tmp_path / name / "validation.jsonl"
+    local.parent.mkdir()
+    local.write_text("\n".join(lines[:8]) + "\n", encoding="utf-8")
+    monkeypatch.setenv("BESA_DATA", str(tmp_path))
+    report = besa.zero_shot(model, tokenizer, [name], progress=False)
+
+    (tmp_path / "plain.yaml").write_text(definition.replace("FILE", str(local)))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    lm = HFLM(model, tokenizer=tokenizer, add_bos_token=False, batch_size=4)
+    outcome = lm_eval.simple_evaluate(lm, tasks=["plain"], num_fewshot=0, task_manager=manager)
+    assert [answer["correct"] for answer in report.answers] == [s["acc"] == 1 for s in outcome["samples"]["plain"]]
+    for answer, sample in zip(report.answers, outcome["samples"]["plain"], strict=True):
+        assert answer["logliks"] == pytest.approx([loglik for loglik, _ in sample["filtered_resps"]], abs=1e-3)
+    result = outcome["results"]["plain"]
+    assert (report.rows[0]["acc"], report.rows[0]["stderr"]) == (result["acc,none"], result["acc_stderr,none"])
+
+
+ARCHITECTURES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Qwen3": {},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "GPTNeoX": {},
+    "Gemma3": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "Phi": {},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_contexts_give_lm_evals_log_likelihoods(tokenizer, architecture):
+    """Contexts with one to four choices of one to six tokens, some longer together than the model's 32 tokens."""
+    model = build(architecture, max_position_embeddings=32, **ARCHITECTURES[architecture])
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    requests = []
+    for _ in range(12):
+        context = [draw(1, 49152) for _ in range(draw(3, 6) if draw(0, 3) else draw(25, 40))]
+        requests += [(None, context, [draw(1, 49152) for _ in range(draw(1, 7))]) for _ in range(draw(1, 5))]
+    expected = HFLM(model, tokenizer=tokenizer, batch_size=1)._loglikelihood_tokens(requests, disable_tqdm=True)
+    for batch_size in ("auto", 1, 3):
+        lm = SharedContexts(model, tokenizer, batch_size, progress=False)
+        with pytest.warns(UserWarning, match="prompts exceed the model's 32 tokens"):
+            answers = lm._loglikelihood_tokens(requests)
+        assert [loglik for loglik, _ in answers] == pytest.approx([loglik for loglik, _ in expected], rel=1e-4)
+        assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
+
+
+def test_greedy_choices_are_recognized(model, tokenizer):
+    context = [5, 6, 7]
+    with torch.no_grad():
+        best = [int(model(torch.tensor([context])).logits[0, -1].argmax())]
+        best.append(int(model(torch.tensor([context + best])).logits[0, -1].argmax()))
+    requests = [(None, context, best), (None, context, best[:1]), (None, context, [best[0], best[1] + 1])]
+    lm = SharedContexts(model, tokenizer, "auto", progress=False)
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(requests)] == [True, True, False]
+
+
+def test_a_limit_takes_the_subset_of_its_seed_and_says_so(model, tokenizer):
+    first, again, other = (
+        besa.zero_shot(model, tokenizer, ["winogrande", "arc_easy"], limit=5, seed=seed, progress=False)
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    asked = [[a["question"] for a in report.answers if a["task"] == "winogrande"] for report in (first, other)]
+    assert asked[0] == sorted(asked[0]) and asked[0] != asked[1] and max(asked[0]) > 100
+    assert first.limit == 5 and first.seed == 0 and first.lm_eval == lm_eval.__version__
+    frame = first.to_frame()
+    assert list(frame.index) == ["winogrande", "arc_easy", "average"]
+    assert list(frame["n"]) == [5, 5, 10] and list(frame["of"]) == [1267, 2376, 3643]
+    assert frame.loc["average", "acc"] == pytest.approx(frame["acc"].iloc[:2].mean())
+    assert frame.loc["average", "stderr"] == pytest.approx(math.hypot(*frame["stderr"].iloc[:2]) / 2)
+    assert frame.loc["winogrande", "questions"] != other.to_frame().loc["winogrande", "questions"]
+
+
+def test_model_and_tokenizer_are_left_as_they_were(tokenizer):
+    model = build("Llama").train()
+    before = tokenizer.pad_token, tokenizer.padding_side
+    report = besa.zero_shot(model, tokenizer, ["piqa"], limit=1, progress=False)
+    assert model.training and (tokenizer.pad_token, tokenizer.padding_side) == before
+    assert math.isnan(report.rows[0]["stderr"])  # one question has none
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tasks": ["pica"]}, "unknown task 'pica'; known: piqa"),
+        ({"limit": 0}, "limit must be at least 1 question per task, or None for all, not 0"),
+        ({"batch_size": 0}, "batch_size must be 'auto' or at least 1, not 0"),
+        ({"batch_size": "big"}, "batch_size must be 'auto' or at least 1, not 'big'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(options, message, no_type_checks):
+    with pytest.raises(ValueError, match=message):
+        besa.zero_shot(None, None, **options)
+
+
+def test_a_choice_longer_than_the_models_context_is_refused(tokenizer):
+    lm = SharedContexts(build("Llama", max_position_embeddings=4), tokenizer, "auto", progress=False)
+    with pytest.raises(ValueError, match="a choice of 5 tokens exceeds the model's 4"):
+        lm._loglikelihood_tokens([(None, [1], [2, 3, 4, 5, 6])])
