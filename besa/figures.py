@@ -51,6 +51,38 @@ def perplexity(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def accuracy(frame: pd.DataFrame, errors: pd.DataFrame, chance: pd.Series) -> Figure:
+    """One panel per task and for the average: accuracy by method with its standard error, the dense model as a line.
+
+    Args:
+        frame: percent, indexed by method, one column per task and `average`.
+        errors: standard errors, of the same form.
+        chance: percent right by guessing, indexed by column.
+    """
+    columns = min(4, frame.shape[1])
+    rows = -(-frame.shape[1] // columns)
+    size = (1.3 + 2.6 * columns, rows * (1.0 + 0.34 * len(frame)))
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    positions = np.arange(len(frame))
+    for ax, task in zip(axes.flat, frame.columns):
+        for position, method in zip(positions, frame.index, strict=True):
+            value, error = frame.loc[method, task], errors.loc[method, task]
+            ax.errorbar(value, position, xerr=error, fmt="o", color=_colour(method), capsize=2)
+            ax.annotate(f"{value:.2f}", (value, position), xytext=(0, 5), textcoords="offset points", ha="center")
+        if "dense" in frame.index:
+            ax.axvline(frame.loc["dense", task], color="grey", linestyle=":", linewidth=1)
+        ax.axvline(chance[task], color="tab:orange", linestyle="--", linewidth=1)
+        ax.set_xlabel(f"{task} (%)")
+        ax.margins(x=0.15, y=0.25)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0, 0].set_yticks(positions, frame.index)
+    axes[0, 0].invert_yaxis()
+    for ax in axes.flat[frame.shape[1] :]:
+        ax.axis("off")
+    figure.suptitle("zero-shot accuracy, higher is better; dotted: dense, dashed: guessing", fontsize=10)
+    return figure
+
+
 def speedup(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Bars of `speed-up` by `projection` and `method`, a tick at each bar's `limit`, the dense model as a line at 1.
 

@@ -41,12 +41,14 @@ class Profile:
     """Tokens per window and per test segment."""
     max_segments: int | None
     """Test segments per text; None takes all."""
+    max_questions: int | None
+    """Questions per zero-shot task; None takes all."""
 
 
 PROFILES = {
-    "smoke": Profile("smoke", n_samples=2, seq_len=64, max_segments=2),
-    "quick": Profile("quick", n_samples=32, seq_len=512, max_segments=32),
-    "paper": Profile("paper", n_samples=128, seq_len=2048, max_segments=None),
+    "smoke": Profile("smoke", n_samples=2, seq_len=64, max_segments=2, max_questions=4),
+    "quick": Profile("quick", n_samples=32, seq_len=512, max_segments=32, max_questions=200),
+    "paper": Profile("paper", n_samples=128, seq_len=2048, max_segments=None, max_questions=None),
 }
 
 
@@ -194,7 +196,7 @@ def _processor() -> str:
 
 
 def summary(records: list[Record]) -> pd.DataFrame:
-    """One row per record: perplexities, the sparsity counted in the weights, cost."""
+    """One row per record: perplexities or accuracies, the sparsity counted in the weights, cost."""
     rows = [
         {
             "method": record["config"]["row"],
@@ -211,10 +213,10 @@ def summary(records: list[Record]) -> pd.DataFrame:
 def compare(records: list[Record], item: str, metric: str = "perplexity") -> pd.DataFrame:
     """Ours beside published, where there is a published value, with the relative difference and a verdict.
 
-    `record["metrics"]` holds our values by text (perplexity) or projection (cycles); lower is better.
+    `record["metrics"]` holds our values by text (perplexity), projection (cycles) or task (accuracy_percent).
 
-    The verdict is "reproduced" within 2 %, else "better" or "worse"; runs that do not follow the published protocol
-    (another profile or sparsity) are shown and not judged.
+    The verdict is "reproduced" within 2 %, else "better" (higher for accuracy, else lower) or "worse"; runs that do not
+    follow the published protocol (another profile or sparsity, a part of the questions) are shown and not judged.
     """
     published = pd.read_csv(ROOT / "reproduce" / "published.csv")
     names = {"besa": "besa-row-wise"}
@@ -230,19 +232,22 @@ def compare(records: list[Record], item: str, metric: str = "perplexity") -> pd.
                 & (published["task"] == text)
             ]
             for _, row in wanted.drop_duplicates("value").iterrows():
-                rows.append(_comparison(config, text, ours, float(row["value"]), row["source"]))
+                rows.append(_comparison(config, text, ours, row))
     columns = ["method", "text", "ours", "published", "difference", "verdict", "source"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _comparison(config: dict[str, Any], text: str, ours: float, published: float, source: str) -> dict[str, Any]:
-    difference = ours / published - 1
-    if config["profile"] != "paper" or config["sparsity"] not in (0.0, 0.5):
+def _comparison(config: dict[str, Any], text: str, ours: float, published: pd.Series) -> dict[str, Any]:
+    value = float(published["value"])
+    difference = ours / value - 1
+    higher_is_better = published["metric"] == "accuracy_percent"
+    if config["profile"] != "paper" or config["sparsity"] not in (0.0, 0.5) or config.get("limit"):
         verdict = "not judged: other protocol"
     else:
-        verdict = "reproduced" if abs(difference) <= 0.02 else "better" if difference < 0 else "worse"
-    row = {"method": config["row"], "text": text, "ours": ours, "published": published}
-    return {**row, "difference": f"{difference:+.1%}", "verdict": verdict, "source": source}
+        better = (difference > 0) == higher_is_better
+        verdict = "reproduced" if abs(difference) <= 0.02 else "better" if better else "worse"
+    row = {"method": config["row"], "text": text, "ours": ours, "published": value}
+    return {**row, "difference": f"{difference:+.1%}", "verdict": verdict, "source": published["source"]}
 
 
 def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> str:

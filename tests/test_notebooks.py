@@ -1,5 +1,6 @@
 """The reproduce notebooks as papermill runs them, on a tiny model."""
 
+import json
 from pathlib import Path
 
 import pandas
@@ -76,4 +77,36 @@ def test_table1_refuses_bad_parameters_and_leaves_nothing_behind(tiny_folder, tm
     folder = tmp_path / "bad"
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run("table1.ipynb", folder, **({"model": str(tiny_folder)} | parameters))
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]
+
+
+def test_table2_continues_and_keeps_standard_errors_and_versions(tiny_folder, tmp_path):
+    folder, options = tmp_path / "out", {"model": str(tiny_folder), "tasks": "piqa,arc_challenge", "limit": 3}
+    run("table2.ipynb", folder, **options, methods="dense")
+    (first,) = (folder / "records").iterdir()
+    written = first.stat().st_mtime_ns
+    run("table2.ipynb", folder, **options)
+    assert len(list((folder / "records").iterdir())) == 4 and first.stat().st_mtime_ns == written
+    record = json.loads(first.read_text())
+    assert set(record["metrics"]) == set(record["stderr"]) == {"piqa", "arc_challenge", "average"}
+    assert record["config"]["limit"] == 3 and record["lm_eval"] and record["tasks"][0]["version"] == 1.0
+    table = (folder / "tiny-smoke.md").read_text()
+    assert "SMOKE RUN" in table and "3 questions per task" in table
+    for suffix in ("csv", "tex", "png", "svg"):
+        assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
+    assert len((folder / "tiny-smoke-stderr.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"tasks": "piqa,pica"}, "unknown task 'pica'"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"methods": "dense,wander"}, "unknown method 'wander'"),
+    ],
+)
+def test_table2_refuses_bad_parameters_and_leaves_nothing_behind(tiny_folder, tmp_path, parameters, message):
+    folder = tmp_path / "bad"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        run("table2.ipynb", folder, **({"model": str(tiny_folder)} | parameters))
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]

@@ -51,6 +51,18 @@ def test_comparison_finds_the_published_value_and_judges_within_two_percent(tmp_
     assert frame["source"].str.startswith("Xu et al. 2024").all()
 
 
+def test_comparison_judges_accuracies_by_the_higher_one_and_only_on_all_questions(tmp_path):
+    folder = results.open_folder("table2", str(tmp_path))
+    config = CONFIG | {"item": "table2", "row": "besa-row-wise", "limit": None}
+    outcome = OUTCOME | {"metrics": {"piqa": 79.0, "boolq": 70.0, "average": 63.0}}  # published: 76.66, 72.17, 63.13
+    frame = results.compare([results.save_record(folder, config, outcome)], "table2", "accuracy_percent").set_index(
+        "text"
+    )
+    assert dict(frame["verdict"]) == {"piqa": "better", "boolq": "worse", "average": "reproduced"}
+    part = results.save_record(folder, config | {"limit": 100}, outcome)
+    assert set(results.compare([part], "table2", "accuracy_percent")["verdict"]) == {"not judged: other protocol"}
+
+
 def test_runs_of_another_protocol_are_not_judged(tmp_path):
     folder = results.open_folder("table1", str(tmp_path))
     quick = results.save_record(folder, CONFIG | {"profile": "quick"}, OUTCOME)
