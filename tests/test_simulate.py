@@ -55,6 +55,8 @@ MASKS = {f"random {seed}, {SHAPES[seed % 8]}": random_mask(seed, *SHAPES[seed % 
     "one full column in a sparse mask": random_mask(40, 256, 256) & random_mask(41, 256, 256)
     | (torch.arange(256) == 3),
     "every column between 40 and 50 %": (torch.arange(100)[:, None] < 45).expand(100, 90),
+    "fewest cycles where the fifth move leads": (torch.arange(256)[:, None] < 235).expand(256, 256),
+    "exactly 60 % of the kept weights in dense columns": torch.arange(100)[:, None] < torch.tensor([60, 40] * 500),
     "no columns": torch.zeros(8, 0, dtype=torch.bool),
     "no rows": torch.zeros(0, 8, dtype=torch.bool),
 }
