@@ -113,3 +113,21 @@ def named_method(name: str, sparsity: float = 0.5, **fields) -> Method:
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}, besa-layer-wise, besa-row-wise")
     return methods[name](sparsity=sparsity, **fields)
+
+
+def named_methods(
+    names: str, sparsity: float = 0.5, fields: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Method | None]:
+    """Row name -> method for a comma-separated list of names; `dense` stands for no pruning (None).
+
+    Args:
+        fields: more fields of a method's dataclass, by the method's name.
+
+    Raises:
+        ValueError: an unknown or repeated name.
+    """
+    rows = names.split(",")
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"repeated method in {names!r}")
+    more = fields or {}
+    return {row: None if row == "dense" else named_method(row, sparsity, **more.get(row, {})) for row in rows}

@@ -174,6 +174,6 @@ def run_head(
     model: PreTrainedModel, hidden: Float[Tensor, "1 n hidden"], returns_tuple: bool
 ) -> Float[Tensor, "1 n vocab"]:
     """Logits of hidden states that leave the last block: final norm, head and softcap run as the model has them."""
-    stub = lambda index, _, *args, **kwargs: (hidden,) if returns_tuple else hidden  # noqa: E731
+    stub = lambda index, _, *args, **kwargs: (hidden,) if returns_tuple else hidden
     with _stubbed(find_blocks(model), stub):
         return model(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), use_cache=False).logits

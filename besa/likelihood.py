@@ -67,7 +67,7 @@ class SharedContexts(HFLM):
             warnings.warn(
                 f"{n_cut} prompts exceed the model's {self.max_length} tokens and lose their beginning", stacklevel=2
             )
-        longest = lambda members: max(len(requests[index][2]) for index in members)  # noqa: E731
+        longest = lambda members: max(len(requests[index][2]) for index in members)
         alike = defaultdict(list)  # number of choices -> (tokens to run, context, its requests)
         for context, members in groups.items():
             n_tokens = len(context) + len(members) * longest(members)

@@ -1,21 +1,10 @@
-"""What the reproduce notebooks share: profiles, run records with provenance, tables, comparison, citation."""
+"""What a run leaves behind: profiles, run records with provenance, tables, comparison with published, citation."""
 
-import contextlib
-import ctypes
-import datetime
-import gc
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from besa.provenance import ROOT, provenance
 
 Record = dict[str, Any]
 
@@ -127,74 +116,6 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-@dataclass
-class Cost:
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    """Highest resident memory of the process, or highest allocation on the GPU."""
-
-
-@contextlib.contextmanager
-def measure() -> Iterator[Cost]:
-    """Time a piece of work and take its peak memory."""
-    cost = Cost()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    _reset_peak_resident()
-    start = time.perf_counter()
-    yield cost
-    cost.seconds = time.perf_counter() - start
-    cost.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident()
-
-
-def _reset_peak_resident() -> None:
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what earlier work freed, unless asked
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def provenance() -> dict[str, Any]:
-    """Who computed: versions, commit, processor or GPU, date."""
-    packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
-    installed = {package: _version(package) for package in packages}
-    return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "modified": bool(_git("status", "--porcelain", "--", "besa", "reproduce")),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{k: v for k, v in installed.items() if v}},
-        "platform": platform.platform(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-
-
-def _git(*arguments: str) -> str:
-    with contextlib.suppress(OSError):
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return "" if result.returncode else result.stdout.strip()
-    return ""
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.is_file() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def summary(records: list[Record]) -> pd.DataFrame:
     """One row per record: perplexities or accuracies, the sparsity counted in the weights, cost."""
     rows = [
@@ -263,7 +184,7 @@ def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> s
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
     """Numbers as the paper prints them: two decimals, sparsities four."""
     digits = {column: 4 if column == "sparsity" else 0 if column == "seconds" else 2 for column in frame.columns}
-    show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value  # noqa: E731
+    show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value
     return frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
 
 

@@ -60,7 +60,7 @@ def test_pack_uses_every_token_once(local_text):
 
 
 def test_same_seed_same_windows_and_another_seed_others(local_text):
-    draw = lambda seed: besa.calibration_windows("c4", TOKENIZER, 8, 12, seed)  # noqa: E731
+    draw = lambda seed: besa.calibration_windows("c4", TOKENIZER, 8, 12, seed)
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from besa import results
+from besa import provenance, results
 
 CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
 OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
@@ -97,11 +97,11 @@ def test_profiles_by_name(monkeypatch):
 
 
 def test_measured_peak_covers_what_was_allocated_and_freed():
-    with results.measure() as little:
+    with provenance.measure() as little:
         pass
-    with results.measure() as much:
+    with provenance.measure() as much:
         torch.ones(2**27).sum()  # 512 MiB
-    with results.measure() as after:
+    with provenance.measure() as after:
         pass
     assert much.seconds > 0 and much.peak_bytes - little.peak_bytes > 2**28
     assert much.peak_bytes - after.peak_bytes > 2**28

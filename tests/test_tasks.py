@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from besa import assets, tasks
-from besa.results import ROOT
+from besa.provenance import ROOT
 
 SIZES = {
     "piqa": 1838,
@@ -82,7 +82,7 @@ def test_a_local_file_without_the_hubs_fields_is_refused(local_piqa, content):
 def test_without_hub_and_data_the_error_names_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("BESA_CACHE", str(tmp_path))
     monkeypatch.delenv("BESA_DATA", raising=False)
-    failed = lambda *_, **__: type("R", (), {"returncode": 1, "stderr": "no index"})  # noqa: E731
+    failed = lambda *_, **__: type("R", (), {"returncode": 1, "stderr": "no index"})
     monkeypatch.setattr(assets.subprocess, "run", failed)
 
     def offline(*arguments, **options):

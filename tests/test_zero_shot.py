@@ -137,7 +137,7 @@ def test_shared_contexts_give_lm_evals_log_likelihoods(tokenizer, architecture):
     """Contexts with one to four choices of one to six tokens, some longer together than the model's 32 tokens."""
     model = build(architecture, max_position_embeddings=32, **ARCHITECTURES[architecture])
     generator = torch.Generator().manual_seed(0)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
     requests = []
     for _ in range(12):
         context = [draw(1, 49152) for _ in range(draw(3, 6) if draw(0, 3) else draw(25, 40))]

