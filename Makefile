@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= auto
 
-.PHONY: venv table1 table2 table4 cost test lab clean
+.PHONY: venv table1 table2 table3 table4 cost test lab clean
 
 venv: .venv/installed
 
@@ -11,7 +11,7 @@ venv: .venv/installed
 	.venv/bin/pip install --quiet --editable '.[notebooks,dev]'
 	touch $@
 
-table1 table2 table4 cost: venv
+table1 table2 table3 table4 cost: venv
 	mkdir -p results/$@
 	.venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE) --log-output
 

@@ -9,6 +9,7 @@ from besa.evaluate import perplexity
 from besa.learn import Besa
 from besa.models import load_model
 from besa.prune import prune
+from besa.quantize import Quantize
 from besa.report import Report
 from besa.simulate import simulate_cycles
 from besa.zero_shot import ZeroShot, zero_shot
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Besa",
     "Magnitude",
+    "Quantize",
     "Report",
     "SparseGPT",
     "Wanda",

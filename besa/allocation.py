@@ -15,7 +15,7 @@ over the buckets d, d+1, ... of (dL/dW'_ij W_ij).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
 from besa.kernels import bucket_sums, masked_rows
@@ -98,20 +98,27 @@ def prune_probability(
 
 
 class _MaskedWeight(torch.autograd.Function):
-    """W' = W * M forward (Eqn. 5); straight through to beta backward (Eqn. 6), summed into candidate buckets."""
+    """W' = W * M forward (Eqn. 5); straight through to beta backward (Eqn. 6), summed into candidate buckets.
+
+    A weight that is itself learned (quantized with learned clipping) gets the masked gradient.
+    """
 
     @staticmethod
     def forward(ctx, beta, alpha, weight, ranking, out):
-        ctx.weight, ctx.buckets, ctx.shape = weight, ranking.buckets, beta.shape
         rows, columns = weight.shape
-        return masked_rows(weight, ranking.ranks, prune_counts(alpha, columns, rows), out).view_as(out)
+        ctx.weight, ctx.ranking, ctx.shape = weight.detach(), ranking, beta.shape
+        ctx.pruned = prune_counts(alpha, columns, rows)
+        return masked_rows(weight, ranking.ranks, ctx.pruned, out).view_as(out)
 
     @staticmethod
     def backward(ctx, grad):
         groups, n = ctx.shape
-        sums = bucket_sums(grad, ctx.weight, ctx.buckets, n)  # (rows, n)
+        sums = bucket_sums(grad, ctx.weight, ctx.ranking.buckets, n)  # (rows, n)
         sums = sums.view(groups, -1, n).sum(1)  # (groups, n)
-        return -sums.flip(-1).cumsum(-1).flip(-1), None, None, None, None
+        to_weight = None
+        if ctx.needs_input_grad[2]:
+            to_weight = masked_rows(grad, ctx.ranking.ranks, ctx.pruned, torch.empty_like(grad))
+        return -sums.flip(-1).cumsum(-1).flip(-1), None, to_weight, None, None
 
 
 @dataclass(frozen=True)
@@ -132,14 +139,19 @@ class Allocation:
         return cls(weight, ranking, rates, groups, smooth, torch.empty_like(weight))
 
     def __call__(
-        self, logits: Float32[Tensor, "groups n"]
+        self, logits: Float32[Tensor, "groups n"], weight: Float[Tensor, "rows columns"] | None = None
     ) -> tuple[Float[Tensor, "rows columns"], Float32[Tensor, "groups"]]:
-        """The masked weight W * M and the sparsity alpha of each row group, both differentiable in the logits."""
+        """The masked weight W * M and the sparsity alpha of each row group, both differentiable in the logits.
+
+        Args:
+            weight: masked in place of W and differentiable too: W quantized.
+        """
         beta = simplex(logits, self.smooth)
         alpha = beta @ self.rates
-        return _MaskedWeight.apply(beta, alpha, self.weight, self.ranking, self.out), alpha
+        weight = self.weight if weight is None else weight
+        return _MaskedWeight.apply(beta, alpha, weight, self.ranking, self.out), alpha
 
-    def keep_mask(self, logits: Float32[Tensor, "groups n"]):
+    def keep_mask(self, logits: Float32[Tensor, "groups n"]) -> Bool[Tensor, "rows columns"]:
         """M: True where the weight is kept, (rows, columns)."""
         alpha = simplex(logits, self.smooth) @ self.rates
         rows, columns = self.weight.shape

@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from besa.blocks import projections
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
 from besa.learn import Besa
 from besa.prune import BlockTask, Method, PrunedBlock
+from besa.quantize import Quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,26 @@ class Magnitude(Method):
 class Wanda(Method):
     """The least important weights of each row go, by |W_ij| * ||x_j||_2 (Sun et al. 2024)."""
 
+    quantize: Quantize | None = None
+    """Quantize the weights by plain min-max first and prune what that makes of them; with sparsity 0, quantize only."""
+
     name: ClassVar[str] = "wanda"
 
+    def check(self, model: PreTrainedModel) -> None:
+        if self.quantize:
+            self.quantize.check(model)
+
     def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        weights = {}
+        pruned = PrunedBlock({})
         for name, projection in projections(task.block).items():
-            scores = wanda(projection.weight, task.statistics[name])
-            weights[name] = projection.weight * _keep_largest(scores, self.sparsity)
-        return PrunedBlock(weights)
+            weight = projection.weight
+            codes = self.quantize.codes(weight) if self.quantize else None
+            scores = wanda(codes.dequantize(weight.dtype) if codes else weight, task.statistics[name])
+            keep_mask = _keep_largest(scores, self.sparsity)
+            if codes:
+                pruned.quantized[name] = codes.pruned(keep_mask)
+            pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
+        return pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +140,8 @@ def named_methods(
     Raises:
         ValueError: an unknown or repeated name.
     """
-    rows = names.split(",")
-    if len(set(rows)) < len(rows):
-        raise ValueError(f"repeated method in {names!r}")
-    more = fields or {}
+    rows, more = names.split(","), fields or {}
+    for number, row in enumerate(rows):
+        if row in rows[:number]:
+            raise ValueError(f"row {row!r} of {names!r} is repeated")
     return {row: None if row == "dense" else named_method(row, sparsity, **more.get(row, {})) for row in rows}

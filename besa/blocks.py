@@ -5,6 +5,7 @@ Nothing here names an argument of a block: the calls that the model makes are re
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -157,16 +158,80 @@ def _stubbed(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
                 block.forward = forward
 
 
+class Span(nn.ModuleList):
+    """Consecutive blocks that run as one; their projections are named `0.self_attn.q_proj`, ..."""
+
+    def forward(self, hidden: Tensor, calls: list[BlockCall]) -> Tensor:
+        for block, call in zip(self, calls, strict=True):
+            hidden = run_block(block, hidden, call)
+        return hidden
+
+
+def spans(blocks: nn.ModuleList, calls: list[BlockCall], size: int) -> dict[int, tuple[nn.Module, BlockCall]]:
+    """Every `size` blocks as one module with its call, by the first block's index; the last may hold fewer."""
+    if size == 1:
+        return dict(enumerate(zip(blocks, calls, strict=True)))
+    starts = range(0, len(blocks), size)
+    return {i: (Span(blocks[i : i + size]), BlockCall((calls[i : i + size],), {}, False)) for i in starts}
+
+
+def locate(index: int, block: nn.Module, name: str) -> tuple[int, str]:
+    """Block and name of a projection that belongs to a block, or to a span of blocks, that starts at `index`."""
+    if not isinstance(block, Span):
+        return index, name
+    offset, _, within = name.partition(".")
+    return index + int(offset), within
+
+
 def run_block(
     block: nn.Module,
     hidden: Float[Tensor, "batch seq_len hidden"],
     call: BlockCall,
     weights: dict[str, Tensor] | None = None,
-) -> Float[Tensor, "batch seq_len hidden"]:
-    """One block's output hidden states, with some projections' weights replaced for this call only."""
-    parameters = {f"{name}.weight": weight for name, weight in (weights or {}).items()}
+) -> Float[Tensor, "batch seq_len n_out"]:
+    """One block's output hidden states, with some projections' weights replaced for this call only.
+
+    The block may be any module that takes its hidden states first: a span of blocks, attention, a projection (whose
+    name in itself is empty).
+    """
+    parameters = {f"{name}.weight".lstrip("."): weight for name, weight in (weights or {}).items()}
     output = torch.func.functional_call(block, parameters, (hidden, *call.args), call.kwargs)
     return output[0] if call.returns_tuple else output
+
+
+@torch.no_grad()
+def record_part(
+    block: nn.Module,
+    part: str,
+    hidden: Float[Tensor, "n_samples seq_len hidden"],
+    call: BlockCall,
+    weights: dict[str, Tensor],
+) -> tuple[Float[Tensor, "n_samples seq_len n_in"], BlockCall, Float[Tensor, "n_samples seq_len n_out"]]:
+    """What enters a part of a block, how the part is called, and what it makes of that with its own weights.
+
+    Args:
+        part: name of a submodule that the block calls once.
+        weights: of projections outside the part, replaced for these runs.
+    """
+    module, seen = block.get_submodule(part), []
+    signature = inspect.signature(module.forward)
+
+    def hook(_, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        bound = signature.bind(*args, **kwargs)  # the hidden states come first, whatever their name
+        returns_tuple = isinstance(output, tuple)
+        rest = BlockCall(bound.args[1:], bound.kwargs, returns_tuple)
+        seen.append((bound.args[0], rest, output[0] if returns_tuple else output))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        for window in hidden.split(1):
+            run_block(block, window, call, weights)
+    finally:
+        handle.remove()
+    inputs, calls, outputs = zip(*seen, strict=True)
+    # some families flatten windows and tokens inside a block
+    stack = lambda parts: torch.stack([part.view(hidden.shape[1], -1) for part in parts])
+    return stack(inputs), calls[0], stack(outputs)
 
 
 @torch.no_grad()

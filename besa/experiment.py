@@ -1,6 +1,6 @@
 """What the reproduce notebooks run: a model and its texts, prepared once; a record per row, finished rows skipped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa import results
 from besa.data import Sampler, calibration_windows, test_tokens
 from besa.evaluate import perplexity
-from besa.models import load_model, load_tokenizer, resolve_device, resolve_dtype
+from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype
 from besa.provenance import measure
 from besa.prune import Method, prune
 from besa.report import Report
@@ -102,6 +102,17 @@ class Experiment:
         if not 1 <= n_samples <= len(self.windows):
             raise ValueError(f"n_samples {n_samples} is outside [1, {len(self.windows)}], the windows there are")
         return replace(self, windows=self.windows[:n_samples])
+
+    def check(self, methods: Iterable[Method | None]) -> None:
+        """Refuse methods that do not fit the model's shapes, before any work.
+
+        Raises:
+            ValueError: as the method's own check.
+        """
+        shapes = load_shapes(self.model)
+        for method in methods:
+            if method:
+                method.check(shapes)
 
     def row_config(self, row: str, method: Method | None) -> dict[str, Any]:
         """Everything that a row's numbers depend on, beside the code and the machine."""

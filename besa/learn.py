@@ -1,5 +1,6 @@
 """BESA: learn the sparsity allocation of one block by gradient descent on its reconstruction error (Eqn. 1-2)."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from besa.allocation import Allocation, candidate_rates, reachable_sparsity
-from besa.blocks import find_blocks, projections, run_block
+from besa.blocks import find_blocks, projections, record_part, run_block
 from besa.importance import Importance, importance
 from besa.prune import BlockTask, Method, PrunedBlock, reconstruction_error
+from besa.quantize import CLIPPING_START, Quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,11 @@ class Besa(Method):
     """Prodigy's step size factor; the published runs set it by model (reproduce/params)."""
     epochs: int = 1
     """Passes over the windows, one window per step."""
+    reconstruct: Literal["projection", "sublayer"] | int = 1
+    """What is reconstructed together, under a budget of its own: each projection, attention and MLP each by itself, or
+    this number of consecutive blocks (published: one)."""
+    quantize: Quantize | None = None
+    """Quantize the weights too, their clipping learned beside the allocation (joint compression, Eqn. 7)."""
     seed: int | None = None
     """None takes the windows in their order in every epoch (published); a number shuffles them anew each epoch."""
 
@@ -54,6 +61,15 @@ class Besa(Method):
             raise ValueError(f"candidates {self.candidates} is outside [2, 256]")
         if self.epochs < 1 or self.penalty <= 0 or self.d_coef <= 0:
             raise ValueError(f"epochs ({self.epochs}), penalty ({self.penalty}) and d_coef must be positive")
+        if self.reconstruct not in ("projection", "sublayer") and (
+            isinstance(self.reconstruct, str) or self.reconstruct < 1
+        ):
+            raise ValueError(f"reconstruct {self.reconstruct!r} is not 'projection', 'sublayer' or a number of blocks")
+        if isinstance(self.reconstruct, str) and self.targets == "dense":
+            raise ValueError(
+                f"reconstruct {self.reconstruct!r} with targets 'dense': only whole blocks have the "
+                "dense model's outputs; take targets 'pruned'"
+            )
         lowest, highest = reachable_sparsity(self.candidates, self.smooth)
         if not lowest < self.sparsity < highest:
             raise ValueError(
@@ -66,56 +82,96 @@ class Besa(Method):
         return self.importance == "sparsegpt"
 
     @property
-    def passes(self) -> int:
-        return self.epochs
+    def span(self) -> int:
+        return self.reconstruct if isinstance(self.reconstruct, int) else 1
+
+    def passes(self, block: nn.Module) -> int:
+        parts = self._parts(block)
+        return self.epochs * len(parts)
 
     def check(self, model: PreTrainedModel) -> None:
         for index, block in enumerate(find_blocks(model)):
             for name, projection in projections(block).items():
-                if projection.weight.shape[0] % self._group_rows(projection.weight):
+                rows = len(projection.weight)
+                if rows % self._group_rows(projection.weight):
                     raise ValueError(
-                        f"block {index}, {name}: {projection.weight.shape[0]} rows do not divide into groups of "
-                        f"{self.row_group}"
+                        f"block {index}, {name}: {rows} rows do not divide into groups of {self.row_group}"
                     )
+        if self.quantize:
+            self.quantize.check(model)
 
     def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        """Learn the block's allocation, then mask its weights with it."""
+        """Learn the allocation of the block, or of each of its parts in turn, then mask its weights with it."""
+        whole = PrunedBlock({})
+        for part in self._parts(task.block):
+            learned = self._prune_part(_part_of(task, part, whole.weights) if part else task, tick)
+            whole.weights.update({f"{part}.{name}".strip("."): w for name, w in learned.weights.items()})
+            whole.quantized.update({f"{part}.{name}".strip("."): q for name, q in learned.quantized.items()})
+            whole.steps.extend(learned.steps)
+        return whole
+
+    def _parts(self, block: nn.Module) -> list[str]:
+        """Names of the submodules that are learned one after the other; the block's own name is empty."""
+        if self.reconstruct == "projection":
+            return list(projections(block))
+        if self.reconstruct == "sublayer":
+            return [name for name, child in block.named_children() if projections(child)]
+        return [""]
+
+    def _prune_part(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
         allocations = self._allocations(task)
-        logits, steps = self._learn(task, allocations, tick)
-        masked = {name: allocations[name](theta)[0] for name, theta in logits.items()}
-        return PrunedBlock(masked, steps)
+        logits, clipping, steps = self._learn(task, allocations, tick)
+        if not self.quantize:
+            return PrunedBlock({name: allocations[name](theta)[0] for name, theta in logits.items()}, steps)
+        quantized = {
+            name: self.quantize.codes(allocation.weight, clipping[name]).pruned(allocation.keep_mask(logits[name]))
+            for name, allocation in allocations.items()
+        }
+        weights = {name: value.dequantize(allocations[name].weight.dtype) for name, value in quantized.items()}
+        return PrunedBlock(weights, steps, quantized=quantized)
 
     def _learn(
         self, task: BlockTask, allocations: dict[str, Allocation], tick: Callable[[], Any]
-    ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-        """Minimize Eqn. 2 over the windows, one Prodigy step per window; returns logits by projection and the log."""
-        # One flat parameter, starting at 0: every candidate equally likely, sparsity one half.
-        shapes = {name: (allocation.groups, self.candidates) for name, allocation in allocations.items()}
-        sizes = [groups * candidates for groups, candidates in shapes.values()]
-        flat = nn.Parameter(torch.zeros(sum(sizes), device=task.inputs.device))
-        optimizer = prodigyopt.Prodigy([flat], lr=1.0, d_coef=self.d_coef, weight_decay=0.0)
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, float]]]:
+        """Minimize Eqn. 2 over the windows, one step per window; returns logits, clipping and the log."""
+        # Starting at 0, every candidate is equally likely: sparsity one half.
+        logits = _Flat({name: (a.groups, self.candidates) for name, a in allocations.items()}, 0.0, task.inputs.device)
+        optimizers = [prodigyopt.Prodigy([logits.values], lr=1.0, d_coef=self.d_coef, weight_decay=0.0)]
+        clipping = None
+        if self.quantize:
+            shapes = {name: self.quantize.clipping_shape(a.weight) for name, a in allocations.items()}
+            clipping = _Flat(shapes, CLIPPING_START, task.inputs.device)
+            optimizers.append(torch.optim.Adam([clipping.values], lr=self.quantize.lr))
         log = []
         for window in self._order(len(task.inputs)):
             with torch.enable_grad():
-                logits = {n: part.view(shapes[n]) for n, part in zip(shapes, flat.split(sizes), strict=True)}
-                error, sparsity = self._forward(task, allocations, logits, window)
+                error, sparsity = self._forward(task, allocations, logits, clipping, window)
                 loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             log.append(torch.stack([loss, error, sparsity]).detach())
             tick()
         keys = ("loss", "reconstruction_error", "sparsity")
         steps = [dict(zip(keys, values, strict=True)) for values in torch.stack(log).tolist()]
-        return {n: part.view(shapes[n]).detach() for n, part in zip(shapes, flat.split(sizes), strict=True)}, steps
+        return logits.learned(), clipping.learned() if clipping else {}, steps
 
     def _forward(
-        self, task: BlockTask, allocations: dict[str, Allocation], logits: dict[str, Tensor], window: int
+        self,
+        task: BlockTask,
+        allocations: dict[str, Allocation],
+        logits: "_Flat",
+        clipping: "_Flat | None",
+        window: int,
     ) -> tuple[Tensor, Tensor]:
         """Reconstruction error of one window and the block's sparsity, weighted by the projections' sizes."""
+        thetas, clips = logits.by_name(), clipping.by_name() if clipping else {}
         masked, zeros = {}, 0.0
         for name, allocation in allocations.items():
-            masked[name], alpha = allocation(logits[name])
+            weight = self.quantize.fake(allocation.weight, clips[name]) if self.quantize else None
+            masked[name], alpha = allocation(thetas[name], weight)
             zeros = zeros + alpha.mean() * allocation.weight.numel()
         output = run_block(task.block, task.inputs[window : window + 1], task.call, masked)
         error = reconstruction_error(output, task.targets[window : window + 1])
@@ -126,7 +182,8 @@ class Besa(Method):
         allocations = {}
         for name, projection in projections(task.block).items():
             weight = projection.weight.detach()
-            scores = importance(self.importance, weight, task.statistics[name])
+            ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
+            scores = importance(self.importance, ranked, task.statistics[name])
             groups = len(weight) // self._group_rows(weight)
             allocations[name] = Allocation.create(weight, scores, rates, groups, self.smooth)
         return allocations
@@ -140,3 +197,26 @@ class Besa(Method):
             yield from (
                 range(n_samples) if generator is None else torch.randperm(n_samples, generator=generator).tolist()
             )
+
+
+def _part_of(task: BlockTask, part: str, weights: dict[str, Tensor]) -> BlockTask:
+    """The same task for a submodule: fed by the block as it is pruned so far, it must reproduce its own output."""
+    inputs, call, targets = record_part(task.block, part, task.inputs, task.call, weights)
+    within = [name for name in task.statistics if f"{name}.".startswith(f"{part}.")]
+    statistics = {name[len(part) :].lstrip("."): task.statistics[name] for name in within}
+    return BlockTask(task.index, task.block.get_submodule(part), call, inputs, targets, statistics)
+
+
+class _Flat:
+    """Tensors by name that are views of one flat parameter, so that an optimizer's step is one operation."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], start: float, device: torch.device) -> None:
+        self.shapes = shapes
+        self.values = nn.Parameter(torch.full((sum(map(math.prod, shapes.values())),), start, device=device))
+
+    def by_name(self) -> dict[str, Tensor]:
+        parts = self.values.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts, strict=True)}
+
+    def learned(self) -> dict[str, Tensor]:
+        return {name: part.detach() for name, part in self.by_name().items()}

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from besa import assets
 
@@ -42,6 +49,17 @@ def load_model(
     with _explained(source):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=dtype), load_tokenizer(name)
     return model.to(device).eval(), tokenizer
+
+
+def load_shapes(name: str) -> PreTrainedModel:
+    """A model without its weights (on the meta device), to check a configuration against before long work.
+
+    Raises:
+        ValueError: neither hub nor folder has it.
+    """
+    source = _source(name)
+    with _explained(source), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -15,8 +15,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa.blocks import BlockCall, check_model, check_tokens, embed, find_blocks, projections, record_calls, run_block
+from besa.blocks import (
+    BlockCall,
+    check_model,
+    check_tokens,
+    embed,
+    find_blocks,
+    locate,
+    projections,
+    record_calls,
+    run_block,
+    spans,
+)
 from besa.importance import InputStatistics, collect_statistics
+from besa.quantize import QuantizedWeight
 from besa.report import Report
 
 
@@ -48,11 +60,12 @@ def prune(
         calls = record_calls(model, windows[:1])
         hidden = torch.cat([embed(model, window, calls[0].returns_tuple) for window in windows.split(1)])
         dense = hidden.clone() if method.targets == "dense" else None
-        passes = method.passes + 2 + (dense is not None)  # beside training: observe, advance, the dense stream
+        together = spans(blocks, calls, method.span)
         with tqdm(desc="windows", unit="window", leave=False, disable=not progress) as bar:
-            for index, block in enumerate(tqdm(blocks, desc=method.name, unit="block", disable=not progress)):
+            for index, (block, call) in tqdm(together.items(), desc=method.name, unit="block", disable=not progress):
+                passes = method.passes(block) + 2 + (dense is not None)  # training; observe, advance, the dense stream
                 bar.reset(len(windows) * passes)
-                _prune_block(index, block, calls[index], hidden, dense, method, report, bar.update)
+                _prune_block(index, block, call, hidden, dense, method, report, bar.update)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -67,7 +80,10 @@ def _prune_block(
     report: Report,
     tick: Callable[[], Any],
 ) -> None:
-    """Prune one block; `hidden`, and `dense` where it is used, move on to the block's output in place."""
+    """Prune one block, or a span of blocks as one.
+
+    `hidden`, and `dense` where it is used, move on to the block's output in place.
+    """
     start = time.perf_counter()
     outputs, statistics = _observe(index, block, call, hidden, method, tick)
     if dense is not None:  # Algorithm 1 as written: the dense model's own hidden states are the targets
@@ -79,6 +95,7 @@ def _prune_block(
     error, projection_errors = _advance(task, pruned.weights, tick)
     for name, projection in projections(block).items():
         projection.weight.copy_(pruned.weights[name])
+    report.quantized.update({locate(index, block, name): value.cpu() for name, value in pruned.quantized.items()})
     report.add(index, block, pruned.notes, pruned.steps, error, projection_errors, time.perf_counter() - start)
 
 
@@ -179,8 +196,8 @@ class BlockTask:
     index: int
     block: nn.Module
     call: BlockCall
-    inputs: Float[Tensor, "n_samples seq_len hidden"]
-    targets: Float[Tensor, "n_samples seq_len hidden"]
+    inputs: Float[Tensor, "n_samples seq_len n_in"]
+    targets: Float[Tensor, "n_samples seq_len n_out"]
     """What the pruned block must reproduce."""
     statistics: dict[str, InputStatistics]
 
@@ -194,6 +211,8 @@ class PrunedBlock:
     """Loss, reconstruction error and expected sparsity of each training step."""
     notes: dict[str, str] = field(default_factory=dict)
     """A remark by projection."""
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    """Where weights were quantized: what reproduces them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +224,8 @@ class Method:
 
     name: ClassVar[str]
     needs_hessian: ClassVar[bool] = False
-    passes: ClassVar[int] = 0
-    """Training passes over the windows (for the progress bar)."""
+    span: ClassVar[int] = 1
+    """Consecutive blocks that are pruned as one."""
     targets: ClassVar[str] = "pruned"
 
     def __post_init__(self) -> None:
@@ -215,6 +234,10 @@ class Method:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the configuration does not fit the model's projections."""
+
+    def passes(self, block: nn.Module) -> int:
+        """Training passes over the windows (for the progress bar)."""
+        return 0
 
     def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
         raise NotImplementedError

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from besa import figures
-from besa.blocks import projections
+from besa.blocks import locate, projections
+from besa.quantize import QuantizedWeight
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    quantized: dict[tuple[int, str], QuantizedWeight] = field(default_factory=dict, repr=False)
+    """Where the method quantized: codes, scales and zero-points by block and projection."""
 
     def add(
         self,
@@ -33,13 +36,13 @@ class Report:
         projection_errors: dict[str, float],
         seconds: float,
     ) -> None:
-        """Note one block's result."""
+        """Note the result of one block, or of a span of blocks that starts with block `index`."""
         for name, projection in projections(block).items():
-            weight = projection.weight
+            weight, (number, within) = projection.weight, locate(index, block, name)
             self.rows.append(
                 {
-                    "block": index,
-                    "projection": name,
+                    "block": number,
+                    "projection": within,
                     "rows": weight.shape[0],
                     "columns": weight.shape[1],
                     "zeros": int((weight == 0).sum()),

@@ -54,6 +54,20 @@ def resolve_profile(name: str) -> Profile:
     return PROFILES[name]
 
 
+def select(rows: dict[str, Any], names: str) -> dict[str, Any]:
+    """The rows of a comma-separated list of names, in its order.
+
+    Raises:
+        ValueError: an unknown or repeated name.
+    """
+    wanted = names.split(",")
+    for number, name in enumerate(wanted):
+        if name not in rows or name in wanted[:number]:
+            known = "repeated" if name in rows else f"unknown; known: {', '.join(rows)}"
+            raise ValueError(f"row {name!r} of {names!r} is {known}")
+    return {name: rows[name] for name in wanted}
+
+
 def open_folder(item: str, folder: str | None = None) -> Path:
     """The folder that an item's records and tables go to, made if need be.
 
@@ -137,7 +151,8 @@ def compare(records: list[Record], item: str, metric: str = "perplexity") -> pd.
     `record["metrics"]` holds our values by text (perplexity), projection (cycles) or task (accuracy_percent).
 
     The verdict is "reproduced" within 2 %, else "better" (higher for accuracy, else lower) or "worse"; runs that do not
-    follow the published protocol (another profile or sparsity, a part of the questions) are shown and not judged.
+    follow the published protocol (another profile, sparsity or number of bits, a part of the questions) are shown and
+    not judged.
     """
     published = pd.read_csv(ROOT / "reproduce" / "published.csv")
     names = {"besa": "besa-row-wise"}
@@ -162,7 +177,8 @@ def _comparison(config: dict[str, Any], text: str, ours: float, published: pd.Se
     value = float(published["value"])
     difference = ours / value - 1
     higher_is_better = published["metric"] == "accuracy_percent"
-    if config["profile"] != "paper" or config["sparsity"] not in (0.0, 0.5) or config.get("limit"):
+    others = config["sparsity"] not in (0.0, 0.5) or config.get("limit") or config.get("bits", 4) != 4
+    if config["profile"] != "paper" or others:
         verdict = "not judged: other protocol"
     else:
         better = (difference > 0) == higher_is_better

@@ -47,6 +47,21 @@ def test_table1_continues_where_it_was_interrupted(tiny_folder, tmp_path):
     assert (broken / "tiny-smoke-besa-row-wise-allocation.png").is_file()
 
 
+def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):
+    folder = tmp_path / "table3"
+    run("table3.ipynb", folder, model=str(tiny_folder), methods="dense,joint-wanda", datasets="wiki")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    run("table3.ipynb", folder, model=str(tiny_folder), datasets="wiki")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
+    assert list(table.index) == ["dense", "quantized", "joint-wanda", "joint-besa"]
+    # a bit of mask, 4 bits per weight that is not 0, and 24 bits per row of scale and zero-point
+    assert table.loc["dense", "bits/weight"] in (16, 32)
+    assert table.loc["quantized", "bits/weight"] > table.loc["joint-wanda", "bits/weight"] > 1 + 4 * 0.49
+    for suffix in ("md", "tex", "png", "svg"):
+        assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
+
+
 def test_table4_counts_cycles_per_row_and_continues(tiny_folder, tmp_path):
     folder = tmp_path / "table4"
     run("table4.ipynb", folder, model=str(tiny_folder), methods="dense,wanda")
@@ -95,6 +110,21 @@ def test_table2_continues_and_keeps_standard_errors_and_versions(tiny_folder, tm
     for suffix in ("csv", "tex", "png", "svg"):
         assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
     assert len((folder / "tiny-smoke-stderr.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"bits": 5}, "bits 5 is not 2, 3, 4 or 8"),
+        ({"methods": "dense,joint-wander"}, "row 'joint-wander' of 'dense,joint-wander' is unknown"),
+        ({"group_size": 7, "methods": "dense,joint-besa"}, "16 columns do not divide into groups of 7"),
+    ],
+)
+def test_table3_refuses_bad_parameters_and_leaves_nothing_behind(tiny_folder, tmp_path, parameters, message):
+    folder = tmp_path / "bad"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        run("table3.ipynb", folder, **({"model": str(tiny_folder), "methods": "joint-besa"} | parameters))
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]
 
 
 @pytest.mark.parametrize(
