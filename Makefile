@@ -1,8 +1,9 @@
 # `make table1` and `make test` do all their set-up from a fresh clone: environment, assets, run.
 PYTHON ?= python3
 PROFILE ?= auto
+ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
 
-.PHONY: venv table1 table2 table3 table4 cost test lab clean
+.PHONY: venv $(ITEMS) reproduce report test lab clean
 
 venv: .venv/installed
 
@@ -11,9 +12,18 @@ venv: .venv/installed
 	.venv/bin/pip install --quiet --editable '.[notebooks,dev]'
 	touch $@
 
-table1 table2 table3 table4 cost: venv
+$(ITEMS): venv
 	mkdir -p results/$@
 	.venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE) --log-output
+	.venv/bin/python reproduce/report.py
+
+# One after the other; a failing notebook stops no other and shows in the exit status. Finished rows are skipped.
+reproduce: PROFILE := quick
+reproduce:
+	$(MAKE) -k -j1 $(ITEMS) PROFILE=$(PROFILE); status=$$?; $(MAKE) report && exit $$status
+
+report: venv
+	.venv/bin/python reproduce/report.py
 
 test: venv
 	.venv/bin/ruff check .

@@ -62,7 +62,8 @@ def provenance() -> dict[str, Any]:
     installed = {package: _version(package) for package in packages}
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
-        "modified": bool(_git("status", "--porcelain", "--", "besa", "reproduce")),
+        # Not the README there: `make report` writes it from the records.
+        "modified": bool(_git("status", "--porcelain", "--", "besa", "reproduce", ":!reproduce/README.md")),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{k: v for k, v in installed.items() if v}},

@@ -1,0 +1,177 @@
+"""Write reproduce/README.md and results/index.html from the notebooks and from what their runs left.
+
+`python reproduce/report.py`, or `make report`; the same inputs give the same bytes. A record or table that cannot be
+read is skipped, and named in both files and on the terminal. How the files look is in reproduce/templates.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import mistune
+import nbformat
+import pandas as pd
+
+from besa.provenance import ROOT
+from besa.results import PAPER_BIBTEX, citation, slug, write_text
+
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
+
+
+@dataclass
+class Item:
+    """One notebook, and what its runs left in its folder under results/."""
+
+    name: str
+    title: str
+    claim: str = ""
+    params: str = ""
+    """The recipe of a paper model that the notebook names."""
+    runs: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """A row per record, by what the names of their files start with: model and profile, or "" for other names."""
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)
+    published: pd.DataFrame | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def read(self, read: Callable[..., Any], path: Path, *arguments: Any) -> Any:
+        """`read(path, ...)`; None, and a line in `skipped`, if it cannot be read."""
+        try:
+            return read(path, *arguments)
+        except UNREADABLE as error:
+            self.skipped.append(f"{path.name} ({type(error).__name__}: {error})")
+
+    def of_run(self, run: str, names: list[str]) -> list[str]:
+        """The files of a run; for "" those of no other."""
+        owner = lambda name: next((key for key in self.runs if key and f"{name}-".startswith(f"{key}-")), "")
+        return [name for name in names if owner(name) == run]
+
+    def title_of(self, run: str) -> str:
+        return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
+
+    def verdict(self, name: str) -> str:
+        """How a run's numbers compare with the published ones; without any, with each other."""
+        if "verdict" in (compared := self.tables.get(f"{name}-published", pd.DataFrame())):
+            counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
+            return f"{self.title_of(name)}: of {len(compared)} published numbers {counts}"
+        run = self.runs[name].query("metrics.notna() and row != 'dense'")
+        scores = pd.DataFrame(list(run["metrics"]), index=run["row"])
+        if (n := scores.shape[1]) > 3:  # too many for one line
+            scores = scores[["average"]] if "average" in scores else scores.mean(axis=1).to_frame(f"mean of {n}")
+        scores = scores.dropna(axis=1, how="all")
+        if not scores.index.is_unique or run["model"].nunique() > 1:  # several runs: no row stands for its method
+            scores = pd.DataFrame()
+        higher = self.published is not None and "accuracy_percent" in set(self.published["metric"])
+        found = [outcome(scores[text].dropna(), higher) for text in scores]
+        return f"not comparable: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
+
+
+def outcome(values: pd.Series, higher_is_better: bool) -> str:
+    """The best row, and BESA and Wanda beside it."""
+    values = values.sort_values(ascending=not higher_is_better, kind="stable")
+    others = [f"{row} {values[row]:.2f}" for row in values.index[1:] if row in ("besa-row-wise", "wanda")]
+    return f"{values.name}: best {values.index[0]} {values.iloc[0]:.2f}" + f" ({', '.join(others)})" * bool(others)
+
+
+def read_notebook(path: Path) -> Item:
+    """Title, claim and recipe from a notebook's first cell.
+
+    Raises:
+        ValueError: it is not a notebook that starts with a heading.
+    """
+    try:
+        text = nbformat.read(path, as_version=4).cells[0].source
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a notebook ({type(error).__name__})") from error
+    if not text.startswith("# "):
+        raise ValueError(f"the first cell of {path} does not start with a heading")
+    claim = next((part for part in text.split("\n\n") if part.startswith("**Claim**")), "")
+    params = re.search(r"reproduce/params/[\w.-]+\.yaml|$", text)
+    return Item(path.stem, text.splitlines()[0][2:], claim, params[0])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What the page says of a record."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    config, source = record["config"], record["provenance"]
+    metrics = {text: float(value) for text, value in record.get("metrics", {}).items()}
+    facts = {"row": config["row"], "model": slug(config["model"]), "profile": config["profile"], "file": path.name}
+    facts |= {"config_hash": record["config_hash"], "metrics": metrics or None, "date": source["date"]}
+    facts |= {"commit": source["commit"][:12] + " (modified)" * source["modified"], "hardware": source["hardware"]}
+    facts |= {"versions": ", ".join(f"{name} {version}" for name, version in source["versions"].items())}
+    return facts | {"citation": citation([record]).removeprefix(PAPER_BIBTEX).strip()}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table as `besa.results.write_table` wrote it: rounded, as text, its caption in `attrs`."""
+    caption, _, table = path.read_text(encoding="utf-8").partition("\n\n")
+    if not caption.startswith("**"):
+        raise ValueError("not a table with its caption")
+    options = {"sep": r"\s*\|\s*", "engine": "python", "dtype": str, "keep_default_na": False, "index_col": False}
+    frame = pd.read_csv(StringIO(table), **options).iloc[1:, 1:-1]
+    frame.attrs["caption"] = caption.strip("*\n")
+    return frame
+
+
+def read_published(path: Path, item: str) -> pd.DataFrame | None:
+    """What the paper printed for an item, one column per task, as text."""
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False).query("item == @item")
+    table = rows.pivot_table("value", ["model", "method", "metric"], "task", aggfunc="first", sort=False)
+    table.attrs["caption"] = f"By the paper, not run here: {'; '.join(rows['source'].unique())}."
+    return None if rows.empty else table.fillna("").reset_index()
+
+
+def alignment(table: pd.DataFrame) -> list[str]:
+    """Whether each column of a table holds numbers or text."""
+    numbers = lambda column: pd.to_numeric(column.str.rstrip("%"), errors="coerce").notna() | column.isin(["", "nan"])
+    return ["number" if numbers(column).all() else "text" for _, column in table.items()]
+
+
+def read_item(item: Item, folder: Path, published: Path) -> Item:
+    """Add what the runs of an item left in its folder."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    item.published = item.read(read_published, published, item.name)
+    tables = {path.stem: item.read(read_table, path) for path in folder.glob("*.md")}
+    item.tables = {name: tables[name] for name in sorted(tables) if tables[name] is not None}
+    item.figures = sorted(path.stem for path in folder.glob("*.png"))
+    records = [item.read(read_record, path) for path in sorted(folder.glob("records/*.json"))]
+    for record in sorted(filter(None, records), key=lambda record: record["date"]):
+        run = f"{record['model']}-{record['profile']}"
+        named = any(f"{name}-".startswith(f"{run}-") for name in [*item.tables, *item.figures])
+        found.setdefault(run if named else "", []).append(record)
+    item.runs = {run: pd.DataFrame(found[run]) for run in sorted(found)}
+    return item
+
+
+def build(reproduce: Path, results: Path) -> tuple[dict[Path, str], list[str]]:
+    """Both files' text by path, and what was skipped.
+
+    Raises:
+        ValueError: a notebook cannot be read.
+    """
+    items = [read_notebook(path) for path in reproduce.glob("*.ipynb")]
+    items.sort(key=lambda item: (not item.title.startswith("Table"), item.title))
+    items = [read_item(item, results / item.name, reproduce / "published.csv") for item in items]
+    loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"markdown": mistune.create_markdown(), "alignment": alignment}
+    values = {"items": items, "paper": PAPER_BIBTEX}
+    values |= {"results": os.path.relpath(results, reproduce), "reproduce": os.path.relpath(reproduce, results)}
+    files = {reproduce / "README.md": "README.md", results / "index.html": "index.html"}
+    texts = {path: environment.get_template(name).render(values) + "\n" for path, name in files.items()}
+    return texts, [f"{item.name}/{line}" for item in items for line in item.skipped]
+
+
+if __name__ == "__main__":
+    written, skipped = build(ROOT / "reproduce", ROOT / "results")
+    for path, text in written.items():
+        write_text(path, text)
+        print(path)
+    print(*(f"skipped {line}" for line in skipped), sep="\n", end="\n" * bool(skipped), file=sys.stderr)

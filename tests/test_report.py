@@ -1,0 +1,137 @@
+"""The page of all results, built from records in a temporary folder."""
+
+import re
+import runpy
+import shutil
+from html import unescape
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+from matplotlib.figure import Figure
+
+from besa import results
+from besa.provenance import ROOT
+
+build = runpy.run_path(str(ROOT / "reproduce" / "report.py"))["build"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """reproduce/ with two notebooks, and an empty results/."""
+    reproduce = tmp_path / "reproduce"
+    reproduce.mkdir()
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "reproduce" / "published.csv", reproduce)
+    write_notebook(reproduce / "cost.ipynb", "# Cost, <measured>\n\n**Claim**: little.\n\n**Here**: all.")
+    write_notebook(reproduce / "table1.ipynb", "# Table 1\n\n**Claim**: `-f`\n\n`-f reproduce/params/llama-7b.yaml`")
+    return reproduce, tmp_path / "results"
+
+
+def write_notebook(path, text):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), path)
+
+
+def run(folders, model, profile, caption="Perplexity", **perplexities):
+    """What a notebook leaves: a record per row, a table, the comparison and a figure."""
+    folder = results.open_folder("table1", str(folders[1] / "table1"))
+    config = {"item": "table1", "model": model, "profile": profile, "sparsity": 0.5}
+    outcome = {"sparsity": 0.5, "seconds": 1.0, "peak_bytes": 2**30}
+    rows = {row.replace("_", "-"): {"wikitext2": value} for row, value in perplexities.items()}
+    records = [
+        results.save_record(folder, config | {"row": row}, outcome | {"metrics": metrics})
+        for row, metrics in rows.items()
+    ]
+    stem = f"{results.slug(model)}-{profile}"
+    results.write_table(results.summary(records), folder, stem, caption)
+    if len(compared := results.compare(records, "table1")):
+        results.write_table(compared.set_index("method"), folder, f"{stem}-published", "Ours beside published")
+    results.save_figure(Figure(), folder, stem)
+    return records
+
+
+def build_texts(folders):
+    texts, skipped = build(*folders)
+    readme, page = texts.values()
+    return readme, page, skipped
+
+
+def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
+    records = run(folders, "llama-7b", "paper", wanda=7.3, besa_row_wise=8.0)  # published: 7.26, 6.86
+    run(folders, "smollm2-135m", "quick", dense=20.0, sparsegpt=40.0, wanda=50.123, besa_row_wise=45.0)
+    readme, page, skipped = build_texts(folders)
+    assert not skipped
+    judged = "llama-7b, paper: of 2 published numbers 1 reproduced, 1 worse"
+    embedded = "smollm2-135m, quick; wikitext2: best sparsegpt 40.00 (besa-row-wise 45.00, wanda 50.12)"
+    for text in (readme, page):
+        assert judged in text and f"not comparable: {embedded}" in text
+    source = records[0]["provenance"]
+    for shown in (
+        source["commit"][:12],
+        source["date"][:10],
+        source["hardware"],
+        f"torch {source['versions']['torch']}",
+    ):
+        assert shown in unescape(page)
+    assert all(f">{record['config_hash']}</a>" in page for record in records)
+    assert page.count("@misc{besa-") == 2 and page.count("@inproceedings{xu2024besa,") == 1
+    assert "<mark>published</mark> Ours beside published" in page
+    assert '<td class="number">50.12</td>' in page  # rounded as the written table is
+
+
+def test_all_links_lead_to_files(folders):
+    run(folders, "org/my model #1", "quick", wanda=7.3)
+    readme, page, _ = build_texts(folders)
+    linked = re.findall(r'(?:href|src)="([^"#]+)"', page)
+    assert len(linked) > 8 and all((folders[1] / unquote(unescape(link))).is_file() for link in linked)
+    assert "://" not in "".join(linked)
+    (folders[1] / "index.html").touch()
+    linked = re.findall(r"\]\(([^)]+)\)", readme)
+    assert len(linked) >= 6 and all((folders[0] / unquote(link)).exists() for link in linked)
+
+
+def test_titles_order_and_recipe_come_from_the_notebooks(folders):
+    readme, page, _ = build_texts(folders)
+    rows = [line for line in readme.splitlines() if "make " in line and line.startswith("|")]
+    assert len(rows) == 2 and rows[0].startswith("| Table 1 |") and rows[1].startswith("| Cost, &lt;measured&gt; |")
+    assert "results/table1/llama-7b.ipynb -f reproduce/params/llama-7b.yaml" in rows[0] and "-f" not in rows[1]
+    assert all(row.count("not run yet") == 2 for row in rows)
+    assert page.count("Not run yet.") == 2 and "<strong>Claim</strong>: little." in page and "all." not in page
+
+
+def test_text_from_records_and_captions_is_escaped(folders):
+    run(folders, "<script>x|y", "quick", caption="<img src=x> & more", wanda=7.3)
+    readme, page, _ = build_texts(folders)
+    assert "<script" not in readme + page and "<img src=x>" not in page
+    assert "&lt;img src=x&gt; &amp; more" in page and r"&lt;script&gt;x\|y" in readme
+
+
+def test_broken_records_and_tables_are_skipped_by_name(folders):
+    run(folders, "llama-7b", "quick", wanda=7.3, besa_row_wise=6.8)
+    records = folders[1] / "table1" / "records"
+    (records / "broken.json").write_text("{")
+    (records / "empty.json").write_text('{"config": {}}')
+    (folders[1] / "table1" / "notes.md").write_text("nothing")
+    readme, page, skipped = build_texts(folders)
+    assert [line.split(" ")[0] for line in skipped] == ["table1/notes.md", "table1/broken.json", "table1/empty.json"]
+    for name in ("broken.json", "empty.json", "notes.md"):
+        assert name in readme and name in page
+    assert "2 not judged: other protocol" in readme
+
+
+def test_rows_of_several_runs_are_not_ranked(folders):
+    run(folders, "smollm2-135m", "quick", wanda=50.0)
+    folder, config = folders[1] / "table1", {"item": "table1", "model": "smollm2-135m", "profile": "quick"}
+    results.save_record(folder, config | {"row": "wanda", "seed": 1}, {"metrics": {"wikitext2": 60.0}})
+    assert "smollm2-135m, quick; see the tables" in build_texts(folders)[0]
+
+
+def test_a_broken_notebook_is_named(folders):
+    (folders[0] / "table9.ipynb").write_text("{")
+    with pytest.raises(ValueError, match=r"table9.ipynb is not a notebook"):
+        build(*folders)
+
+
+def test_the_committed_report_is_up_to_date():
+    for path, text in build(ROOT / "reproduce", ROOT / "results")[0].items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make report`"
