@@ -1,7 +1,7 @@
 """Name -> text -> calibration windows (n_samples, seq_len) and test token streams (n_tokens,).
 
-A text is looked for in `$BESA_DATA/<name>/<split>.jsonl` (a `text` field per line), then among the embedded
-assets, then on the Hugging Face hub.
+A text is looked for in `$BESA_DATA/<name>/<split>.jsonl` (a `text` field per line; any name, splits train and test),
+then among the embedded assets, then on the Hugging Face hub.
 """
 
 import json
@@ -118,10 +118,9 @@ test_tokens.__test__ = False  # a function of the module, not a test for pytest 
 def load_documents(name: str, split: str) -> list[str]:
     """The documents of one split of a text, in their order at the source."""
     text = _text(name)
-    folder = os.environ.get("BESA_DATA")
-    local = Path(folder).expanduser() / name / f"{split}.jsonl" if folder else None
-    if local and local.is_file():
-        return _read_jsonl(local)
+    folder = _local(name)
+    if folder and (folder / f"{split}.jsonl").is_file():
+        return _read_jsonl(folder / f"{split}.jsonl")
     if name == "sotu":
         return _sotu(split)
     if name == "wiki":
@@ -137,10 +136,22 @@ def _read_jsonl(path: Path) -> list[str]:
         raise ValueError(f"{path}: every line must be a JSON object with a 'text' field ({error!r})") from error
 
 
+def _local(name: str) -> Path | None:
+    """The folder `$BESA_DATA/<name>`, where it is there."""
+    base = os.environ.get("BESA_DATA")
+    folder = Path(base).expanduser() / name if base else None
+    return folder if folder and folder.is_dir() else None
+
+
 def _text(name: str) -> Text:
-    if name not in TEXTS:
-        raise ValueError(f"unknown text {name!r}; known: {', '.join(TEXTS)}")
-    return TEXTS[name]
+    if name in TEXTS:
+        return TEXTS[name]
+    if _local(name):
+        return Text(separator="\n\n")
+    raise ValueError(
+        f"unknown text {name!r}; known: {', '.join(TEXTS)}, or a folder $BESA_DATA/{name} "
+        f"(BESA_DATA={os.environ.get('BESA_DATA')!r})"
+    )
 
 
 def _sotu(split: str) -> list[str]:
@@ -162,7 +173,8 @@ def _wiki(split: str) -> list[str]:
 def _from_hub(name: str, text: Text, split: str) -> list[str]:
     import datasets  # slow to import, and only the hub needs it
 
-    assert text.hub is not None
+    if text.hub is None:
+        raise FileNotFoundError(f"the text {name!r} has no {split}.jsonl in {_local(name)}")
     if split not in text.hub:
         raise ValueError(f"the text {name!r} has the splits {', '.join(text.hub)}, not {split!r}")
     builder = "parquet" if text.hub[split].endswith(".parquet") else "json"

@@ -118,3 +118,14 @@ def test_embedded_texts_are_split_by_speech_and_article():
     articles = load_documents("wiki", "test")
     assert len(articles) == 1095
     assert articles[0].startswith("2007 European Parliament election in Romania") and "<doc" not in " ".join(articles)
+
+
+def test_a_folder_of_ones_own_is_a_text_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "test.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"unknown text 'mine'; known: .*\$BESA_DATA/mine"):
+        besa.test_tokens("mine", TOKENIZER)
+    monkeypatch.setenv("BESA_DATA", str(tmp_path))
+    assert besa.test_tokens("mine", TOKENIZER).tolist() == TOKENIZER("one\n\ntwo")["input_ids"]
+    with pytest.raises(FileNotFoundError, match=r"'mine' has no train.jsonl in .*mine"):
+        besa.calibration_windows("mine", TOKENIZER, 1, 2)
