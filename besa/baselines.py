@@ -109,8 +109,19 @@ def _prune_columns(
 def _keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
     """False for the floor(sparsity * columns) lowest scores of each row; of equals, the first go."""
     n_pruned = int(sparsity * scores.shape[1])
-    lowest = scores.sort(dim=1, stable=True).indices[:, :n_pruned]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
+    if n_pruned == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = _nth_lowest(scores, n_pruned)
+    lower, equal = scores < threshold, scores == threshold
+    n_equal = n_pruned - lower.sum(dim=1, keepdim=True)  # that go; at least one does
+    return ~(lower | equal & (equal.cumsum(dim=1, dtype=torch.int32) <= n_equal))
+
+
+def _nth_lowest(scores: Float[Tensor, "rows columns"], n: int) -> Float[Tensor, "rows 1"]:
+    """Of each row, counted from 1."""
+    if scores.device.type == "cpu":
+        return scores.kthvalue(n, dim=1, keepdim=True).values
+    return scores.sort(dim=1).values[:, n - 1 : n]  # on one long row 20 times as fast as kthvalue (pytorch #75599)
 
 
 def named_method(name: str, sparsity: float = 0.5, **fields) -> Method:

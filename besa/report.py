@@ -1,15 +1,16 @@
 """What pruning did: one row per block and projection, one entry per training step."""
 
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from torch import nn
 
-from besa import figures
 from besa.blocks import locate, projections
 from besa.quantize import QuantizedWeight
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 
 @dataclass
@@ -68,8 +69,10 @@ class Report:
         """
         return pd.DataFrame(self.rows)
 
-    def plot_allocation(self, ax: Axes | None = None) -> Axes:
+    def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
         """Heat map of the sparsity, blocks x projections."""
+        from besa import figures  # matplotlib is slow to import
+
         return figures.allocation(self.to_frame(), ax)
 
     def __str__(self) -> str:

@@ -14,14 +14,14 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import lm_eval.tasks
 import pyarrow
-from lm_eval.api.task import ConfigurableTask
 
 from besa import assets
+
+if TYPE_CHECKING:
+    import lm_eval.api.task
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,19 @@ def check_tasks(names: Sequence[str]) -> None:
         raise ValueError(f"a task is named twice: {', '.join(names)}")
 
 
-def load_task(name: str) -> ConfigurableTask:
+def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
     """lm-eval's task of that name, without examples in the prompt.
 
     Raises:
         ValueError: unknown task, or a local file that lacks one of the hub's fields.
         FileNotFoundError: the documents are neither local nor embedded and the hub did not deliver them.
     """
+    import lm_eval.tasks  # slow to import, and only zero-shot tasks need it
+
     check_tasks([name])
     documents = _documents(name)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        definition = json.dumps(_definition(name, documents))  # JSON is YAML
+        definition = json.dumps(_definition(name, documents, Path(lm_eval.tasks.__file__).parent))  # JSON is YAML
         (Path(folder) / f"{name}.yaml").write_text(definition, encoding="utf-8")
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
         try:
@@ -107,12 +109,12 @@ def load_task(name: str) -> ConfigurableTask:
             raise FileNotFoundError(_ways_out(name, error)) from error
 
 
-def _definition(name: str, documents: Path | None) -> dict[str, Any]:
-    """What is said in place of lm-eval's own file; without documents, only that no split but the scored one counts."""
+def _definition(name: str, documents: Path | None, builtin: Path) -> dict[str, Any]:
+    """What is said in place of lm-eval's own file, which lies below `builtin`; without documents, only that no split
+    but the scored one counts."""
     source = TASKS[name]
-    builtin = Path(lm_eval.tasks.__file__).parent / source.definition
     scored = source.split if source.split == "validation" else None
-    changes = {"include": str(builtin), "task": name, "num_fewshot": 0, "training_split": None}
+    changes = {"include": str(builtin / source.definition), "task": name, "num_fewshot": 0, "training_split": None}
     changes["validation_split"] = scored  # else lm-eval lists the examples that zero-shot never shows
     if documents:
         files = {"data_files": {source.split: str(documents)}}
@@ -153,6 +155,8 @@ def _ways_out(name: str, error: Exception) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars for files of a few MB and no warnings about what lm-eval's own definitions leave to defaults."""
+    import datasets  # slow to import
+
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lm_eval
 import pandas as pd
-from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.likelihood import SharedContexts
 from besa.tasks import TASKS, check_tasks, load_task
 
 
@@ -86,6 +83,10 @@ def zero_shot(
         ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context.
         FileNotFoundError: the questions are neither local nor embedded and the hub did not deliver them.
     """
+    import lm_eval.evaluator  # slow to import, and only here needed
+
+    from besa.likelihood import SharedContexts
+
     check_request(tasks, limit, batch_size)
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
@@ -93,7 +94,7 @@ def zero_shot(
     training = model.training
     try:
         lm = SharedContexts(model, tokenizer, batch_size, progress)
-        outcome = evaluate(lm, loaded, samples=samples)
+        outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=samples)
     finally:
         model.train(training)
     rows = [_row(name, outcome, available[name]) for name in tasks]

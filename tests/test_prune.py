@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import besa
+from besa.baselines import _keep_largest
 from besa.blocks import projections
 from besa.importance import InputStatistics, inverse_cholesky
 
@@ -115,6 +116,24 @@ def test_magnitude_prunes_each_projections_smallest_weights(tiny_llama, windows)
     weight = dense["model.layers.2.mlp.gate_proj.weight"]
     threshold = weight.abs().flatten().sort().values[int(0.3 * weight.numel())]
     assert torch.equal(tiny_llama.model.layers[2].mlp.gate_proj.weight != 0, weight.abs() >= threshold)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.randn(1, 40000, generator=torch.Generator().manual_seed(0)).bfloat16().float().abs(),
+        torch.randn(50, 800, generator=torch.Generator().manual_seed(1)).mul(2).round().abs(),
+        torch.zeros(3, 5),
+    ],
+    ids=["one row of bfloat16", "rows of a few values", "all equal"],
+)
+def test_of_equal_scores_the_first_go_as_in_a_stable_sort(scores, sparsity):
+    n_pruned = int(sparsity * scores.shape[1])
+    expected = torch.ones_like(scores, dtype=torch.bool)
+    expected.scatter_(1, scores.sort(dim=1, stable=True).indices[:, :n_pruned], False)
+    assert torch.equal(_keep_largest(scores, sparsity), expected)
+    assert ((~expected).sum(dim=1) == n_pruned).all()
 
 
 def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses():

@@ -88,7 +88,7 @@ def test_without_hub_and_data_the_error_names_both_ways_out(monkeypatch, tmp_pat
     def offline(*arguments, **options):
         raise ConnectionError("no hub")
 
-    monkeypatch.setattr(tasks.datasets, "load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(FileNotFoundError, match=r"(?s)'boolq'.*ConnectionError.*BESA_DATA/boolq/validation.jsonl.*pip"):
         tasks.load_task("boolq")
 
