@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import results
+from besa.blocks import find_blocks
 from besa.data import Sampler, calibration_windows, test_tokens
 from besa.evaluate import perplexity
 from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype
@@ -113,6 +114,11 @@ class Experiment:
         for method in methods:
             if method:
                 method.check(shapes)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the model."""
+        return len(find_blocks(load_shapes(self.model)))
 
     def row_config(self, row: str, method: Method | None) -> dict[str, Any]:
         """Everything that a row's numbers depend on, beside the code and the machine."""

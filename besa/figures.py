@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 
@@ -108,6 +109,158 @@ def speedup(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0, 1.35 * max([1.0, *frame["limit"]]))
     ax.legend(ncols=3, fontsize=8, loc="upper center", frameon=False)
     return ax
+
+
+def by_setting(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> Figure:
+    """A row of panels per text: perplexity over `setting`, a panel per value of `panel`, a line per value of `line`.
+
+    What lies 30 % above its row's median is an arrow at the upper edge with its value, lest it flatten the rest.
+
+    Args:
+        frame: `text`, `panel`, `line`, `setting`, `perplexity` and `baseline` (True is ringed). Settings that are all
+            words have no order: they are not connected.
+        references: perplexities drawn as horizontal lines, indexed by name, one column per text.
+    """
+    texts, panels, lines = (list(dict.fromkeys(frame[column])) for column in ("text", "panel", "line"))
+    settings = {panel: list(dict.fromkeys(frame.loc[frame["panel"] == panel, "setting"])) for panel in panels}
+    widths = [len(settings[panel]) + 0.4 for panel in panels]
+    size = (1.4 + max(0.68 * sum(widths), 2.6 + 0.4 * len(lines)), 0.7 + 2.5 * len(texts))
+    figure, axes = plt.subplots(
+        len(texts), len(panels), figsize=size, sharey="row", squeeze=False, layout="constrained", width_ratios=widths
+    )
+    for text, row in zip(texts, axes, strict=True):
+        edge = 1.3 * frame.loc[frame["text"] == text, "perplexity"].median()
+        for panel, ax in zip(panels, row, strict=True):
+            inside = frame[(frame["text"] == text) & (frame["panel"] == panel)]
+            _settings_panel(ax, inside, settings[panel], lines, edge)
+            for number, (label, value) in enumerate(references[text].items() if references is not None else ()):
+                if value < edge:
+                    ax.axhline(value, color="grey", linestyle=(":", "--", "-.")[number % 3], linewidth=1, label=label)
+            ax.set_xlabel(panel)
+        row[0].set_ylabel(f"perplexity on {text}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if frame["baseline"].any():
+        handles.append(Line2D([], [], marker="o", markersize=11, fillstyle="none", color="black", linestyle="none"))
+        labels.append("baseline")
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+    return figure
+
+
+def _settings_panel(ax: Axes, frame: pd.DataFrame, settings: list, lines: list[str], edge: float) -> None:
+    """One panel of `by_setting`."""
+    style = "o-" if any(isinstance(setting, int) for setting in settings) else "o"
+    highest = frame.groupby("setting")["perplexity"].max()
+    for number, line in enumerate(lines):
+        rows = frame[frame["line"] == line]
+        x = [settings.index(setting) for setting in rows["setting"]]
+        shown = rows["perplexity"].where(rows["perplexity"] < edge)
+        ax.plot(x, shown, style, color=f"C{number}", label=line, linewidth=1)
+        for place, (_, point) in zip(x, rows.iterrows(), strict=True):
+            value, cut = point["perplexity"], point["perplexity"] >= edge
+            above = value == highest[point["setting"]] and not cut
+            offset, va = ((0, 7), "bottom") if above else ((0, -7), "top")
+            ax.annotate(
+                f"{value:.2f}",
+                (place, min(value, edge)),
+                offset,
+                textcoords="offset points",
+                ha="center",
+                va=va,
+                size=8,
+            )
+            if cut:
+                ax.plot(place, edge, "^", color=f"C{number}")
+            if point["baseline"]:
+                ax.plot(place, min(value, edge), "o", markersize=11, fillstyle="none", color="black")
+    ax.set_xticks(range(len(settings)), settings, fontsize=8)
+    ax.set_xlim(-0.7, len(settings) - 0.3)
+    ax.margins(y=0.2)
+    ax.grid(axis="y", alpha=0.3)
+
+
+def row_spread(frame: pd.DataFrame, limits: tuple[float, float], ax: Axes | None = None) -> Axes:
+    """How the sparsities of rows spread within each projection: median, quartiles, 1st and 99th percentile, extremes.
+
+    Args:
+        frame: the quantiles 0, 0.01, 0.25, 0.5, 0.75, 0.99 and 1 in this order as rows, one column per projection.
+        limits: lowest and highest sparsity that can be expressed, drawn as dotted lines.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.5, 1.2 + 0.4 * frame.shape[1]), layout="constrained")
+    keys = ("low", "whislo", "q1", "med", "q3", "whishi", "high")
+    boxes = [dict(zip(keys, frame[name], strict=True)) | {"label": name} for name in frame.columns]
+    ax.bxp(boxes, orientation="horizontal", showfliers=False, medianprops={"color": "tab:red"})
+    for position, box in enumerate(boxes, start=1):
+        ax.plot([box["low"], box["high"]], [position, position], "|", color="grey", markersize=7)
+    for limit in limits:
+        ax.axvline(limit, color="grey", linestyle=":", linewidth=1)
+    ax.invert_yaxis()
+    ax.set_xlabel(
+        "sparsity of a row (fraction of zeros), all blocks\n"
+        "box: quartiles, whiskers: 1 % and 99 %, ticks: extremes, dotted: limits"
+    )
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def training(frame: pd.DataFrame, sparsity: float) -> Figure:
+    """Loss, reconstruction error and sparsity over the training steps, one line per block.
+
+    Args:
+        frame: `block`, `step`, `loss`, `reconstruction_error`, `sparsity`.
+        sparsity: the target, drawn as a dotted line.
+    """
+    labels = {
+        "loss": "loss\n(Eqn. 2, log scale)",
+        "reconstruction_error": "reconstruction error\n(Eqn. 1, log scale)",
+        "sparsity": "expected sparsity\n(fraction of zeros)",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
+    blocks = list(dict.fromkeys(frame["block"]))
+    for ax, (column, label) in zip(axes, labels.items(), strict=True):
+        for number, block in enumerate(blocks):
+            rows = frame[frame["block"] == block]
+            colour = plt.get_cmap("viridis")(0.9 * number / max(len(blocks) - 1, 1))
+            ax.plot(rows["step"], rows[column], color=colour, label=f"block {block}", linewidth=1.2)
+        ax.set_xlabel("step (one window each)")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+        if column != "sparsity":
+            ax.set_yscale("log")
+    axes[2].axhline(sparsity, color="grey", linestyle=":", label="target")
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+    return figure
+
+
+def correlations(frame: pd.DataFrame) -> Figure:
+    """One panel per level: Spearman's correlation of sparsity with each feature, mean as a bar, projections as points.
+
+    Args:
+        frame: indexed by `among` (the level) and `feature`, one column per projection and `mean`.
+    """
+    levels = list(dict.fromkeys(frame.index.get_level_values("among")))
+    names = [name for name in frame.columns if name != "mean"]
+    heights = [len(frame.loc[level]) for level in levels]
+    figure, axes = plt.subplots(
+        len(levels), 1, figsize=(7.5, 1.6 + 0.42 * len(frame)), sharex=True, squeeze=False, layout="constrained",
+        height_ratios=heights,
+    )  # fmt: skip
+    for ax, level in zip(axes[:, 0], levels, strict=True):
+        rows = frame.loc[level]
+        positions = np.arange(len(rows))
+        ax.barh(positions, rows["mean"], 0.7, color="lightgrey", label="mean")
+        for number, name in enumerate(names):
+            offsets = positions + 0.5 * ((number + 0.5) / len(names) - 0.5)
+            ax.scatter(rows[name], offsets, s=16, color=f"C{number % 10}", label=name, zorder=3)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_yticks(positions, rows.index)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_title(f"among {level}", fontsize=10, loc="left")
+        ax.grid(axis="x", alpha=0.3)
+    axes[-1, 0].set_xlim(-1.05, 1.05)
+    axes[-1, 0].set_xlabel("Spearman's correlation with sparsity")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
 
 
 def _colour(method: str) -> str:

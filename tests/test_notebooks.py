@@ -140,3 +140,68 @@ def test_table2_refuses_bad_parameters_and_leaves_nothing_behind(tiny_folder, tm
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run("table2.ipynb", folder, **({"model": str(tiny_folder)} | parameters))
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]
+
+
+def written(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+
+
+def test_granularity_runs_a_missing_row_again_and_tells_targets_from_granularity(tiny_folder, tmp_path):
+    folder, options = tmp_path / "out", {"model": str(tiny_folder), "row_groups": "row,4,8", "references": "dense"}
+    run("granularity.ipynb", folder, **options)  # smoke takes every second row
+    before = written(folder)
+    (gone,) = (name for name in before if "besa-4-pruned" in name)
+    (folder / "records" / gone).unlink()
+    run("granularity.ipynb", folder, **options)
+    assert {name for name, time in written(folder).items() if before[name] != time} == {gone}
+    table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
+    assert list(table.index) == ["dense", "besa-4-pruned", "besa-row-dense"]
+    crossed = pandas.read_csv(folder / "tiny-smoke-targets.csv", index_col="row_group")
+    assert crossed.loc["4", "wiki, pruned targets"] == table.loc["besa-4-pruned", "wiki"]
+    assert crossed.loc["row", "wiki, dense targets"] == table.loc["besa-row-dense", "wiki"]
+    assert all((folder / f"tiny-smoke.{suffix}").stat().st_size > 0 for suffix in ("md", "tex", "png", "svg"))
+
+
+def test_ablations_share_one_baseline_and_skip_finished_rows(tiny_folder, tmp_path):
+    folder, options = tmp_path / "out", {"model": str(tiny_folder), "calibration_sizes": "1", "importances": ""}
+    run("ablations.ipynb", folder, **options, epochs="", candidates="")
+    before = written(folder)
+    run("ablations.ipynb", folder, **options, epochs="1,2", candidates="11")
+    after = written(folder)
+    assert before.items() <= after.items()
+    rows = ("baseline", "n_samples-1", "epochs-2", "candidates-11", "reconstruct-projection")
+    assert len(after) == len(rows) and all(any(f"smoke-{row}-" in name for name in after) for row in rows)
+    sizes, epochs = (pandas.read_csv(folder / f"tiny-smoke-{name}.csv") for name in ("n_samples", "epochs"))
+    assert list(sizes["n_samples"]) == [1, 2] and list(epochs["epochs"]) == [1, 2]
+    assert sizes.iloc[1, 1:].to_list() == epochs.iloc[0, 1:].to_list()  # the baseline
+    assert all((folder / f"tiny-smoke.{suffix}").stat().st_size > 0 for suffix in ("png", "svg"))
+
+
+def test_allocation_keeps_steps_and_correlations_in_the_record(tiny_folder, tmp_path):
+    folder = tmp_path / "out"
+    run("allocation.ipynb", folder, model=str(tiny_folder))
+    before = written(folder)
+    run("allocation.ipynb", folder, model=str(tiny_folder))
+    assert written(folder) == before and len(before) == 2
+    (path,) = (folder / "records").glob("*besa-row-wise*")
+    record = json.loads(path.read_text())
+    assert len(record["steps"]["loss"]) == 2 * 2  # blocks x windows
+    assert len(record["row_correlations"]) == 14
+    for suffix in ("allocation", "rows", "training", "correlations"):
+        assert (folder / f"tiny-smoke-{suffix}.png").stat().st_size > 0
+    assert "SMOKE RUN" in (folder / "tiny-smoke-correlations.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "notebook, parameters, message",
+    [
+        ("granularity.ipynb", {"row_groups": "row,5"}, "16 rows do not divide into groups of 5"),
+        ("ablations.ipynb", {"candidates": "11,300"}, r"candidates 300 is outside \[2, 256\]"),
+        ("allocation.ipynb", {"blocks": 0}, "blocks 0 must be at least 1"),
+    ],
+)
+def test_analyses_refuse_bad_parameters_and_leave_nothing_behind(tiny_folder, tmp_path, notebook, parameters, message):
+    folder = tmp_path / "bad"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        run(notebook, folder, **({"model": str(tiny_folder)} | parameters))
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]
