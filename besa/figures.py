@@ -157,7 +157,8 @@ def perplexity_by_sparsity(
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
-    for method, rows in frame.sort_values("sparsity").groupby("method", sort=False):
+    for method, rows in frame.groupby("method", sort=False):
+        rows = rows.sort_values("sparsity")
         line, inside, beyond = _line(method), rows[rows["smooth"]], rows[~rows["smooth"]]
         ax.plot(inside["sparsity"], inside[text], label=method, **line)
         if len(beyond):

@@ -170,11 +170,37 @@ def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
         assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
 
 
+def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, tmp_path):
+    folder, options = tmp_path / "out", {"model": str(tiny_folder), "sparsities": "0.2,0.5,0.8"}
+    run("sparsity.ipynb", folder, **options, methods="wanda")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    assert len(before) == 1 + 3
+    run("sparsity.ipynb", folder, **options)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    records = [json.loads(path.read_text()) for path in (folder / "records").iterdir()]
+    assert len(records) == 1 + 4 * 3
+    smooth = {r["config"]["row"]: r["config"]["method"]["smooth"] for r in records if "besa" in r["config"]["row"]}
+    assert smooth == {"besa-row-wise-0.2": False, "besa-row-wise-0.5": True, "besa-row-wise-0.8": False}
+    wide = pandas.read_csv(folder / "tiny-smoke-wiki.csv", index_col="target")
+    assert list(wide.columns) == ["magnitude", "wanda", "sparsegpt", "besa-row-wise"] and list(wide.index) == [
+        0.2,
+        0.5,
+        0.8,
+    ]
+    table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
+    assert table.index[0] == "dense" and wide.loc[0.8, "wanda"] == table.loc["wanda-0.8", "wiki"]
+    for suffix in ("md", "tex", "png", "svg"):
+        assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
+    assert "SMOKE RUN" in (folder / "tiny-smoke.md").read_text()
+
+
 @pytest.mark.parametrize(
     "notebook, parameters, message",
     [
         ("figure1.ipynb", {"kinds": "q_proj,qkv"}, "unknown kind of projection 'qkv'; this model has q_proj"),
         ("figure1.ipynb", {"n_segments": 100}, r"n_segments 100 is outside \[1, 2\], what wiki has"),
+        ("sparsity.ipynb", {"sparsities": "0.5,1.2"}, r"sparsities '0.5,1.2': 1.2 is outside \[0, 1\)"),
+        ("sparsity.ipynb", {"datasets": ""}, "unknown text ''"),
     ],
 )
 def test_sweeps_refuse_bad_parameters_and_leave_nothing_behind(tiny_folder, tmp_path, notebook, parameters, message):
