@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import projections
+from besa.blocks import find_blocks, projections
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
 from besa.learn import Besa
 from besa.prune import BlockTask, Method, PrunedBlock
@@ -54,6 +54,28 @@ class Wanda(Method):
                 pruned.quantized[name] = codes.pruned(keep_mask)
             pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
         return pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaOneKind(Method):
+    """Wanda on one kind of projection in every block, the other projections left as they are (paper Fig. 1b)."""
+
+    kind: str
+    """What the projection is called in its block, without the module that holds it: `q_proj`."""
+
+    name: ClassVar[str] = "wanda-one-kind"
+
+    def check(self, model: PreTrainedModel) -> None:
+        kinds = [name.rpartition(".")[2] for name in projections(find_blocks(model)[0])]
+        if self.kind not in kinds:
+            raise ValueError(f"unknown kind of projection {self.kind!r}; this model has {', '.join(kinds)}")
+
+    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
+        weights = {name: projection.weight for name, projection in projections(task.block).items()}
+        for name in [name for name in weights if name.rpartition(".")[2] == self.kind]:
+            scores = wanda(weights[name], task.statistics[name])
+            weights[name] = weights[name] * _keep_largest(scores, self.sparsity)
+        return PrunedBlock(weights)
 
 
 @dataclass(frozen=True, kw_only=True)

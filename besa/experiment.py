@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa import results
 from besa.blocks import find_blocks
 from besa.data import Sampler, calibration_windows, test_tokens
-from besa.evaluate import perplexity
+from besa.evaluate import hidden_state_errors, perplexity
 from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype
 from besa.provenance import measure
 from besa.prune import Method, prune
@@ -24,6 +24,25 @@ from besa.results import Profile, Record
 
 Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
 """(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""
+
+
+def fractions(name: str, values: str) -> list[float]:
+    """The numbers of a comma-separated parameter, ascending.
+
+    Raises:
+        ValueError: not numbers in [0, 1), or one of them twice; the message names the parameter and the value.
+    """
+    numbers = []
+    for value in values.split(","):
+        try:
+            numbers.append(float(value))
+        except ValueError as error:
+            raise ValueError(f"{name} {values!r}: {value!r} is not a number") from error
+        if not 0 <= numbers[-1] < 1:
+            raise ValueError(f"{name} {values!r}: {value} is outside [0, 1)")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} {values!r}: a value is repeated")
+    return sorted(numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +71,7 @@ class Experiment:
         *,
         model: str,
         profile: str = "auto",
-        datasets: str = "",
+        datasets: str | None = None,
         n_samples: int | None = None,
         seq_len: int | None = None,
         calibration: str = "sotu",
@@ -67,7 +86,7 @@ class Experiment:
 
         Args:
             n_samples, seq_len: None takes the profile's.
-            datasets: test texts, comma-separated.
+            datasets: test texts, comma-separated; None takes none.
             results_folder: None takes `results/<item>`.
             config: what else the records must be told apart by.
 
@@ -80,6 +99,7 @@ class Experiment:
         folder = results.open_folder(item, results_folder)
         tokenizer = load_tokenizer(model)
         n_samples, seq_len = n_samples or resolved.n_samples, seq_len or resolved.seq_len
+        texts = [] if datasets is None else datasets.split(",")
         limit = resolved.max_segments and resolved.max_segments * seq_len
         return cls(
             item=item,
@@ -90,7 +110,7 @@ class Experiment:
             device=place,
             tokenizer=tokenizer,
             windows=calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler),
-            texts={text: test_tokens(text, tokenizer)[:limit] for text in datasets.split(",") if text},
+            texts={text: test_tokens(text, tokenizer)[:limit] for text in texts},
             config={"calibration": calibration, "sampler": sampler, "seed": seed, **config},
         )
 
@@ -103,6 +123,25 @@ class Experiment:
         if not 1 <= n_samples <= len(self.windows):
             raise ValueError(f"n_samples {n_samples} is outside [1, {len(self.windows)}], the windows there are")
         return replace(self, windows=self.windows[:n_samples])
+
+    def with_segments(self, n_segments: int | None) -> "Experiment":
+        """The same on the first `n_segments` test segments of every text; None takes all.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if n_segments is None:
+            return self
+        seq_len = self.windows.shape[1]
+        for text, tokens in self.texts.items():
+            if not 1 <= n_segments <= len(tokens) // seq_len:
+                raise ValueError(f"n_segments {n_segments} is outside [1, {len(tokens) // seq_len}], what {text} has")
+        return replace(self, texts={text: tokens[: n_segments * seq_len] for text, tokens in self.texts.items()})
+
+    def grid(self, values: list[Any]) -> list[Any]:
+        """The values of a sweep; the first, the middle and the last of them in a smoke run."""
+        few = dict.fromkeys((0, len(values) // 2, len(values) - 1))
+        return [values[index] for index in few] if self.is_smoke else values
 
     def check(self, methods: Iterable[Method | None]) -> None:
         """Refuse methods that do not fit the model's shapes, before any work.
@@ -167,6 +206,17 @@ class Experiment:
         """Perplexity by text, in exp(nats per token)."""
         seq_len = self.windows.shape[1]
         return {"metrics": {text: perplexity(network, tokens, seq_len) for text, tokens in self.texts.items()}}
+
+    def block_errors(self, network: PreTrainedModel, report: Report | None) -> dict[str, Any]:
+        """Perplexities, and the hidden states' errors behind each block on the first text's segments."""
+        dense, _ = load_model(self.model, self.dtype, str(self.device))
+        seq_len = self.windows.shape[1]
+        tokens = next(iter(self.texts.values()))
+        windows = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
+        measured = self.perplexities(network, report)
+        rows = hidden_state_errors(network, dense, windows)
+        measured["metrics"] |= {"error first block": rows[0]["error"], "error last block": rows[-1]["error"]}
+        return {**measured, "errors": rows}
 
     @property
     def stem(self) -> str:

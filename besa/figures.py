@@ -1,12 +1,14 @@
 """DataFrame in, matplotlib Axes out; computes nothing."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 
 def allocation(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -261,6 +263,88 @@ def correlations(frame: pd.DataFrame) -> Figure:
     axes[-1, 0].set_xlabel("Spearman's correlation with sparsity")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
+
+
+def block_errors(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Lines of `error` over `block` by `method`: how far pruning moved the hidden states behind each block."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    for method, rows in frame.groupby("method", sort=False):
+        ax.plot(rows["block"], rows["error"], label=method, markersize=4, **_line(method))
+    ax.set_xlabel("block")
+    ax.set_ylabel(r"mean over tokens of $\|h - h_{dense}\|\,/\,\|h_{dense}\|$")
+    ax.set_ylim(0, 1.05 * frame["error"].max())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def kind_perplexity(frame: pd.DataFrame, text: str, ax: Axes | None = None) -> Axes:
+    """Lines of perplexity over `sparsity` by `kind`, the one kind of projection that was pruned; logarithmic.
+
+    Args:
+        frame: one row per kind and sparsity, the dense model's among them as sparsity 0 of every kind.
+        text: the column that holds the perplexity.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    for marker, (kind, rows) in zip(itertools.cycle("osD^v<>PX*"), frame.groupby("kind", sort=False)):
+        ax.plot(rows["sparsity"], rows[text], marker=marker, markersize=5, label=kind)
+    _log_perplexity(ax, text)
+    ax.set_xlabel("sparsity of the one kind that is pruned (fraction of zeros)")
+    ax.legend(fontsize=8, title="pruned, in every block", title_fontsize=8)
+    return ax
+
+
+def perplexity_by_sparsity(
+    frame: pd.DataFrame, text: str, dense: float, recipe: tuple[float, float], ax: Axes | None = None
+) -> Axes:
+    """Lines of perplexity over the counted `sparsity` by `method`, logarithmic.
+
+    Args:
+        frame: one row per method and sparsity; `smooth` is False where BESA left the released recipe.
+        text: the column that holds the perplexity.
+        dense: the dense model's.
+        recipe: what the released recipe can reach, shaded.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
+    for method, rows in frame.groupby("method", sort=False):
+        rows = rows.sort_values("sparsity")
+        line, inside, beyond = _line(method), rows[rows["smooth"]], rows[~rows["smooth"]]
+        ax.plot(inside["sparsity"], inside[text], label=method, **line)
+        if len(beyond):
+            ax.plot(rows["sparsity"], rows[text], color=line["color"], linestyle=":", zorder=1.9)
+            hollow = {**line, "linestyle": "", "markerfacecolor": "white"}
+            ax.plot(beyond["sparsity"], beyond[text], label=f"{method}, plain softmax", **hollow)
+    ax.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense")
+    ax.axvspan(*recipe, color="tab:red", alpha=0.08, linewidth=0, label="what BESA's recipe reaches")
+    _log_perplexity(ax, text)
+    ax.set_xlabel("sparsity, counted (fraction of zeros in the projections)")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return ax
+
+
+def _log_perplexity(ax: Axes, text: str) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylabel(f"perplexity on {text} (log scale)")
+    ax.grid(alpha=0.3)
+
+
+def _line(method: str) -> dict[str, str]:
+    """Colour and marker, the same in every figure with lines."""
+    known = {
+        "wanda": ("tab:blue", "o"),
+        "sparsegpt": ("tab:green", "^"),
+        "magnitude": ("tab:gray", "s"),
+        "besa-row-wise": ("tab:red", "D"),
+        "besa-layer-wise": ("tab:orange", "v"),
+    }
+    return dict(zip(("color", "marker"), known.get(method, ("tab:purple", "P")), strict=True))
 
 
 def _colour(method: str) -> str:

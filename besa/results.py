@@ -198,8 +198,9 @@ def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> s
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Numbers as the paper prints them: two decimals, sparsities four."""
-    digits = {column: 4 if column == "sparsity" else 0 if column == "seconds" else 2 for column in frame.columns}
+    """Numbers as the paper prints them: two decimals, sparsities and relative errors four."""
+    fine = lambda column: column == "sparsity" or "error" in str(column)
+    digits = {column: 4 if fine(column) else 0 if column == "seconds" else 2 for column in frame.columns}
     show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value
     return frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
 

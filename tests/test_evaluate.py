@@ -1,9 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
 
 import besa
+from besa.evaluate import hidden_state_errors
 
 
 @pytest.mark.parametrize("seq_len", [24, 64])
@@ -24,6 +26,34 @@ def test_perplexity_does_not_depend_on_how_the_head_is_cut(tiny_llama, monkeypat
     whole = besa.perplexity(tiny_llama, tokens, 64, progress=False)
     monkeypatch.setattr("besa.evaluate.LOGITS_AT_ONCE", 97 * 5)
     assert besa.perplexity(tiny_llama, tokens, 64, progress=False) == pytest.approx(whole, rel=1e-6)
+
+
+@torch.no_grad()
+def test_hidden_state_errors_equal_those_of_the_whole_models_own_hidden_states(tiny_llama, windows):
+    dense = copy.deepcopy(tiny_llama)
+    besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    rows = hidden_state_errors(tiny_llama, dense, windows, progress=False)
+    assert [row["block"] for row in rows] == [0, 1, 2]
+    last = []
+    for model in (tiny_llama, dense):  # transformers normalizes the last of the hidden states that it returns
+        model.model.norm.register_forward_pre_hook(lambda norm, inputs: last.append(inputs[0]))
+    pruned, expected = (model(windows, output_hidden_states=True).hidden_states for model in (tiny_llama, dense))
+    states = zip([*pruned[1:-1], last[0]], [*expected[1:-1], last[1]], strict=True)
+    for row, (hidden, target) in zip(rows, states, strict=True):
+        by_token = (hidden - target).norm(dim=-1) / target.norm(dim=-1)
+        by_window = [torch.linalg.matrix_norm(h - t) / torch.linalg.matrix_norm(t) for h, t in zip(hidden, target)]
+        assert row["error"] == pytest.approx(float(by_token.mean()), rel=1e-4)
+        assert row["frobenius_error"] == pytest.approx(float(sum(by_window)) / len(windows), rel=1e-4)
+        assert row["error"] > 0
+
+
+def test_hidden_states_of_the_dense_model_have_no_error_and_other_models_are_refused(tiny_llama, windows):
+    rows = hidden_state_errors(tiny_llama, copy.deepcopy(tiny_llama), windows, progress=False)
+    assert all(row["error"] == row["frobenius_error"] == 0 for row in rows)
+    shorter = copy.deepcopy(tiny_llama)
+    shorter.model.layers, shorter.config.num_hidden_layers = shorter.model.layers[:2], 2
+    with pytest.raises(ValueError, match=r"differ in \(blocks, hidden size\): \(2, 32\) and, dense, \(3, 32\)"):
+        hidden_state_errors(shorter, tiny_llama, windows, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,58 @@ def test_allocation_keeps_steps_and_correlations_in_the_record(tiny_folder, tmp_
     assert "SMOKE RUN" in (folder / "tiny-smoke-correlations.md").read_text()
 
 
+def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
+    folder = tmp_path / "out"
+    run(
+        "figure1.ipynb",
+        folder,
+        model=str(tiny_folder),
+        methods="wanda",
+        kinds="q_proj,down_proj",
+        sparsities="0.5,0.75",
+    )
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    assert len(before) == 1 + 1 + 2 * 2
+    run("figure1.ipynb", folder, model=str(tiny_folder), sparsities="0.5,0.6,0.7,0.75", datasets="wiki")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    kinds = pandas.read_csv(folder / "tiny-smoke-kinds.csv", index_col="method")
+    reduced = [f"{kind}-{value}" for kind in ("q_proj", "o_proj", "down_proj") for value in (0.5, 0.7, 0.75)]
+    assert list(kinds.index) == ["dense", *reduced]
+    shares = {"q_proj": 256, "o_proj": 256, "down_proj": 512}  # of the 2560 weights of a block
+    assert kinds.loc["down_proj-0.75", "sparsity"] == 0.75 * shares["down_proj"] / 2560
+    blocks = pandas.read_csv(folder / "tiny-smoke-blocks.csv")
+    assert list(blocks["method"].unique()) == ["wanda", "sparsegpt", "besa-row-wise"]
+    assert (blocks.groupby("method")["block"].count() == 2).all() and (blocks["error"] > 0).all()
+    for stem in ("tiny-smoke", "tiny-smoke-kinds", "tiny-smoke-blocks"):
+        assert "SMOKE RUN" in (folder / f"{stem}.md").read_text() and (folder / f"{stem}.tex").stat().st_size > 0
+    for suffix in ("png", "svg"):
+        assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
+
+
+def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, tmp_path):
+    folder, options = tmp_path / "out", {"model": str(tiny_folder), "sparsities": "0.2,0.5,0.8"}
+    run("sparsity.ipynb", folder, **options, methods="wanda")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    assert len(before) == 1 + 3
+    run("sparsity.ipynb", folder, **options)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    records = [json.loads(path.read_text()) for path in (folder / "records").iterdir()]
+    assert len(records) == 1 + 4 * 3
+    smooth = {r["config"]["row"]: r["config"]["method"]["smooth"] for r in records if "besa" in r["config"]["row"]}
+    assert smooth == {"besa-row-wise-0.2": False, "besa-row-wise-0.5": True, "besa-row-wise-0.8": False}
+    wide = pandas.read_csv(folder / "tiny-smoke-wiki.csv", index_col="target")
+    assert list(wide.columns) == ["magnitude", "wanda", "sparsegpt", "besa-row-wise"] and list(wide.index) == [
+        0.2,
+        0.5,
+        0.8,
+    ]
+    table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
+    assert table.index[0] == "dense" and wide.loc[0.8, "wanda"] == table.loc["wanda-0.8", "wiki"]
+    for suffix in ("md", "tex", "png", "svg"):
+        assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
+    assert "SMOKE RUN" in (folder / "tiny-smoke.md").read_text()
+
+
 @pytest.mark.parametrize(
     "notebook, parameters, message",
     [
@@ -201,6 +253,22 @@ def test_allocation_keeps_steps_and_correlations_in_the_record(tiny_folder, tmp_
     ],
 )
 def test_analyses_refuse_bad_parameters_and_leave_nothing_behind(tiny_folder, tmp_path, notebook, parameters, message):
+    folder = tmp_path / "bad"
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        run(notebook, folder, **({"model": str(tiny_folder)} | parameters))
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]
+
+
+@pytest.mark.parametrize(
+    "notebook, parameters, message",
+    [
+        ("figure1.ipynb", {"kinds": "q_proj,qkv"}, "unknown kind of projection 'qkv'; this model has q_proj"),
+        ("figure1.ipynb", {"n_segments": 100}, r"n_segments 100 is outside \[1, 2\], what wiki has"),
+        ("sparsity.ipynb", {"sparsities": "0.5,1.2"}, r"sparsities '0.5,1.2': 1.2 is outside \[0, 1\)"),
+        ("sparsity.ipynb", {"datasets": ""}, "unknown text ''"),
+    ],
+)
+def test_sweeps_refuse_bad_parameters_and_leave_nothing_behind(tiny_folder, tmp_path, notebook, parameters, message):
     folder = tmp_path / "bad"
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run(notebook, folder, **({"model": str(tiny_folder)} | parameters))
