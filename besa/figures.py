@@ -348,4 +348,4 @@ def _line(method: str) -> dict[str, str]:
 
 
 def _colour(method: str) -> str:
-    return "tab:red" if method.startswith("besa") else "black" if method == "dense" else "tab:blue"
+    return "tab:red" if "besa" in method else "black" if method == "dense" else "tab:blue"
