@@ -26,25 +26,6 @@ Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
 """(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""
 
 
-def fractions(name: str, values: str) -> list[float]:
-    """The numbers of a comma-separated parameter, ascending.
-
-    Raises:
-        ValueError: not numbers in [0, 1), or one of them twice; the message names the parameter and the value.
-    """
-    numbers = []
-    for value in values.split(","):
-        try:
-            numbers.append(float(value))
-        except ValueError as error:
-            raise ValueError(f"{name} {values!r}: {value!r} is not a number") from error
-        if not 0 <= numbers[-1] < 1:
-            raise ValueError(f"{name} {values!r}: {value} is outside [0, 1)")
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"{name} {values!r}: a value is repeated")
-    return sorted(numbers)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One model, what it is calibrated and tested on, and the folder that records, tables and figures go to."""

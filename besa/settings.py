@@ -1,4 +1,4 @@
-"""The rows that the notebooks on granularity and ablations compare, from their comma-separated parameters."""
+"""The rows that the sweeping notebooks compare, from their comma-separated parameters."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -98,3 +98,22 @@ def parse(text: str, name: str) -> list[int | str]:
     if repeated:
         raise ValueError(f"{name}: {repeated.pop()!r} is repeated in {text!r}")
     return values
+
+
+def fractions(name: str, values: str) -> list[float]:
+    """The numbers of a comma-separated parameter, ascending.
+
+    Raises:
+        ValueError: not numbers in [0, 1), or one of them twice; the message names the parameter and the value.
+    """
+    numbers = []
+    for value in values.split(","):
+        try:
+            numbers.append(float(value))
+        except ValueError as error:
+            raise ValueError(f"{name} {values!r}: {value!r} is not a number") from error
+        if not 0 <= numbers[-1] < 1:
+            raise ValueError(f"{name} {values!r}: {value} is outside [0, 1)")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} {values!r}: a value is repeated")
+    return sorted(numbers)

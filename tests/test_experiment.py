@@ -4,7 +4,7 @@ import torch
 import besa
 from besa import results
 from besa.baselines import named_methods
-from besa.experiment import Experiment, fractions
+from besa.experiment import Experiment
 
 
 @pytest.fixture
@@ -65,22 +65,3 @@ def test_rows_are_selected_by_name():
     assert list(results.select({"a": 1, "b": 2, "c": 3}, "c,a")) == ["c", "a"]
     with pytest.raises(ValueError, match=r"row 'd' of 'a,d' is unknown; known: a, b"):
         results.select({"a": 1, "b": 2}, "a,d")
-
-
-def test_fractions_are_sorted_numbers():
-    assert fractions("sparsities", "0.8,0, 0.35") == [0.0, 0.35, 0.8]
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ("0.5,half", "sparsities '0.5,half': 'half' is not a number"),
-        ("", "sparsities '': '' is not a number"),
-        ("0.5,1", r"sparsities '0.5,1': 1 is outside \[0, 1\)"),
-        ("nan", r"sparsities 'nan': nan is outside \[0, 1\)"),
-        ("0.5,0.50", "sparsities '0.5,0.50': a value is repeated"),
-    ],
-)
-def test_fractions_name_the_parameter_and_the_value_that_is_wrong(values, message):
-    with pytest.raises(ValueError, match=message):
-        fractions("sparsities", values)

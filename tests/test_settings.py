@@ -1,7 +1,7 @@
 import pytest
 
 from besa import Besa
-from besa.settings import ablations, granularities
+from besa.settings import ablations, fractions, granularities
 
 
 def test_the_released_recipes_keep_their_names_and_step_sizes():
@@ -67,3 +67,22 @@ def test_bad_row_groups_are_refused(no_type_checks):
         granularities({"dense": "row,row"})
     with pytest.raises(ValueError, match="no row groups are given"):
         granularities({"pruned": "", "dense": ""})
+
+
+def test_fractions_are_sorted_numbers():
+    assert fractions("sparsities", "0.8,0, 0.35") == [0.0, 0.35, 0.8]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ("0.5,half", "sparsities '0.5,half': 'half' is not a number"),
+        ("", "sparsities '': '' is not a number"),
+        ("0.5,1", r"sparsities '0.5,1': 1 is outside \[0, 1\)"),
+        ("nan", r"sparsities 'nan': nan is outside \[0, 1\)"),
+        ("0.5,0.50", "sparsities '0.5,0.50': a value is repeated"),
+    ],
+)
+def test_fractions_name_the_parameter_and_the_value_that_is_wrong(values, message):
+    with pytest.raises(ValueError, match=message):
+        fractions("sparsities", values)
