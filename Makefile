@@ -28,7 +28,8 @@ report: venv
 test: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	BESA_PROFILE=smoke .venv/bin/python -m pytest --nbval-lax --nbval-current-env tests reproduce notebooks
+	BESA_PROFILE=smoke BESA_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile \
+		--nbval-lax --nbval-current-env tests reproduce notebooks
 
 lab: venv
 	.venv/bin/jupyter lab --notebook-dir .
