@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 
@@ -23,6 +24,15 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     returns_tuple: bool
+
+    def to(self, device: torch.device) -> "BlockCall":
+        """The same with every tensor on a device."""
+        move = lambda value: value.to(device) if isinstance(value, Tensor | BlockCall) else value
+        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.returns_tuple)
+
+
+Spans = dict[int, tuple[nn.Module, BlockCall]]
+"""Blocks, or spans of blocks that run as one, with their calls, by the index of the first."""
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -48,8 +58,11 @@ def projections(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, values: bool = True) -> None:
     """Refuse what cannot be pruned, before any work.
+
+    Args:
+        values: look at the weights too, which reads all of them.
 
     Raises:
         ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, or part
@@ -58,12 +71,12 @@ def check_model(model: PreTrainedModel) -> None:
     for index, block in enumerate(find_blocks(model)):
         # Fused experts first: the router beside them would be named instead.
         for name, parameter in sorted(block.named_parameters(), key=lambda item: -item[1].ndim):
-            problem = _problem(block, name, parameter)
+            problem = _problem(block, name, parameter, values)
             if problem:
                 raise ValueError(f"block {index}, {name}: {problem}")
 
 
-def _problem(block: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
+def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
     owner = block.get_submodule(name.rpartition(".")[0])
     if parameter.is_meta:
         return "the weights are on the meta device; load the model with its weights"
@@ -73,7 +86,7 @@ def _problem(block: nn.Module, name: str, parameter: nn.Parameter) -> str | None
         return f"a parameter of shape {tuple(parameter.shape)}: mixture-of-experts and convolutions are not supported"
     if parameter.ndim == 2 and not isinstance(owner, nn.Linear):
         return f"a {type(owner).__name__} is not a torch.nn.Linear and cannot be pruned; convert it first"
-    if not torch.isfinite(parameter).all():
+    if values and not torch.isfinite(parameter).all():
         return "the weights hold NaN or infinity"
     return None
 
@@ -167,12 +180,17 @@ class Span(nn.ModuleList):
         return hidden
 
 
-def spans(blocks: nn.ModuleList, calls: list[BlockCall], size: int) -> dict[int, tuple[nn.Module, BlockCall]]:
+def spans(blocks: nn.ModuleList, calls: list[BlockCall], size: int) -> Spans:
     """Every `size` blocks as one module with its call, by the first block's index; the last may hold fewer."""
     if size == 1:
         return dict(enumerate(zip(blocks, calls, strict=True)))
     starts = range(0, len(blocks), size)
     return {i: (Span(blocks[i : i + size]), BlockCall((calls[i : i + size],), {}, False)) for i in starts}
+
+
+def members(index: int, block: nn.Module) -> dict[int, nn.Module]:
+    """The blocks of a block or span of blocks that starts at `index`, by their own index."""
+    return dict(enumerate(block, index)) if isinstance(block, Span) else {index: block}
 
 
 def locate(index: int, block: nn.Module, name: str) -> tuple[int, str]:
@@ -181,6 +199,16 @@ def locate(index: int, block: nn.Module, name: str) -> tuple[int, str]:
         return index, name
     offset, _, within = name.partition(".")
     return index + int(offset), within
+
+
+def device_of(block: nn.Module) -> torch.device:
+    """Where a block computes."""
+    return next(block.parameters()).device
+
+
+def to_device_of(block: nn.Module, window: Tensor) -> Tensor:
+    """A window of hidden states where the block computes; no copy where it is there already."""
+    return window.to(device_of(block), non_blocking=True)
 
 
 def run_block(
@@ -225,7 +253,7 @@ def record_part(
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         for window in hidden.split(1):
-            run_block(block, window, call, weights)
+            run_block(block, to_device_of(block, window), call, weights)
     finally:
         handle.remove()
     inputs, calls, outputs = zip(*seen, strict=True)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from besa.blocks import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
+from besa.parallel import n_ranks, rank, sum_
 
 LOGITS_AT_ONCE = 2**24
 """64 MiB in float32."""
@@ -26,6 +27,7 @@ def perplexity(
 
     The last incomplete segment is left out, and the first token of each is not predicted: seq_len - 1 predictions per
     segment. The head runs on a few tokens at a time, so that the logits of a segment never exist at once.
+    Under torchrun the ranks share the segments.
 
     Raises:
         ValueError: fewer than `seq_len` tokens, not a flat int64 stream, ids beyond the vocabulary, or a `seq_len`
@@ -38,10 +40,12 @@ def perplexity(
     if n_segments == 0:
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
-    bar = tqdm(segments.split(1), desc="perplexity", unit="segment", leave=False, disable=not progress)
+    mine = segments[rank() :: n_ranks()].split(1)
+    bar = tqdm(mine, desc="perplexity", unit="segment", leave=False, disable=not progress)
     with _evaluating(model):
         calls = record_calls(model, segments[:1])
         total = sum(_negative_log_likelihood(model, segment, calls) for segment in bar)
+    total = float(sum_(torch.tensor(total, dtype=torch.float64)))
     return math.exp(total / (n_segments * (seq_len - 1)))
 
 

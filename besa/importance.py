@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa.parallel import sum_
+
 Importance = Literal["magnitude", "wanda", "sparsegpt"]
 
 
@@ -23,6 +25,12 @@ class InputStatistics:
     """sum over tokens of x_j^2, divided by the number of sequences."""
     hessian: Float[Tensor, "columns columns"] | None = None
     """2 * sum over tokens of x x^T, divided by the number of sequences; only where it is asked for."""
+
+    def sum_over_ranks(self) -> None:
+        """Take in what the other ranks' windows hold."""
+        sum_(self.squared_norm)
+        if self.hessian is not None:
+            sum_(self.hessian)
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.squared_norm).all())

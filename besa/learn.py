@@ -7,12 +7,14 @@ from typing import Any, ClassVar, Literal
 
 import prodigyopt
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from besa.allocation import Allocation, candidate_rates, reachable_sparsity
-from besa.blocks import find_blocks, projections, record_part, run_block
+from besa.blocks import device_of, find_blocks, projections, record_part, run_block
 from besa.importance import Importance, importance
+from besa.parallel import mean_, n_ranks
 from besa.prune import BlockTask, Method, PrunedBlock, reconstruction_error
 from besa.quantize import CLIPPING_START, Quantize
 
@@ -38,14 +40,16 @@ class Besa(Method):
     d_coef: float = 5.0
     """Prodigy's step size factor; the published runs set it by model (reproduce/params)."""
     epochs: int = 1
-    """Passes over the windows, one window per step."""
+    """Passes over the windows."""
+    batch_size: int = 1
+    """Windows per step, whose gradients are averaged (published: one). Ranks under torchrun share them out."""
     reconstruct: Literal["projection", "sublayer"] | int = 1
     """What is reconstructed together, under a budget of its own: each projection, attention and MLP each by itself, or
     this number of consecutive blocks (published: one)."""
     quantize: Quantize | None = None
     """Quantize the weights too, their clipping learned beside the allocation (joint compression, Eqn. 7)."""
     seed: int | None = None
-    """None takes the windows in their order in every epoch (published); a number shuffles them anew each epoch."""
+    """None takes the windows in their order in every epoch (published); a number shuffles the steps anew each epoch."""
 
     name: ClassVar[str] = "besa"
 
@@ -59,8 +63,9 @@ class Besa(Method):
             raise ValueError(f"importance {self.importance!r} is not 'magnitude', 'wanda' or 'sparsegpt'")
         if not 2 <= self.candidates <= 256:
             raise ValueError(f"candidates {self.candidates} is outside [2, 256]")
-        if self.epochs < 1 or self.penalty <= 0 or self.d_coef <= 0:
-            raise ValueError(f"epochs ({self.epochs}), penalty ({self.penalty}) and d_coef must be positive")
+        if min(self.epochs, self.batch_size) < 1 or self.penalty <= 0 or self.d_coef <= 0:
+            numbers = f"epochs ({self.epochs}), batch_size ({self.batch_size}), penalty ({self.penalty})"
+            raise ValueError(f"{numbers} and d_coef ({self.d_coef}) must be positive")
         if self.reconstruct not in ("projection", "sublayer") and (
             isinstance(self.reconstruct, str) or self.reconstruct < 1
         ):
@@ -76,6 +81,13 @@ class Besa(Method):
                 f"sparsity {self.sparsity} is outside ({lowest:.3f}, {highest:.3f}), what {self.candidates} candidates "
                 f"with smooth={self.smooth} can reach" + ("; smooth=False lifts the limit" if self.smooth else "")
             )
+
+    def config(self) -> dict[str, Any]:
+        """Name and fields; `batch_size` only where it is not the published one, so that older records stay valid."""
+        fields = super().config()
+        if self.batch_size == 1:
+            del fields["batch_size"]
+        return fields
 
     @property
     def needs_hessian(self) -> bool:
@@ -133,30 +145,48 @@ class Besa(Method):
     def _learn(
         self, task: BlockTask, allocations: dict[str, Allocation], tick: Callable[[], Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, float]]]:
-        """Minimize Eqn. 2 over the windows, one step per window; returns logits, clipping and the log."""
+        """Minimize Eqn. 2 over the windows; returns logits, clipping and the log."""
+        device = device_of(task.block)
         # Starting at 0, every candidate is equally likely: sparsity one half.
-        logits = _Flat({name: (a.groups, self.candidates) for name, a in allocations.items()}, 0.0, task.inputs.device)
+        logits = _Flat({name: (a.groups, self.candidates) for name, a in allocations.items()}, 0.0, device)
         optimizers = [prodigyopt.Prodigy([logits.values], lr=1.0, d_coef=self.d_coef, weight_decay=0.0)]
         clipping = None
         if self.quantize:
             shapes = {name: self.quantize.clipping_shape(a.weight) for name, a in allocations.items()}
-            clipping = _Flat(shapes, CLIPPING_START, task.inputs.device)
+            clipping = _Flat(shapes, CLIPPING_START, device)
             optimizers.append(torch.optim.Adam([clipping.values], lr=self.quantize.lr))
+        learned = [logits.values] + ([clipping.values] if clipping else [])
         log = []
-        for window in self._order(len(task.inputs)):
-            with torch.enable_grad():
-                error, sparsity = self._forward(task, allocations, logits, clipping, window)
-                loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2
+        for step in self._steps(len(task.inputs)):
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            loss.backward()
+            for window in step:
+                log.append(self._gradient(task, allocations, logits, clipping, window, len(step)))
+                tick()
+            for values in learned:
+                mean_(values.grad)
             for optimizer in optimizers:
                 optimizer.step()
-            log.append(torch.stack([loss, error, sparsity]).detach())
-            tick()
+        entries = mean_(torch.stack(log).view(-1, len(step), 3).mean(1))
         keys = ("loss", "reconstruction_error", "sparsity")
-        steps = [dict(zip(keys, values, strict=True)) for values in torch.stack(log).tolist()]
+        steps = [dict(zip(keys, values, strict=True)) for values in entries.tolist()]
         return logits.learned(), clipping.learned() if clipping else {}, steps
+
+    @torch.enable_grad()
+    def _gradient(
+        self,
+        task: BlockTask,
+        allocations: dict[str, Allocation],
+        logits: "_Flat",
+        clipping: "_Flat | None",
+        window: int,
+        n_windows: int,
+    ) -> Float32[Tensor, "3"]:
+        """Add one window's share in the gradient of a step; returns its loss, reconstruction error and sparsity."""
+        error, sparsity = self._forward(task, allocations, logits, clipping, window)
+        loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2
+        (loss / n_windows).backward()
+        return torch.stack([loss, error, sparsity]).detach()
 
     def _forward(
         self,
@@ -173,12 +203,12 @@ class Besa(Method):
             weight = self.quantize.fake(allocation.weight, clips[name]) if self.quantize else None
             masked[name], alpha = allocation(thetas[name], weight)
             zeros = zeros + alpha.mean() * allocation.weight.numel()
-        output = run_block(task.block, task.inputs[window : window + 1], task.call, masked)
-        error = reconstruction_error(output, task.targets[window : window + 1])
+        inputs, targets = task.window(window)
+        error = reconstruction_error(run_block(task.block, inputs, task.call, masked), targets)
         return error, zeros / sum(allocation.weight.numel() for allocation in allocations.values())
 
     def _allocations(self, task: BlockTask) -> dict[str, Allocation]:
-        rates = candidate_rates(self.candidates).to(task.inputs.device)
+        rates = candidate_rates(self.candidates).to(device_of(task.block))
         allocations = {}
         for name, projection in projections(task.block).items():
             weight = projection.weight.detach()
@@ -191,12 +221,15 @@ class Besa(Method):
     def _group_rows(self, weight: Tensor) -> int:
         return {"row": 1, "layer": len(weight)}.get(self.row_group, self.row_group)
 
-    def _order(self, n_samples: int) -> Iterator[int]:
+    def _steps(self, n_samples: int) -> Iterator[range]:
+        """This rank's windows in each step. It holds every n-th window, so that a step's windows are the same for
+        any number of ranks."""
+        size = self.batch_size // n_ranks()
+        steps = [range(start, start + size) for start in range(0, n_samples, size)]
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         for _ in range(self.epochs):
-            yield from (
-                range(n_samples) if generator is None else torch.randperm(n_samples, generator=generator).tolist()
-            )
+            order = range(len(steps)) if generator is None else torch.randperm(len(steps), generator=generator).tolist()
+            yield from (steps[number] for number in order)
 
 
 def _part_of(task: BlockTask, part: str, weights: dict[str, Tensor]) -> BlockTask:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.parallel import from_all, n_ranks, rank
 from besa.tasks import quiet
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**29}
@@ -46,16 +48,17 @@ class SharedContexts(HFLM):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Of each request, log p(continuation | context) in nats and whether greedy decoding would write it."""
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), desc="zero-shot", unit="choice", leave=False, disable=not self._progress) as bar:
-            for batch in self._batches(requests):
+        answers: dict[int, tuple[float, bool]] = {}
+        total = len(requests) // n_ranks()
+        with tqdm(total=total, desc="zero-shot", unit="choice", leave=False, disable=not self._progress) as bar:
+            for batch in itertools.islice(self._batches(requests), rank(), None, n_ranks()):  # this rank's share
                 contexts, groups = zip(*batch, strict=True)
                 members = [index for group in groups for index in group]
                 scores = self._score(contexts, [requests[index][2] for index in members])
-                for index, score in zip(members, scores, strict=True):
-                    answers[index] = score
+                answers |= dict(zip(members, scores, strict=True))
                 bar.update(len(members))
-        return answers
+        answers = {index: answer for share in from_all(answers) for index, answer in share.items()}
+        return [answers[index] for index in range(len(requests))]
 
     def _batches(self, requests: list[Request]) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
         """Lists of (context, the numbers of its requests), the longest contexts first."""

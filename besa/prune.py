@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from besa.blocks import (
     BlockCall,
+    Spans,
     check_model,
     check_tokens,
+    device_of,
     embed,
     find_blocks,
     locate,
@@ -26,8 +28,10 @@ from besa.blocks import (
     record_calls,
     run_block,
     spans,
+    to_device_of,
 )
 from besa.importance import InputStatistics, collect_statistics
+from besa.parallel import check_share, mean_, n_ranks, rank, sum_
 from besa.quantize import QuantizedWeight
 from besa.report import Report
 
@@ -42,7 +46,7 @@ def prune(
 
     Args:
         model: any Hugging Face decoder whose blocks `besa.blocks` finds; its weights are overwritten with zeros.
-        windows: calibration token ids, from `calibration_windows`.
+        windows: calibration token ids, from `calibration_windows`; under torchrun the same on every rank.
         method: `Besa`, `Magnitude`, `Wanda` or `SparseGPT`.
         progress: show bars over blocks and windows.
 
@@ -51,87 +55,195 @@ def prune(
             activations name block and projection, and leave the blocks before it pruned.
     """
     check_model(model)
-    _check_windows(model, windows)
+    check_request(model, windows, method)
+    return prune_blocks(model, windows, method, InModel(model.device), progress)
+
+
+def check_request(model: PreTrainedModel, windows: Tensor, method: "Method") -> None:
+    """Refuse windows and methods that do not fit the model, before any work.
+
+    Raises:
+        ValueError: as `prune`.
+    """
+    if windows.ndim != 2:
+        raise ValueError(f"windows must be (n_samples, seq_len), not {tuple(windows.shape)}")
+    check_tokens(model, windows, windows.shape[1])
+    check_share(len(windows), method.batch_size)
     method.check(model)
-    blocks = find_blocks(model)
+
+
+class InModel:
+    """Where the loop takes blocks from and leaves them: here the model itself, which is whole in memory.
+
+    `besa.shards.Shards` does the same for a checkpoint of which only one block at a time is in memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def new_stream(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for the hidden states of all windows."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def load(self, together: Spans, index: int) -> tuple[nn.Module, BlockCall]:
+        """The block, or span of blocks, that starts at `index`, on the device that computes, and its call."""
+        return together[index]
+
+    def finished(self, index: int, block: nn.Module) -> Report | None:
+        """What an earlier run reported of a block that it finished."""
+        return None
+
+    def restore(self, index: int, block: nn.Module) -> None:
+        """Overwrite a block's weights by those that an earlier run left."""
+
+    def keep(self, index: int, block: nn.Module, report: Report) -> None:
+        """Take a pruned block, and what there is to report of it."""
+
+
+@torch.no_grad()
+def prune_blocks(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "n_samples seq_len"],
+    method: "Method",
+    store: InModel,
+    progress: bool,
+) -> Report:
+    """The loop: every block in turn observes its inputs, is pruned, and puts out what the next one sees.
+
+    Under torchrun every rank runs it on its share of the windows, and all come to the same weights.
+    """
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     start = time.perf_counter()
-    with _frozen(model), torch.no_grad():
-        calls = record_calls(model, windows[:1])
-        hidden = torch.cat([embed(model, window, calls[0].returns_tuple) for window in windows.split(1)])
-        dense = hidden.clone() if method.targets == "dense" else None
-        together = spans(blocks, calls, method.span)
+    mine = windows[rank() :: n_ranks()]
+    with _frozen(model):
+        calls = record_calls(model, mine[:1])
+        streams = enter(model, mine, calls[0].returns_tuple, store)
+        together = spans(find_blocks(model), calls, method.span)
         with tqdm(desc="windows", unit="window", leave=False, disable=not progress) as bar:
-            for index, (block, call) in tqdm(together.items(), desc=method.name, unit="block", disable=not progress):
-                passes = method.passes(block) + 2 + (dense is not None)  # training; observe, advance, the dense stream
-                bar.reset(len(windows) * passes)
-                _prune_block(index, block, call, hidden, dense, method, report, bar.update)
+            for index in tqdm(together, desc=method.name, unit="block", disable=not progress):
+                report.extend(_one_of(together, index, streams, method, len(windows), store, bar))
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _prune_block(
+def _one_of(
+    together: Spans, index: int, streams: "Streams", method: "Method", n_samples: int, store: InModel, bar: tqdm
+) -> Report:
+    """Prune the block that starts at `index`, or walk through it where an earlier run finished it."""
+    block, call = store.load(together, index)  # goes when this function ends, before the next one comes
+    report = store.finished(index, block)
+    passes = 1 if report else method.passes(block) + 2  # training; observe and advance
+    bar.reset(len(streams.hidden) * (passes + (method.targets == "dense")))
+    if report:
+        if method.targets == "dense":
+            _advance_through(block, call, streams.targets, bar.update)
+        store.restore(index, block)
+        _advance_through(block, call, streams.hidden, bar.update)
+    else:
+        report = prune_span(index, block, call, streams, method, n_samples, bar.update)
+        store.keep(index, block, report)
+    return report
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states of all windows on their way through the blocks; they move on in place."""
+
+    hidden: Float[Tensor, "n_samples seq_len hidden"]
+    """What enters the next block, the blocks before it pruned."""
+    targets: Float[Tensor, "n_samples seq_len hidden"]
+    """Targets "dense": what enters it in the dense model. Else room for what the unpruned block makes of `hidden`."""
+
+
+def enter(model: PreTrainedModel, windows: Tensor, returns_tuple: bool, store: InModel) -> Streams:
+    """What enters the first block, for every window."""
+    first = embed(model, windows[:1], returns_tuple)
+    shape = len(windows), *first.shape[1:]
+    streams = Streams(store.new_stream(shape, first.dtype), store.new_stream(shape, first.dtype))
+    for number, window in enumerate(windows.split(1)):
+        streams.hidden[number] = embed(model, window, returns_tuple)[0]
+    streams.targets.copy_(streams.hidden)
+    return streams
+
+
+def _advance_through(block: nn.Module, call: BlockCall, stream: Tensor, tick: Callable[[], Any]) -> None:
+    """Hidden states move on to the block's output in place."""
+    for window in stream.split(1):
+        window.copy_(run_block(block, to_device_of(block, window), call))
+        tick()
+
+
+def prune_span(
     index: int,
     block: nn.Module,
     call: BlockCall,
-    hidden: Float[Tensor, "n_samples seq_len hidden"],
-    dense: Float[Tensor, "n_samples seq_len hidden"] | None,
+    streams: Streams,
     method: "Method",
-    report: Report,
+    n_samples: int,
     tick: Callable[[], Any],
-) -> None:
-    """Prune one block, or a span of blocks as one.
+) -> Report:
+    """Prune one block, or a span of blocks as one; both streams move on to its output.
 
-    `hidden`, and `dense` where it is used, move on to the block's output in place.
+    Args:
+        n_samples: windows on all ranks together.
     """
     start = time.perf_counter()
-    outputs, statistics = _observe(index, block, call, hidden, method, tick)
-    if dense is not None:  # Algorithm 1 as written: the dense model's own hidden states are the targets
-        for window in dense.split(1):
-            window.copy_(run_block(block, window, call))
-            tick()
-    task = BlockTask(index, block, call, hidden, outputs if dense is None else dense, statistics)
+    statistics = _observe(index, block, call, streams, method, n_samples, tick)
+    if method.targets == "dense":  # Algorithm 1 as written: the dense model's own hidden states are the targets
+        _advance_through(block, call, streams.targets, tick)
+    task = BlockTask(index, block, call, streams.hidden, streams.targets, statistics)
     pruned = method.prune_block(task, tick)
     error, projection_errors = _advance(task, pruned.weights, tick)
     for name, projection in projections(block).items():
         projection.weight.copy_(pruned.weights[name])
+    report = Report(method.name, n_samples=n_samples, seq_len=streams.hidden.shape[1])
     report.quantized.update({locate(index, block, name): value.cpu() for name, value in pruned.quantized.items()})
     report.add(index, block, pruned.notes, pruned.steps, error, projection_errors, time.perf_counter() - start)
+    return report
 
 
 def _observe(
-    index: int, block: nn.Module, call: BlockCall, hidden: Tensor, method: "Method", tick: Callable[[], Any]
-) -> tuple[Tensor | None, dict[str, InputStatistics]]:
-    """What the unpruned block makes of its inputs (where that is the target), and the statistics of what enters its
-    projections."""
-    outputs = torch.empty_like(hidden) if method.targets == "pruned" else None
-    finite = torch.ones((), dtype=torch.bool, device=hidden.device)
-    with collect_statistics(projections(block), len(hidden), method.needs_hessian) as statistics:
-        for number, window in enumerate(hidden.split(1)):
-            output = run_block(block, window, call)
-            finite &= torch.isfinite(output).all()
-            if outputs is not None:
-                outputs[number] = output[0]
+    index: int,
+    block: nn.Module,
+    call: BlockCall,
+    streams: Streams,
+    method: "Method",
+    n_samples: int,
+    tick: Callable[[], Any],
+) -> dict[str, InputStatistics]:
+    """The statistics of what enters the unpruned block's projections; keeps its outputs where they are the target."""
+    broken = torch.zeros((), dtype=torch.int32, device=device_of(block))
+    with collect_statistics(projections(block), n_samples, method.needs_hessian) as statistics:
+        for number, window in enumerate(streams.hidden.split(1)):
+            output = run_block(block, to_device_of(block, window), call)
+            broken += ~torch.isfinite(output).all()
+            if method.targets == "pruned":
+                streams.targets[number] = output[0]
             tick()
     for name in projections(block):
         if name not in statistics:
             raise ValueError(f"block {index}, {name}: never called; conditional projections are not supported")
-        if not statistics[name].is_finite():
+    for shared in {id(statistic): statistic for statistic in statistics.values()}.values():
+        shared.sum_over_ranks()
+    for name, statistic in statistics.items():
+        if not statistic.is_finite():
             raise ValueError(f"block {index}, {name}: its inputs hold NaN or infinity; try dtype float32")
-    if not finite:
+    if sum_(broken):
         raise ValueError(f"block {index}: its output holds NaN or infinity; try dtype float32")
-    return outputs, statistics
+    return statistics
 
 
 def _advance(task: "BlockTask", weights: dict[str, Tensor], tick: Callable[[], Any]) -> tuple[float, dict[str, float]]:
     """Replace the inputs by the pruned block's outputs; mean reconstruction error, and each projection's own error."""
     errors = []
     with _projection_errors(task.block, weights) as projection_errors:
-        for window, target in zip(task.inputs.split(1), task.targets.split(1), strict=True):
-            window.copy_(run_block(task.block, window, task.call, weights))
-            errors.append(reconstruction_error(window, target))
+        for number in range(len(task.inputs)):
+            window, target = task.window(number)
+            output = run_block(task.block, window, task.call, weights)
+            task.inputs[number] = output[0]
+            errors.append(reconstruction_error(output, target))
             tick()
-    return float(torch.stack(errors).mean()), projection_errors
+    return float(mean_(torch.stack(errors).mean())), projection_errors
 
 
 def reconstruction_error(
@@ -183,12 +295,6 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
-    if windows.ndim != 2:
-        raise ValueError(f"windows must be (n_samples, seq_len), not {tuple(windows.shape)}")
-    check_tokens(model, windows, windows.shape[1])
-
-
 @dataclass(frozen=True)
 class BlockTask:
     """What a method is given to prune one block."""
@@ -200,6 +306,11 @@ class BlockTask:
     targets: Float[Tensor, "n_samples seq_len n_out"]
     """What the pruned block must reproduce."""
     statistics: dict[str, InputStatistics]
+
+    def window(self, number: int) -> tuple[Float[Tensor, "1 seq_len n_in"], Float[Tensor, "1 seq_len n_out"]]:
+        """Inputs and targets of one window, on the block's device."""
+        pair = self.inputs[number : number + 1], self.targets[number : number + 1]
+        return to_device_of(self.block, pair[0]), to_device_of(self.block, pair[1])
 
 
 @dataclass(frozen=True)
@@ -227,6 +338,8 @@ class Method:
     span: ClassVar[int] = 1
     """Consecutive blocks that are pruned as one."""
     targets: ClassVar[str] = "pruned"
+    batch_size: ClassVar[int | None] = None
+    """Windows per step; None: there are no steps."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

@@ -56,6 +56,12 @@ class Report:
             )
         self.steps += [{"block": index, "step": number, **step} for number, step in enumerate(steps)]
 
+    def extend(self, part: "Report") -> None:
+        """Append the report of further blocks."""
+        self.rows += part.rows
+        self.steps += part.steps
+        self.quantized |= part.quantized
+
     @property
     def sparsity(self) -> float:
         """Fraction of the projections' weights that are 0."""

@@ -29,10 +29,10 @@ ARCHITECTURES = {
 }
 
 
-def build(architecture):
+def build(architecture, **options):
     torch.manual_seed(0)
     config_name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
-    config = getattr(transformers, config_name)(**SMALL, **ARCHITECTURES[architecture])
+    config = getattr(transformers, config_name)(**SMALL | ARCHITECTURES[architecture] | options)
     return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
 
 
