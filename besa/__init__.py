@@ -11,6 +11,7 @@ from besa.models import load_model
 from besa.prune import prune
 from besa.quantize import Quantize
 from besa.report import Report
+from besa.shards import plan_checkpoint, prune_checkpoint
 from besa.simulate import simulate_cycles
 from besa.zero_shot import ZeroShot, zero_shot
 
@@ -28,7 +29,9 @@ __all__ = [
     "load_model",
     "named_method",
     "perplexity",
+    "plan_checkpoint",
     "prune",
+    "prune_checkpoint",
     "simulate_cycles",
     "test_tokens",
     "zero_shot",

@@ -45,7 +45,7 @@ def load_model(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    source = _source(name)
+    source = source_of(name)
     with _explained(source):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=dtype), load_tokenizer(name)
     return model.to(device).eval(), tokenizer
@@ -57,7 +57,7 @@ def load_shapes(name: str) -> PreTrainedModel:
     Raises:
         ValueError: neither hub nor folder has it.
     """
-    source = _source(name)
+    source = source_of(name)
     with _explained(source), torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
 
@@ -68,13 +68,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: neither hub nor folder has it.
     """
-    source = _source(name)
+    source = source_of(name)
     with _explained(source):
         return AutoTokenizer.from_pretrained(source)
 
 
-def _source(name: str) -> str:
-    """Hub id or folder."""
+def source_of(name: str) -> str:
+    """Hub id or folder of a model by a name that `load_model` takes."""
     return str(assets.derive(EMBEDDED, _convert)) if name == EMBEDDED else PAPER_MODELS.get(name, name)
 
 

@@ -10,6 +10,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
     """Highest resident memory of the process, or highest allocation on the GPU."""
+    peak_anonymous_bytes: int = 0
+    """Highest anonymous memory of the process, in host memory and not backed by a file (Linux only, else 0)."""
 
 
 @contextlib.contextmanager
@@ -36,7 +39,8 @@ def measure() -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats()
     _reset_peak_resident()
     start = time.perf_counter()
-    yield cost
+    with _watch_anonymous(cost):
+        yield cost
     cost.seconds = time.perf_counter() - start
     cost.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident()
 
@@ -54,6 +58,32 @@ def _peak_resident() -> int:
     if status.is_file():
         return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def _watch_anonymous(cost: Cost) -> Iterator[None]:
+    """Look every 20 ms: unlike for resident memory, the kernel keeps no peak."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            cost.peak_anonymous_bytes = max(cost.peak_anonymous_bytes, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def anonymous_bytes() -> int:
+    """Host memory of this process that no file backs: what cannot be dropped and read again (Linux only, else 0)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("RssAnon"))
+    return 0
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""`python -m besa`: prune a checkpoint into another one, evaluate one, write the embedded model as one."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from besa import parallel
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="BESA: prune large language models block by block (arXiv 2402.16880).",
+)
+
+Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda")]
+SeqLen = Annotated[int, typer.Option(help="tokens per window", min=2)]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the source")]
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """What a user can mend is one line, not a traceback."""
+    try:
+        with parallel.joined():
+            yield
+    except KeyboardInterrupt as error:
+        typer.echo(f"besa: {error or 'interrupted'}; the same command continues", err=True)
+        raise typer.Exit(130) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"besa: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+@_plainly()
+def prune(
+    source: Annotated[str, typer.Argument(help="folder with safetensors, llama-7b ... llama2-70b, or a hub id")],
+    output: Annotated[Path, typer.Argument(help="folder to make, or one in which this run was interrupted")],
+    method: Annotated[str, typer.Option(help="besa, besa-layer-wise, wanda, sparsegpt or magnitude")] = "besa",
+    sparsity: Annotated[float, typer.Option(help="fraction of the weights to set to 0")] = 0.5,
+    calibration: Annotated[str, typer.Option(help="their text: sotu, c4, wikitext2, ptb or your own")] = "sotu",
+    n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
+    seq_len: SeqLen = 2048,
+    sampler: Annotated[Literal["crop", "pack"], typer.Option(help="how windows are cut")] = "crop",
+    seed: Annotated[int, typer.Option(help="of the sampler")] = 0,
+    d_coef: Annotated[float | None, typer.Option(help="Prodigy's step size factor (BESA)")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the windows (BESA)")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="windows per step (BESA), a multiple of the ranks; as many as ranks by default")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="quantize too: 2, 3, 4 or 8 bits per weight (BESA, Wanda)")] = None,
+    group_size: Annotated[int | None, typer.Option(help="columns that share a scale; a row by default")] = None,
+    device: Device = "auto",
+    hidden_states: Annotated[
+        Literal["auto", "device", "host", "file"], typer.Option(help="where the hidden states lie")
+    ] = "auto",
+    trust_remote_code: RemoteCode = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, try the first block, show the plan, stop")] = False,
+) -> None:
+    """Prune the checkpoint SOURCE into OUTPUT, one block in memory at a time.
+
+    Interrupted (Ctrl-C, a kill, a full disk), the same command continues. `torchrun --nproc-per-node N -m besa prune
+    ...` shares the windows out.
+    """
+    from besa.checkpoint import find_checkpoint
+    from besa.data import calibration_windows
+    from besa.models import load_tokenizer
+    from besa.shards import plan_checkpoint, prune_checkpoint
+
+    batch_size = batch_size or (parallel.n_ranks() if method.startswith("besa") else None)
+    chosen = _method(method, sparsity, bits, group_size, d_coef=d_coef, epochs=epochs, batch_size=batch_size)
+    tokenizer = load_tokenizer(str(find_checkpoint(source)))
+    windows = calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
+    places: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
+    if dry_run:
+        plan = plan_checkpoint(source, output, windows, chosen, **places)
+        _say(str(plan))
+        return
+    report = prune_checkpoint(source, output, windows, chosen, **places)
+    _say(f"{report}\n{output} is an ordinary checkpoint: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+@app.command()
+@_plainly()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="folder, llama-7b ... llama2-70b, smollm2-135m or a hub id")],
+    texts: Annotated[str, typer.Option(help="perplexity on these, comma-separated; may be empty")] = "wiki",
+    tasks: Annotated[str, typer.Option(help="zero-shot accuracy on these, comma-separated: piqa, boolq, ...")] = "",
+    seq_len: SeqLen = 2048,
+    max_segments: Annotated[int | None, typer.Option(help="test segments per text; all by default", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="questions per task; all by default", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; what is fast by default")] = None,
+    device: Device = "auto",
+) -> None:
+    """Perplexity and zero-shot accuracy of a model; `torchrun ... -m besa evaluate` shares the segments out."""
+    import besa
+    from besa.zero_shot import check_request
+
+    if tasks:
+        check_request(tasks.split(","), limit)
+    model, tokenizer = besa.load_model(source, dtype, device)
+    quiet = parallel.rank() > 0
+    for text in filter(None, texts.split(",")):
+        tokens = besa.test_tokens(text, tokenizer)[: max_segments and max_segments * seq_len]
+        value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
+        _say(f"perplexity on {text}: {value:.4f} over {len(tokens) // seq_len} segments of {seq_len} tokens")
+    if tasks:
+        scores = besa.zero_shot(model, tokenizer, tasks.split(","), limit, progress=not quiet)
+        _say(scores.to_frame()[["acc", "stderr", "n", "of"]].to_string())
+
+
+@app.command()
+@_plainly()
+def export(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, llama-7b ..., or a hub id")],
+    folder: Annotated[Path, typer.Argument(help="folder to make")],
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's by default")] = None,
+) -> None:
+    """Write a model, such as the embedded one, as an ordinary checkpoint."""
+    from besa import checkpoint
+
+    checkpoint.export(name, folder, dtype)
+    _say(f"wrote {folder}")
+
+
+def _method(name: str, sparsity: float, bits: int | None, group_size: int | None, **fields: Any) -> Any:
+    """A method by name; what is None keeps its default."""
+    import besa
+
+    fields = {field: value for field, value in fields.items() if value is not None}
+    if bits is not None:
+        fields["quantize"] = besa.Quantize(bits=bits, group_size=group_size)
+    try:
+        return besa.named_method({"besa": "besa-row-wise"}.get(name, name), sparsity, **fields)
+    except TypeError as error:
+        raise ValueError(f"method {name!r} takes none of {', '.join(fields)} ({error})") from error
+
+
+def _say(text: str) -> None:
+    if parallel.rank() == 0:
+        typer.echo(text)
+
+
+if __name__ == "__main__":
+    app()

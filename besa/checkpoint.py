@@ -1,0 +1,214 @@
+"""Checkpoints on disk: find, check and open one without reading its weights; write one shard by shard, index last."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from besa import assets
+from besa.files import replacing, write_text
+from besa.models import load_tokenizer, resolve_dtype, source_of
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
+"""Files beside the weights that belong to a checkpoint: configuration, tokenizer, its own code, licence."""
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The folder of a checkpoint by any name that `load_model` takes; one on the hub is downloaded, without pickles.
+
+    Raises:
+        ValueError: neither folder nor hub has it.
+    """
+    folder = Path(source_of(str(source)))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(huggingface_hub.snapshot_download(str(folder), allow_patterns=["*.safetensors", *_CARRIED]))
+    except Exception as error:  # the hub raises many kinds; each means that it did not deliver
+        raise ValueError(
+            f"source {str(source)!r} is no folder, and the hub did not deliver it ({type(error).__name__})"
+        ) from error
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint, each there and as long as its header says.
+
+    Raises:
+        ValueError: there are none (says how to convert pickled ones), or one is missing or cut short.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif single.is_file():
+        paths = [single]
+    else:
+        pickled = next((f", only {path.name}, a pickle, which besa never opens" for path in folder.glob("*.bin")), "")
+        raise ValueError(
+            f"{folder} has neither {single.name} nor {INDEX}{pickled}. Where you trust it, convert it: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER'), and "
+            "the same for its AutoTokenizer."
+        )
+    for path in paths:
+        try:
+            _dtypes(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} is missing or cut short ({error}); fetch that file again") from error
+    return paths
+
+
+def _dtypes(path: Path) -> dict[str, str]:
+    """Precision -> a tensor of it, from a shard's header."""
+    with safetensors.safe_open(path, "pt") as file:
+        return {file.get_slice(name).get_dtype(): name for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A checkpoint's model on the CPU, its weights left in their files (memory-mapped).
+
+    Args:
+        trust_remote_code: run the Python code that comes with the checkpoint, where it has any.
+
+    Raises:
+        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, or transformers cannot
+            load it.
+    """
+    found: dict[str, str] = {}
+    for path in shard_paths(folder):
+        found |= _dtypes(path)
+    if len(found) != 1 or not found.keys() <= _DTYPES.keys():
+        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(found.items()))
+        raise ValueError(
+            f"{folder} holds tensors of {kinds}; besa takes one of {', '.join(_DTYPES)} for all. Load it in one of "
+            "them and save it: AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16').save_pretrained('FOLDER')"
+        )
+    dtype = _DTYPES[next(iter(found))]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"transformers cannot load {folder}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def check_tokenizer(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        ValueError: it has more tokens than the model has embeddings, or none is there.
+    """
+    n_tokens, n_ids = len(load_tokenizer(str(folder))), model.get_input_embeddings().num_embeddings
+    if n_tokens > n_ids:
+        raise ValueError(
+            f"the tokenizer in {folder} has {n_tokens} tokens, but the model has {n_ids} embeddings: it is not the "
+            "model's; put the right tokenizer there"
+        )
+
+
+def check_apart(source: Path, output: Path) -> None:
+    """Refuse an output that would touch its source.
+
+    Raises:
+        ValueError: they are the same folder, or one lies in the other.
+    """
+    a, b = source.resolve(), output.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise ValueError(f"output {str(output)!r} is, or lies in or around, the source {str(source)!r}; name another")
+
+
+def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors under their names in the checkpoint, whole or not at all.
+
+    Raises:
+        OSError: the disk is full; says what is needed and free.
+    """
+    with _room_for(sum(tensor.nbytes for tensor in tensors.values()), path), replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _room_for(n_bytes: int, path: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says what to do."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        if not full:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {path.name} takes {n_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free. Make "
+            "room and run the same again: it continues behind the last whole shard",
+            str(path.parent),
+        ) from error
+
+
+def stored_names(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, str]:
+    """What each tensor of a model is called in its checkpoint; some families rename a few when they are loaded."""
+    return {name: next(iter(revert_weight_conversion(model, {name: tensor}))) for name, tensor in state.items()}
+
+
+def rest_of(model: PreTrainedModel, prefixes: list[str]) -> dict[str, Tensor]:
+    """What is in no block, by its name in a checkpoint: embeddings, final norm, head; a tied weight once."""
+    state = model.state_dict()
+    tied = {name for name, kept in model.all_tied_weights_keys.items() if kept in state}
+    inside = tuple(f"{prefix}." for prefix in prefixes)
+    rest = {name: value for name, value in state.items() if name not in tied and not name.startswith(inside)}
+    return {stored: rest[name] for name, stored in stored_names(model, rest).items()}
+
+
+def write_index(shards: list[Path], folder: Path) -> None:
+    """Name every tensor's shard: from now on the folder is a checkpoint."""
+    weight_map, total = {}, 0
+    for path in shards:
+        with safetensors.safe_open(path, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), path.name)
+        total += path.stat().st_size
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
+
+
+def carry_over(source: Path, output: Path) -> None:
+    """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, its own code, licence."""
+    for path in (path for pattern in _CARRIED for path in sorted(source.glob(pattern))):
+        if path.name not in (INDEX, assets.SUMS):
+            with replacing(output / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def export(name: str, folder: Path, dtype: str | None = None) -> None:
+    """Write a model by any name that `load_model` takes as an ordinary checkpoint.
+
+    Args:
+        dtype: None keeps the source's precision.
+
+    Raises:
+        ValueError: the name or dtype is unknown, or there is something in the folder.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty; name another folder")
+    source = find_checkpoint(name)
+    model = open_checkpoint(source)
+    if dtype:
+        model = model.to(resolve_dtype(dtype, torch.device("cpu")))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(temporary)
+        load_tokenizer(name).save_pretrained(temporary)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""Before long work: what it will need, in memory, disk and time, and where the hidden states go."""
+
+import itertools
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from besa.blocks import Spans
+from besa.parallel import n_ranks
+from besa.provenance import anonymous_bytes, measure
+from besa.prune import InModel, Method, enter, prune_span
+
+HiddenStates = Literal["device", "host", "file"]
+
+USABLE = 0.9
+"""Of what is free: the rest is for what nobody counted."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What pruning the first block on a window or two took."""
+
+    seconds_once: float
+    """Per block, however many windows: copying, ranking, writing back."""
+    seconds_per_window: float
+    """Per block and window: observing, training, advancing."""
+    bytes: int
+    """Memory of the device that computes, beside the hidden states: weights, ranks, gradients, activations."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs and finds, on each rank; bytes and seconds."""
+
+    hidden_states: HiddenStates
+    """Where they lie: on the device, in (pinned) host memory, or in a file beside the output."""
+    trial: Trial
+    streams_bytes: int
+    """Hidden states of this rank's windows, twice: what enters a block, and what it must reproduce."""
+    device_free: int
+    host_free: int
+    disk_bytes: int
+    """Shards, and the hidden states where they lie in a file."""
+    disk_free: int
+    n_blocks: int
+    seconds: float
+    """Of the whole run."""
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"memory: {_gib(self.trial.bytes)} for a block, {_gib(self.device_free)} are free where it computes",
+                f"hidden states: {_gib(self.streams_bytes)} per rank in {_PLACES[self.hidden_states]}; "
+                f"{_gib(self.host_free)} of host memory are free",
+                f"disk: {_gib(self.disk_bytes)} to write, {_gib(self.disk_free)} are free",
+                f"time: {self.seconds / max(1, self.n_blocks):.1f} s for each of {self.n_blocks} blocks, "
+                f"{self.seconds / 60:.1f} min in all, by a trial on the first",
+            ]
+        )
+
+
+_PLACES = {"device": "the memory where it computes", "host": "pinned host memory", "file": "a file beside the output"}
+
+
+def make_plan(
+    trial: Trial,
+    n_windows: int,
+    window_bytes: int,
+    shard_bytes: int,
+    n_blocks: int,
+    device: torch.device,
+    output: Path,
+    wanted: HiddenStates | Literal["auto"] = "auto",
+) -> Plan:
+    """Where the hidden states go, and whether everything fits.
+
+    Args:
+        n_windows: of this rank.
+        window_bytes: of one window's hidden states.
+        shard_bytes: still to be written.
+        n_blocks: still to be pruned.
+        wanted: "auto" takes the first that fits of device, host and file.
+
+    Raises:
+        ValueError: something does not fit; says what is needed, what is free, and what to change.
+    """
+    streams = 2 * n_windows * window_bytes
+    device_free, host_free, disk_free = free_device(device), free_host(), shutil.disk_usage(output).free
+    sharing = n_ranks() if device.type == "cpu" else 1  # ranks that share this memory
+    room = {"device": USABLE * device_free / sharing - trial.bytes}
+    if device.type == "cuda":
+        room["host"] = USABLE * host_free
+    room["file"] = USABLE * disk_free - shard_bytes
+    if room["file"] < 0:
+        raise ValueError(
+            f"the output does not fit: {_gib(shard_bytes)} are still to be written and {_gib(disk_free)} are free in "
+            f"{output}, of which besa fills {USABLE:.0%}; make room or name another folder"
+        )
+    places = [place for place, free in room.items() if wanted in ("auto", place) and streams <= free]
+    if room["device"] < 0 or not places:
+        found = ", ".join(f"{_gib(max(0.0, free))} in {_PLACES[place]}" for place, free in room.items())
+        raise ValueError(
+            f"a block takes {_gib(trial.bytes)} of the {_gib(device_free)} that are free on {device}, and the hidden "
+            f"states of {n_windows} windows {_gib(streams)}; there is room for {found} (hidden_states={wanted!r}). "
+            "Take fewer or shorter windows, hidden_states='auto', more ranks or a larger machine"
+        )
+    on_disk = shard_bytes + streams * (places[0] == "file")
+    seconds = n_blocks * (trial.seconds_once + n_windows * trial.seconds_per_window)
+    return Plan(places[0], trial, streams, device_free, host_free, on_disk, disk_free, n_blocks, seconds)
+
+
+def _gib(n: int | float) -> str:
+    return f"{n / 2**30:.2f} GiB"
+
+
+def free_device(device: torch.device) -> int:
+    """Free memory of the device that computes, in bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host()
+
+
+def free_host() -> int:
+    """Host memory that can be had, in bytes, within the control group's limit where there is one."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
+    if limit != "max":
+        free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    return free
+
+
+@torch.no_grad()
+def try_out(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "n_samples seq_len"],
+    method: Method,
+    together: Spans,
+    returns_tuple: bool,
+    store: InModel,
+) -> Trial:
+    """Prune a copy of the first block, or span of blocks, on as few windows as show what one more would cost.
+
+    Args:
+        windows: of this rank.
+    """
+    few = windows[: 2 * max(1, (method.batch_size or 1) // n_ranks())]
+    streams = enter(model, few, returns_tuple, InModel(store.device))
+    ticks: list[float] = []
+    before = anonymous_bytes()
+    with measure() as cost:
+        block, call = store.load(together, 0)
+        prune_span(0, block, call, streams, method, n_ranks() * len(few), lambda: ticks.append(time.perf_counter()))
+    # Observing, every pass of training and advancing tick once per window. The first tick of a phase comes after its
+    # preparation; what lies between the others, every further window will take.
+    n = len(few)
+    between = [late - early for i, (early, late) in enumerate(itertools.pairwise(ticks), 1) if i % n]
+    per_window = sum(between) / (n - 1) if n > 1 else cost.seconds
+    used = cost.peak_bytes if store.device.type == "cuda" else cost.peak_anonymous_bytes - before
+    return Trial(max(0.0, cost.seconds - n * per_window), per_window, max(0, used))

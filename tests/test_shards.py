@@ -1,0 +1,432 @@
+"""From checkpoint to checkpoint: the same weights as in memory, whatever interrupts, and nothing else is touched."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+from test_blocks import ARCHITECTURES, build
+from tokenizers import models as token_models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import besa
+from besa import checkpoint, plan, shards
+from besa.files import sha256
+
+METHODS = {
+    "besa": besa.Besa(),
+    "besa, dense targets": besa.Besa(row_group="layer", targets="dense"),
+    "besa, two blocks together": besa.Besa(reconstruct=2),
+    "besa in 4 bits": besa.Besa(quantize=besa.Quantize(bits=4)),
+    "wanda": besa.Wanda(),
+    "sparsegpt": besa.SparseGPT(),
+}
+
+
+def save(model, folder):
+    """An ordinary checkpoint with a tokenizer of 95 words."""
+    model.save_pretrained(folder)
+    vocabulary = {f"w{i}": i for i in range(model.get_input_embeddings().num_embeddings - 2)}  # some classes add one
+    plain = tokenizers.Tokenizer(token_models.WordLevel(vocabulary, unk_token="w0"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tiny_llama, tmp_path):
+    return save(tiny_llama, tmp_path / "source")
+
+
+def prune(source, output, windows, method=METHODS["besa"], **options):
+    return besa.prune_checkpoint(source, output, windows, method, device="cpu", progress=False, **options)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def assert_same(model, other):
+    one, two = model.state_dict(), other.state_dict()
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def weights(folder):
+    """sha256 by file of what from_pretrained reads."""
+    return {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_is_pruned_to_the_bit_as_in_memory(tiny_llama, source, tmp_path, windows, name):
+    before = weights(source)
+    report = prune(source, tmp_path / "out", windows, METHODS[name])
+    expected = besa.prune(tiny_llama, windows, METHODS[name], progress=False)
+    assert_same(load(tmp_path / "out"), tiny_llama)
+    assert report.sparsity == expected.sparsity and report.steps == expected.steps
+    assert weights(source) == before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_through_and_back(architecture, tied, tmp_path):
+    model = build(architecture, tie_word_embeddings=tied)
+    source, windows = save(model, tmp_path / "source"), torch.randint(1, 97, (4, 16))
+    prune(source, tmp_path / "out", windows)
+    besa.prune(model, windows, METHODS["besa"], progress=False)
+    assert_same(load(tmp_path / "out"), model)
+    stored = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        stored |= {name: path.name for name in safetensors.torch.load_file(path)}
+    assert stored.keys() == safetensors.torch.load_file(source / "model.safetensors").keys()  # none missing, none extra
+    assert json.loads((tmp_path / "out" / checkpoint.INDEX).read_text())["weight_map"] == stored
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+@pytest.mark.parametrize("name", ["besa", "besa, dense targets"])
+def test_a_stopped_run_continues_to_the_same_bytes(source, tmp_path, windows, monkeypatch, name, written):
+    prune(source, tmp_path / "whole", windows, METHODS[name])
+    keep, calls = shards.Shards.keep, []
+
+    def stopping(self, index, *arguments):
+        if index == written:
+            raise Stop
+        keep(self, index, *arguments)
+
+    monkeypatch.setattr(shards.Shards, "keep", stopping)
+    with pytest.raises(Stop):
+        prune(source, tmp_path / "out", windows, METHODS[name])
+    assert not (tmp_path / "out" / checkpoint.INDEX).exists()
+    monkeypatch.setattr(shards.Shards, "keep", lambda self, index, *a: (calls.append(index), keep(self, index, *a)))
+    report = prune(source, tmp_path / "out", windows, METHODS[name])
+    assert calls == list(range(written, 3))  # finished blocks are walked through, not pruned again
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert report.to_frame()["block"].tolist() == [0] * 7 + [1] * 7 + [2] * 7
+
+
+def test_a_finished_run_has_nothing_left_to_do(source, tmp_path, windows, monkeypatch):
+    first = prune(source, tmp_path / "out", windows)
+    before = weights(tmp_path / "out")
+    monkeypatch.setattr(shards, "prune_blocks", None)
+    assert prune(source, tmp_path / "out", windows).rows == first.rows
+    assert weights(tmp_path / "out") == before
+
+
+def test_a_damaged_shard_is_found_and_made_again(source, tmp_path, windows):
+    prune(source, tmp_path / "out", windows)
+    before = weights(tmp_path / "out")
+    shard = tmp_path / "out" / "model-block-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    (tmp_path / "out" / "besa" / "block-00002.json").write_text("{")
+    prune(source, tmp_path / "out", windows)
+    assert weights(tmp_path / "out") == before
+
+
+def test_another_run_in_the_same_output_is_refused_by_what_differs(source, tmp_path, windows, tiny_llama):
+    out = tmp_path / "out"
+    prune(source, out, windows)
+    with pytest.raises(ValueError, match=r"another method \(sparsity\): 0.5 there, 0.45 now"):
+        prune(source, out, windows, besa.Besa(sparsity=0.45))
+    with pytest.raises(ValueError, match=r"another windows \(sha256\)"):
+        prune(source, out, windows.flip(0))
+    with torch.no_grad():
+        tiny_llama.lm_head.weight += 1
+    tiny_llama.save_pretrained(source)
+    with pytest.raises(ValueError, match=r"another source \(model.safetensors\)"):
+        prune(source, out, windows)
+
+
+def test_another_version_is_refused(source, tmp_path, windows, monkeypatch):
+    prune(source, tmp_path / "out", windows)
+    monkeypatch.setattr(besa, "__version__", "99")
+    with pytest.raises(ValueError, match=r"another versions \(besa\): '.*' there, '99' now"):
+        prune(source, tmp_path / "out", windows)
+
+
+def test_outputs_that_would_touch_something_else_are_refused(source, tmp_path, windows):
+    for output in (source, source / "inside", tmp_path):
+        with pytest.raises(ValueError, match=r"lies in or around, the source"):
+            prune(source, output, windows)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds 'thesis.tex', of no run of besa"):
+        prune(source, tmp_path / "full", windows)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/out' is not writable"):
+        prune(source, tmp_path / "file" / "out", windows)
+    assert not (source / "inside").exists()
+
+
+def test_pickles_are_never_opened_and_the_way_out_is_told(source, tmp_path, windows):
+    (source / "model.safetensors").rename(tmp_path / "kept")
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ValueError, match=r"only pytorch_model.bin, a pickle, which besa never opens.*save_pretrained"):
+        prune(source, tmp_path / "out", windows)
+
+
+def test_remote_code_needs_the_users_flag(source, tmp_path, windows):
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "mine.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        prune(source, tmp_path / "out", windows)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_missing_and_truncated_shards_are_named(tiny_llama, tmp_path, windows):
+    source = save(tiny_llama, tmp_path / "source")
+    tiny_llama.save_pretrained(source, max_shard_size="20KB")
+    (source / "model.safetensors").unlink(missing_ok=True)
+    shard = sorted(source.glob("model-0*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing or cut short"):
+        prune(source, tmp_path / "out", windows)
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing or cut short"):
+        prune(source, tmp_path / "out", windows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_precisions_are_refused_by_tensor(source, tmp_path, windows):
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    safetensors.torch.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"BF16 \(model.norm.weight\), F32 \(.*\); besa takes one"):
+        prune(source, tmp_path / "out", windows)
+
+
+def test_another_models_tokenizer_is_refused(source, tmp_path, windows):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["more", "than", "fit"])
+    tokenizer.save_pretrained(source)
+    with pytest.raises(ValueError, match="has 98 tokens, but the model has 97 embeddings"):
+        prune(source, tmp_path / "out", windows)
+
+
+@pytest.mark.parametrize("full_at", ["shard", "note"])
+def test_a_full_disk_says_so_leaves_nothing_half_written_and_the_run_continues(
+    source, tmp_path, windows, monkeypatch, full_at
+):
+    prune(source, tmp_path / "whole", windows)
+    out = tmp_path / "out"
+    with monkeypatch.context() as full:
+
+        def no_space(*arguments, **options):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if full_at == "shard":
+            full.setattr(checkpoint.safetensors.torch, "save_file", no_space)
+        else:
+            write = shards.write_text
+            full.setattr(
+                shards, "write_text", lambda path, text: no_space() if "block" in path.name else write(path, text)
+            )
+        with pytest.raises(OSError, match=r"the disk is full|No space left"):
+            prune(source, out, windows)
+    assert not list(out.glob(".*")) and not list((out / "besa").glob(".*"))
+    prune(source, out, windows)
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_hidden_states_in_a_file_change_no_bit_and_leave_no_file(source, tmp_path, windows):
+    prune(source, tmp_path / "memory", windows)
+    prune(source, tmp_path / "file", windows, hidden_states="file")
+    assert json.loads((tmp_path / "file" / "besa" / "plan.json").read_text())["hidden_states"] == "file"
+    assert weights(tmp_path / "file") == weights(tmp_path / "memory")
+    assert not list((tmp_path / "file" / "besa").glob("*.bin"))
+
+
+TRIAL = plan.Trial(seconds_once=2.0, seconds_per_window=0.5, bytes=3 * 2**30)
+
+
+def make_plan(tmp_path, monkeypatch, device_gib, host_gib, disk_gib, wanted="auto", device="cuda"):
+    monkeypatch.setattr(plan, "free_device", lambda _: int(device_gib * 2**30))
+    monkeypatch.setattr(plan, "free_host", lambda: int(host_gib * 2**30))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, int(disk_gib * 2**30)))
+    sizes = {"n_windows": 128, "window_bytes": 2**25, "shard_bytes": 10 * 2**30, "n_blocks": 80}  # 8 GiB of streams
+    return plan.make_plan(TRIAL, **sizes, device=torch.device(device), output=tmp_path, wanted=wanted)
+
+
+def test_hidden_states_go_to_the_first_place_that_holds_them(tmp_path, monkeypatch):
+    assert make_plan(tmp_path, monkeypatch, 13, 0, 12).hidden_states == "device"
+    assert make_plan(tmp_path, monkeypatch, 12, 9, 12).hidden_states == "host"  # 0.9 * 12 - 3 < 8 <= 0.9 * 9
+    assert make_plan(tmp_path, monkeypatch, 12, 8, 20.1).hidden_states == "file"
+    assert make_plan(tmp_path, monkeypatch, 99, 99, 99, wanted="file").hidden_states == "file"
+    assert make_plan(tmp_path, monkeypatch, 99, 99, 99).seconds == 80 * (2 + 128 * 0.5)
+    assert make_plan(tmp_path, monkeypatch, 12, 12, 99, device="cpu").hidden_states == "file"
+
+
+def test_what_does_not_fit_is_refused_with_numbers(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"10.00 GiB are still to be written and 11.00 GiB are free"):
+        make_plan(tmp_path, monkeypatch, 99, 99, 11)
+    with pytest.raises(ValueError, match=r"a block takes 3.00 GiB of the 2.00 GiB that are free on cuda"):
+        make_plan(tmp_path, monkeypatch, 2, 99, 99)
+    with pytest.raises(ValueError, match=r"128 windows 8.00 GiB; there is room for 7.80 GiB in .*, 6.30 GiB in pinned"):
+        make_plan(tmp_path, monkeypatch, 12, 7, 12)
+
+
+def test_the_plan_names_memory_disk_and_time_and_prunes_nothing(source, tmp_path, windows):
+    found = besa.plan_checkpoint(source, tmp_path / "out", windows, METHODS["besa"], device="cpu")
+    assert found.streams_bytes == 2 * windows.numel() * 32 * 4
+    assert found.disk_bytes == sum(t.nbytes for t in safetensors.torch.load_file(source / "model.safetensors").values())
+    assert found.seconds > 0 and found.n_blocks == 3
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    prune(source, tmp_path / "out", windows)  # and the run starts from there
+
+
+# The command line, in processes of its own
+
+
+def command(*arguments, ranks=None, **options):
+    start = [sys.executable, "-m"]
+    if ranks:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BESA_DATA": options.pop("data", "")}
+    full = [*start, "besa", *map(str, arguments)]
+    return subprocess.Popen(
+        full, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text of the tiny model's words."""
+    folder = tmp_path_factory.mktemp("data")
+    words = torch.randint(0, 95, (200, 40), generator=torch.Generator().manual_seed(2))
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in words.tolist()]
+    (folder / "words").mkdir()
+    for split in ("train", "test"):
+        (folder / "words" / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+OPTIONS = ["--calibration", "words", "--n-samples", 64, "--seq-len", 24, "--sampler", "pack", "--device", "cpu"]
+
+
+def finish(process, expected=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == expected, output
+    return output
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def deep_source(tmp_path_factory):
+    """Twelve blocks, so that there is time to interrupt."""
+    return save(build("Llama", num_hidden_layers=12), tmp_path_factory.mktemp("deep"))
+
+
+ARGUMENTS = ["--batch-size", 2, "--epochs", 2, *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def by_one(deep_source, text, tmp_path_factory):
+    """What one process makes of it, never interrupted."""
+    output = tmp_path_factory.mktemp("one")
+    finish(command("prune", deep_source, output, *ARGUMENTS, data=text))
+    return output
+
+
+@pytest.fixture(scope="module")
+def by_two(deep_source, text, tmp_path_factory):
+    """What two ranks make of it, never interrupted."""
+    output = tmp_path_factory.mktemp("two")
+    finish(command("prune", deep_source, output, *ARGUMENTS, data=text, ranks=2))
+    return output
+
+
+def test_sigkill_and_sigint_then_the_same_command_ends_with_the_same_bytes(deep_source, by_one, tmp_path, text):
+    out = tmp_path / "out"
+    process = command("prune", deep_source, out, *ARGUMENTS, data=text)
+    wait_for(out / "besa" / "block-00001.json", process)
+    process.kill()
+    process.communicate()
+    process = command("prune", deep_source, out, *ARGUMENTS, data=text)
+    wait_for(out / "besa" / "block-00004.json", process)
+    process.send_signal(signal.SIGINT)
+    assert "the same command continues" in finish(process, 130)
+    assert not (out / checkpoint.INDEX).exists()
+    finish(command("prune", deep_source, out, *ARGUMENTS, data=text))
+    assert weights(out) == weights(by_one)
+
+
+def notes_of(output):
+    return [json.loads(path.read_text()) for path in sorted((output / "besa").glob("block-*"))]
+
+
+def test_two_ranks_prune_as_one_process_with_the_same_batch(by_one, by_two):
+    for one, two in zip(notes_of(by_one), notes_of(by_two), strict=True):
+        assert len(one["steps"]) == len(two["steps"]) == 64
+        for a, b in zip(one["steps"], two["steps"], strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert sum(r["zeros"] for r in two["rows"]) == pytest.approx(sum(r["zeros"] for r in one["rows"]), rel=1e-3)
+
+
+def test_two_ranks_evaluate_as_one_process(by_two, text):
+    arguments = [by_two, "--texts", "words", "--seq-len", 24, "--device", "cpu"]
+    outputs = [finish(command("evaluate", *arguments, data=text, ranks=ranks)) for ranks in (None, 2)]
+    values = [float(output.split("perplexity on words: ")[1].split()[0]) for output in outputs]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)
+
+
+def test_a_rank_that_dies_takes_the_job_down_and_it_continues(deep_source, by_two, tmp_path, text):
+    out = tmp_path / "out"
+    process = command("prune", deep_source, out, *ARGUMENTS, data=text, ranks=2)
+    wait_for(out / "besa" / "block-00002.json", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]  # within a minute
+    assert process.returncode != 0
+    assert "SIGKILL" in output or "Signal 9" in output
+    finish(command("prune", deep_source, out, *ARGUMENTS, data=text, ranks=2))
+    assert weights(out) == weights(by_two)
+
+
+def test_ranks_that_cannot_share_a_step_are_told_so(source, tmp_path, text):
+    output = finish(command("prune", source, tmp_path / "out", "--batch-size", 3, *OPTIONS, data=text, ranks=2), 1)
+    assert "2 ranks cannot share the 3 window(s) of a step" in output
+
+
+def test_bad_options_are_one_line_and_an_exit_status(source, tmp_path, text):
+    output = finish(command("prune", source, tmp_path / "out", "--method", "voodoo", *OPTIONS, data=text), 1)
+    assert "besa: unknown method 'voodoo'; known:" in output and "Traceback" not in output
+    output = finish(command("prune", tmp_path / "no", tmp_path / "out", *OPTIONS, data=text), 1)
+    assert "is no folder, and the hub did not deliver it" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_the_plan(source, tmp_path, text):
+    output = finish(command("prune", source, tmp_path / "out", "--dry-run", *OPTIONS, data=text))
+    assert "disk:" in output and "s for each of 3 blocks" in output
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_export_writes_the_embedded_model_as_an_ordinary_checkpoint(smollm2, tmp_path):
+    checkpoint.export("smollm2-135m", tmp_path / "smollm2")
+    assert_same(load(tmp_path / "smollm2"), smollm2[0])
+    with pytest.raises(ValueError, match="is not empty"):
+        checkpoint.export("smollm2-135m", tmp_path / "smollm2")
