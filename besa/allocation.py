@@ -15,10 +15,10 @@ over the buckets d, d+1, ... of (dL/dW'_ij W_ij).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from besa.kernels import bucket_sums, masked_rows
+from besa.kernels import Ranking, bucket_sums, masked_rows
 
 
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
@@ -57,16 +57,6 @@ def reachable_sparsity(n: int, smooth: bool) -> tuple[float, float]:
     return 1 - highest, highest
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Where each weight of a projection stands in its row, computed once per block."""
-
-    ranks: Int[Tensor, "rows columns"]
-    """0 = least important; int16 where it suffices, else int32."""
-    buckets: UInt8[Tensor, "rows columns"]
-    """Index of the last candidate that prunes the element."""
-
-
 def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "n"]) -> Ranking:
     """Rank every row by importance (stable) and look up the candidate buckets of the ranks."""
     rows, columns = importance.shape
@@ -81,7 +71,7 @@ def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "
         order = importance[start : start + step].sort(dim=1, stable=True).indices
         ranks[start : start + step].scatter_(1, order, place.expand_as(order))
         buckets[start : start + step].scatter_(1, order, table.expand_as(order))
-    return Ranking(ranks, buckets)
+    return Ranking(ranks, buckets, table)
 
 
 def prune_counts(alpha: Float32[Tensor, "groups"], columns: int, rows: int) -> Int64[Tensor, "rows"]:
@@ -113,7 +103,7 @@ class _MaskedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         groups, n = ctx.shape
-        sums = bucket_sums(grad, ctx.weight, ctx.ranking.buckets, n)  # (rows, n)
+        sums = bucket_sums(grad, ctx.weight, ctx.ranking, n)  # (rows, n)
         sums = sums.view(groups, -1, n).sum(1)  # (groups, n)
         to_weight = None
         if ctx.needs_input_grad[2]:

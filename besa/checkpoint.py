@@ -105,11 +105,13 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
 
 
 def check_tokenizer(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a tokenizer that is not the model's.
+    """Refuse a tokenizer that is not the model's; a checkpoint may come without one.
 
     Raises:
-        ValueError: it has more tokens than the model has embeddings, or none is there.
+        ValueError: it has more tokens than the model has embeddings.
     """
+    if not (folder / "tokenizer_config.json").is_file():
+        return
     n_tokens, n_ids = len(load_tokenizer(str(folder))), model.get_input_embeddings().num_embeddings
     if n_tokens > n_ids:
         raise ValueError(

@@ -83,12 +83,12 @@ def _accumulate(statistics: dict[str, InputStatistics], name: str, x: Tensor, n_
 
 def magnitude(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """|W_ij| (Han et al. 2015)."""
-    return weight.float().abs()
+    return weight.abs().float()  # in this order a bfloat16 weight has one float32 copy, not two
 
 
 def wanda(weight: Float[Tensor, "rows columns"], statistics: InputStatistics) -> Float[Tensor, "rows columns"]:
     """|W_ij| * ||x_j||_2 (Sun et al. 2024, Eqn. 1)."""
-    return weight.float().abs() * statistics.squared_norm.sqrt()
+    return magnitude(weight).mul_(statistics.squared_norm.sqrt())
 
 
 def sparsegpt(weight: Float[Tensor, "rows columns"], statistics: InputStatistics) -> Float[Tensor, "rows columns"]:

@@ -7,17 +7,29 @@ on other devices and in other precisions, plain torch computes the same.
 import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import numba
     import numpy as np
 except ImportError:  # numba trails new Python releases
     numba = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where each weight of a projection stands in its row, computed once per block."""
+
+    ranks: Int[Tensor, "rows columns"]
+    """0 = least important; int16 where it suffices, else int32."""
+    buckets: UInt8[Tensor, "rows columns"]
+    """Index of the last candidate that prunes the element."""
+    bucket_of_rank: UInt8[Tensor, "columns"]
 
 
 def masked_rows(
@@ -37,22 +49,24 @@ def masked_rows(
 def bucket_sums(
     grad: Float[Tensor, "rows columns"],
     weight: Float[Tensor, "rows columns"],
-    buckets: UInt8[Tensor, "rows columns"],
+    ranking: Ranking,
     n_buckets: int,
 ) -> Float[Tensor, "rows n_buckets"]:
-    """Per row, the sum of grad * weight over the elements of each bucket, in float32."""
+    """Per row, the sum of grad * weight over the elements of each bucket, in float32; the same bits every time."""
     if _compiled(weight) and grad.dtype == weight.dtype:
         sums = torch.zeros(len(weight), n_buckets)
         kernel = _sum_bfloat16 if weight.dtype == torch.bfloat16 else _sum_float32
-        _over_rows(kernel, _bits(grad.contiguous()), _bits(weight), buckets.numpy(), sums.numpy())
+        _over_rows(kernel, _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy())
         return sums
-    # Rows in slices: torch wants 64-bit indices, eight times the memory of the buckets.
-    step = max(1, 2**24 // weight.shape[1])
-    parts = zip(grad.split(step), weight.split(step), buckets.split(step), strict=True)
-    zeros = weight.new_zeros
-    return torch.cat(
-        [zeros(len(g), n_buckets, dtype=torch.float32).scatter_add_(1, b.long(), g.float() * w) for g, w, b in parts]
-    )
+    # Sorted by rank, every row has its buckets in the same columns: a matrix product sums them. Adding by index would
+    # take float atomics on a GPU, whose order, and so whose rounding, changes from run to run.
+    member = nn.functional.one_hot(ranking.bucket_of_rank.long(), n_buckets).float()  # (columns, n_buckets)
+    step = max(1, 2**24 // weight.shape[1])  # torch wants 64-bit indices, four times the memory of the ranks
+    sums = []
+    for g, w, r in zip(grad.split(step), weight.split(step), ranking.ranks.split(step), strict=True):
+        by_rank = torch.empty_like(g, dtype=torch.float32).scatter_(1, r.long(), g.float() * w)
+        sums.append(by_rank @ member)
+    return torch.cat(sums)
 
 
 def _compiled(weight: Tensor) -> bool:

@@ -295,27 +295,24 @@ class Shards(InModel):
     # The loop's side
 
     def load(self, together: Spans, index: int) -> tuple[nn.Module, BlockCall]:
-        """A copy of the block, dense as in the source. On a GPU the next one is fetched meanwhile."""
+        """The block as in the source, its weights still mapped; on a GPU a copy, and the next one comes meanwhile."""
         if self.device.type != "cuda":
-            return self._copy(*together[index])
-        here = self._ahead.pop(index, None) or self._fetcher.submit(self._copy, *together[index])
+            block, call = together[index]
+            return _with_tensors(block, lambda tensor: tensor), call
+        here = self._ahead.pop(index, None) or self._fetcher.submit(self._to_gpu, *together[index])
+        fetched = here.result()
         following = next((later for later in together if later > index), None)
-        block, call = here.result()
         if following is not None:
-            self._ahead[following] = self._fetcher.submit(self._copy, *together[following])
-        return block, call
+            self._ahead[following] = self._fetcher.submit(self._to_gpu, *together[following])
+        return fetched
 
-    def _copy(self, block: nn.Module, call: BlockCall) -> tuple[nn.Module, BlockCall]:
-        """From the mapped file: to memory, or through pinned memory to the GPU, on a stream of its own."""
-        if self.device.type != "cuda":
-            return copy.deepcopy(block), call
+    def _to_gpu(self, block: nn.Module, call: BlockCall) -> tuple[nn.Module, BlockCall]:
+        """From the mapped file through pinned memory, on a stream of its own beside the one that computes."""
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
-            move = lambda tensor: tensor.detach().pin_memory().to(self.device, non_blocking=True)
-            memo = {id(p): nn.Parameter(move(p), requires_grad=False) for p in block.parameters()}
-            memo |= {id(b): move(b) for b in block.buffers()}
-            copied = copy.deepcopy(block, memo), call.to(self.device)
-            torch.cuda.current_stream().synchronize()  # of this thread only: the other stream computes on
-        return copied
+            copied = _with_tensors(block, lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
+            call = call.to(self.device)
+            torch.cuda.current_stream().synchronize()
+        return copied, call
 
     def finished(self, index: int, block: nn.Module) -> Report | None:
         own = members(index, block)
@@ -330,7 +327,8 @@ class Shards(InModel):
         for number, member in members(index, block).items():
             tensors = safetensors.torch.load_file(self.output / self.notes[number]["shard"])
             names = self._names(number, member)
-            member.load_state_dict({name: tensors[stored] for name, stored in names.items()})
+            state = {name: tensors[stored].to(self.device) for name, stored in names.items()}
+            member.load_state_dict(state, assign=True)
 
     def keep(self, index: int, block: nn.Module, report: Report) -> None:
         for number, member in members(index, block).items():
@@ -394,6 +392,13 @@ class Shards(InModel):
             carry_over(self.source, self.output)
             write_index(shards, self.output)
         from_rank_0(None)
+
+
+def _with_tensors(block: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a block whose parameters and buffers are the original's, moved."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(move(p.detach()), requires_grad=False) for p in block.parameters()}
+    memo |= {id(buffer): move(buffer) for buffer in block.buffers()}
+    return copy.deepcopy(block, memo)
 
 
 def _make_folder(output: Path) -> None:

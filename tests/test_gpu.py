@@ -1,0 +1,36 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import copy
+
+import pytest
+import torch
+from test_shards import assert_same, save, weights
+
+import besa
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+METHODS = {"besa": besa.Besa(), "layer-wise, dense": besa.Besa(row_group="layer", targets="dense")}
+METHODS |= {"4 bits": besa.Besa(quantize=besa.Quantize(bits=4)), "sparsegpt": besa.SparseGPT()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gpu_learns_what_the_cpu_learns_and_the_same_bits_twice(tiny_llama, windows, name):
+    first, second = copy.deepcopy(tiny_llama).cuda(), copy.deepcopy(tiny_llama).cuda()
+    on_cpu = besa.prune(tiny_llama, windows, METHODS[name], progress=False)
+    on_gpu = besa.prune(first, windows, METHODS[name], progress=False)
+    besa.prune(second, windows, METHODS[name], progress=False)
+    assert_same(first, second)
+    assert on_gpu.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-3)
+    for ours, theirs in zip(on_gpu.steps[: len(windows)], on_cpu.steps, strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+
+
+def test_where_the_hidden_states_lie_changes_no_bit(tiny_llama, windows, tmp_path):
+    source = save(tiny_llama, tmp_path / "source")
+    places = ("device", "host", "file")
+    for place in places:
+        options = {"device": "cuda", "hidden_states": place, "progress": False}
+        report = besa.prune_checkpoint(source, tmp_path / place, windows, besa.Besa(), **options)
+        assert report.sparsity == pytest.approx(0.5, abs=0.05)
+    assert weights(tmp_path / "device") == weights(tmp_path / "host") == weights(tmp_path / "file")
