@@ -127,6 +127,21 @@ def export(
     _say(f"wrote {folder}")
 
 
+@app.command()
+@_plainly()
+def random(
+    shape: Annotated[str, typer.Argument(help="llama-7b, llama2-70b or smollm2-135m")],
+    folder: Annotated[Path, typer.Argument(help="folder to make")],
+    blocks: Annotated[int, typer.Option(help="how many of its blocks", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="of the weights")] = 0,
+) -> None:
+    """Write a checkpoint of random weights in a published shape, to measure what pruning it takes."""
+    from besa import checkpoint
+
+    checkpoint.write_random(shape, folder, blocks, seed)
+    _say(f"wrote {folder}")
+
+
 def _method(name: str, sparsity: float, bits: int | None, group_size: int | None, **fields: Any) -> Any:
     """A method by name; what is None keeps its default."""
     import besa

@@ -13,12 +13,12 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from besa import assets
 from besa.files import replacing, write_text
-from besa.models import load_tokenizer, resolve_dtype, source_of
+from besa.models import SHAPES, load_tokenizer, resolve_dtype, source_of
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -192,6 +192,16 @@ def carry_over(source: Path, output: Path) -> None:
                 shutil.copyfile(path, temporary)
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse to write beside something else.
+
+    Raises:
+        ValueError: there is something in the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
+
+
 def export(name: str, folder: Path, dtype: str | None = None) -> None:
     """Write a model by any name that `load_model` takes as an ordinary checkpoint.
 
@@ -201,8 +211,7 @@ def export(name: str, folder: Path, dtype: str | None = None) -> None:
     Raises:
         ValueError: the name or dtype is unknown, or there is something in the folder.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty; name another folder")
+    check_empty(folder)
     source = find_checkpoint(name)
     model = open_checkpoint(source)
     if dtype:
@@ -214,3 +223,38 @@ def export(name: str, folder: Path, dtype: str | None = None) -> None:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None:
+    """Write a bfloat16 checkpoint of random weights, one block in memory at a time, to measure on what is not at hand.
+
+    Args:
+        shape: one of `besa.models.SHAPES`.
+        n_blocks: how many of its blocks.
+
+    Raises:
+        ValueError: an unknown shape, or there is something in the folder.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    check_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": n_blocks}, max_position_embeddings=4096)
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    generator, shards = torch.Generator().manual_seed(seed), []
+    names = model.state_dict()
+    for prefix in [*(f"model.layers.{index}." for index in range(n_blocks)), ""]:
+        mine = {name: names.pop(name) for name in list(names) if name.startswith(prefix)}
+        shards.append(folder / f"model-{len(shards) + 1:05d}-of-{n_blocks + 1:05d}.safetensors")
+        write_shard({name: _random(tensor.shape, generator) for name, tensor in mine.items()}, shards[-1])
+    config.save_pretrained(folder)
+    write_index(shards, folder)
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """As Llama starts: norms at one, matrices normal."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)

@@ -118,7 +118,7 @@ def make_plan(
 
 
 def _gib(n: int | float) -> str:
-    return f"{n / 2**30:.2f} GiB"
+    return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.0f} MiB"
 
 
 def free_device(device: torch.device) -> int:
@@ -152,8 +152,8 @@ def try_out(
     few = windows[: 2 * max(1, (method.batch_size or 1) // n_ranks())]
     streams = enter(model, few, returns_tuple, InModel(store.device))
     ticks: list[float] = []
-    before = anonymous_bytes()
     with measure() as cost:
+        before = anonymous_bytes()
         block, call = store.load(together, 0)
         prune_span(0, block, call, streams, method, n_ranks() * len(few), lambda: ticks.append(time.perf_counter()))
     # Observing, every pass of training and advancing tick once per window. The first tick of a phase comes after its

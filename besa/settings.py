@@ -1,9 +1,11 @@
 """The rows that the sweeping notebooks compare, from their comma-separated parameters."""
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from besa.learn import Besa
+from besa.models import SHAPES
 
 PUBLISHED_ROWS = {("row", "pruned"): "besa-row-wise", ("layer", "dense"): "besa-layer-wise"}
 """(row_group, targets) of the two released recipes -> the row's name in every table."""
@@ -98,6 +100,21 @@ def parse(text: str, name: str) -> list[int | str]:
     if repeated:
         raise ValueError(f"{name}: {repeated.pop()!r} is repeated in {text!r}")
     return values
+
+
+def scale_runs(text: str) -> list[tuple[str, int, int]]:
+    """(shape, blocks, windows) of each run in "llama-7b:4x32,llama2-70b:2x8".
+
+    Raises:
+        ValueError: not of that form, or an unknown shape.
+    """
+    runs = []
+    for run in text.split(","):
+        found = re.fullmatch(r"(.+):(\d+)x(\d+)", run.strip())
+        if not found or found[1] not in SHAPES or int(found[2]) < 1 or int(found[3]) < 1:
+            raise ValueError(f"runs {run!r} is not SHAPE:BLOCKSxWINDOWS with a shape of {', '.join(SHAPES)}")
+        runs.append((found[1], int(found[2]), int(found[3])))
+    return runs
 
 
 def fractions(name: str, values: str) -> list[float]:

@@ -228,6 +228,11 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
         ("figure1.ipynb", {"n_segments": 100}, r"n_segments 100 is outside \[1, 2\], what wiki has"),
         ("sparsity.ipynb", {"sparsities": "0.5,1.2"}, r"sparsities '0.5,1.2': 1.2 is outside \[0, 1\)"),
         ("sparsity.ipynb", {"datasets": ""}, "unknown text ''"),
+        (
+            "scale.ipynb",
+            {"profile": "quick", "runs": "llama-8b:2x2"},
+            "runs 'llama-8b:2x2' is not SHAPE:BLOCKSxWINDOWS",
+        ),
     ],
 )
 def test_bad_parameters_are_refused_by_name_and_leave_nothing_behind(

@@ -1,7 +1,7 @@
 import pytest
 
 from besa import Besa
-from besa.settings import ablations, fractions, granularities
+from besa.settings import ablations, fractions, granularities, scale_runs
 
 
 def test_the_released_recipes_keep_their_names_and_step_sizes():
@@ -86,3 +86,10 @@ def test_fractions_are_sorted_numbers():
 def test_fractions_name_the_parameter_and_the_value_that_is_wrong(values, message):
     with pytest.raises(ValueError, match=message):
         fractions("sparsities", values)
+
+
+def test_scale_runs_name_shape_blocks_and_windows():
+    assert scale_runs("llama-7b:4x32, llama2-70b:2x8") == [("llama-7b", 4, 32), ("llama2-70b", 2, 8)]
+    for text in ("llama-7b", "gpt-5:2x2", "llama-7b:0x2", "llama-7b:2x2,"):
+        with pytest.raises(ValueError, match=r"is not SHAPE:BLOCKSxWINDOWS with a shape of smollm2-135m"):
+            scale_runs(text)

@@ -428,5 +428,18 @@ def test_a_dry_run_shows_the_plan(source, tmp_path, text):
 def test_export_writes_the_embedded_model_as_an_ordinary_checkpoint(smollm2, tmp_path):
     checkpoint.export("smollm2-135m", tmp_path / "smollm2")
     assert_same(load(tmp_path / "smollm2"), smollm2[0])
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         checkpoint.export("smollm2-135m", tmp_path / "smollm2")
+
+
+def test_a_random_checkpoint_has_the_published_shape_and_the_same_weights_for_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setitem(checkpoint.SHAPES, "small", checkpoint.SHAPES["smollm2-135m"] | {"vocab_size": 97})
+    for name in ("one", "two"):
+        checkpoint.write_random("small", tmp_path / name, n_blocks=2)
+    model = load(tmp_path / "one")
+    assert_same(model, load(tmp_path / "two"))
+    assert len(model.model.layers) == 2 and model.dtype == torch.bfloat16
+    assert model.model.layers[1].mlp.down_proj.weight.shape == (576, 1536)
+    assert 0.019 < model.model.layers[0].mlp.up_proj.weight.float().std() < 0.021
+    with pytest.raises(ValueError, match="unknown shape 'gpt-5'; known: smollm2-135m"):
+        checkpoint.write_random("gpt-5", tmp_path / "three", n_blocks=2)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import lm_eval
 import pytest
@@ -204,3 +205,22 @@ def test_a_choice_longer_than_the_models_context_is_refused(tokenizer):
     lm = SharedContexts(build("Llama", max_position_embeddings=4), tokenizer, "auto", progress=False)
     with pytest.raises(ValueError, match="a choice of 5 tokens exceeds the model's 4"):
         lm._loglikelihood_tokens([(None, [1], [2, 3, 4, 5, 6])])
+
+
+def test_the_embedded_model_answers_every_task_as_lm_eval_run_directly(smollm2):
+    """2 questions per task; `BESA_QUESTIONS=200 pytest -k run_directly` asks 200."""
+    model, tokenizer = smollm2
+    limit = int(os.environ.get("BESA_QUESTIONS", "2"))
+    report = besa.zero_shot(model, tokenizer, limit=limit, progress=False)
+    loaded = {name: tasks.load_task(name) for name in tasks.TASKS}
+    asked = {name: [a["question"] for a in report.answers if a["task"] == name] for name in loaded}
+    lm = HFLM(model, tokenizer=tokenizer, add_bos_token=False, batch_size=4)
+    outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=asked)
+    for name in loaded:
+        ours = [answer for answer in report.answers if answer["task"] == name]
+        theirs = outcome["samples"][name]
+        assert len(ours) == len(theirs) == limit
+        for answer, sample in zip(ours, theirs, strict=True):
+            assert answer["question"] == sample["doc_id"] and answer["correct"] == (sample["acc"] == 1)
+            assert answer["logliks"] == pytest.approx([loglik for loglik, _ in sample["filtered_resps"]], abs=1e-2)
+        assert report.to_frame().loc[name, "acc"] == outcome["results"][name]["acc,none"]

@@ -1,0 +1,116 @@
+"""Run notebooks over models, methods or both, as jobs on this machine or on Slurm, and continue what is unfinished.
+
+`python reproduce/sweep.py --models llama-7b,llama-13b --notebooks table1,table2 --cluster slurm --gpus 1`. A model
+takes its recipe from reproduce/params, a cell that is finished with the same parameters is skipped, and a failed one
+never takes the others along: its log is named at the end, and the exit status is 1.
+"""
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import papermill
+import submitit
+import typer
+import yaml
+from tqdm.auto import tqdm
+
+from besa.provenance import ROOT
+from besa.results import slug
+
+HERE = Path(__file__).resolve().parent
+
+
+def cells(models: str, notebooks: str, methods: str, extra: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of a cell -> what papermill is given; the name is that of the executed notebook too.
+
+    Raises:
+        typer.BadParameter: a notebook that is not there.
+    """
+    found = {}
+    for notebook, model, method in itertools.product(notebooks.split(","), models.split(","), methods.split(",")):
+        if not (HERE / f"{notebook}.ipynb").is_file():
+            known = ", ".join(sorted(path.stem for path in HERE.glob("*.ipynb")))
+            raise typer.BadParameter(f"unknown notebook {notebook!r}; known: {known}")
+        recipe = HERE / "params" / f"{model}.yaml"
+        given = inspected(notebook)
+        parameters = (yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}) | {"model": model} | extra
+        parameters |= {"methods": method} if method else {}
+        name = "-".join(filter(None, (notebook, slug(model), method)))
+        found[name] = {key: value for key, value in parameters.items() if key in given}
+    return found
+
+
+def inspected(notebook: str) -> set[str]:
+    """The parameters that a notebook has: a recipe may hold others, for other notebooks."""
+    return set(papermill.inspect_notebook(HERE / f"{notebook}.ipynb"))
+
+
+def run_cell(notebook: str, output: Path, parameters: dict[str, Any]) -> None:
+    """In the job's process."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(HERE / f"{notebook}.ipynb", output, parameters, progress_bar=False)
+
+
+def is_finished(output: Path, parameters: dict[str, Any]) -> bool:
+    """Whether the executed notebook is there, ran through, and had these parameters."""
+    if not output.is_file():
+        return False
+    about = json.loads(output.read_text())["metadata"]["papermill"]
+    return about["exception"] is None and about["end_time"] is not None and about["parameters"] == parameters
+
+
+def main(
+    models: Annotated[str, typer.Option(help="comma-separated: llama-7b, ..., smollm2-135m, folders, hub ids")],
+    notebooks: Annotated[str, typer.Option(help="comma-separated: table1, table2, ...")] = "table1",
+    methods: Annotated[str, typer.Option(help="comma-separated; one job each; by default a notebook's own rows")] = "",
+    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE for every cell")] = None,
+    cluster: Annotated[str, typer.Option(help="local, slurm, or debug (in this process)")] = "local",
+    parallel: Annotated[int, typer.Option(help="jobs at a time", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="per job")] = 0,
+    hours: Annotated[int, typer.Option(help="time limit of a job", min=1)] = 24,
+    partition: Annotated[str | None, typer.Option(help="of Slurm")] = None,
+    folder: Annotated[Path, typer.Option(help="for executed notebooks and logs")] = ROOT / "results" / "sweep",
+) -> None:
+    """Run every cell of notebooks x models x methods that is not finished."""
+    extra = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in parameter or [])}
+    todo = {}
+    for name, parameters in cells(models, notebooks, methods, extra).items():
+        if is_finished(folder / f"{name}.ipynb", parameters):
+            typer.echo(f"finished before: {name}")
+        else:
+            todo[name] = parameters
+    executor = submitit.AutoExecutor(folder=folder / "logs", cluster=cluster)
+    executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus)
+    if partition:
+        executor.update_parameters(slurm_partition=partition)
+    failed = run_all(executor, todo, folder, parallel)
+    for name, log in failed.items():
+        typer.echo(f"failed: {name}, see {log}", err=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+def run_all(
+    executor: submitit.AutoExecutor, todo: dict[str, dict[str, Any]], folder: Path, parallel: int
+) -> dict[str, Path]:
+    """At most `parallel` jobs at a time; returns the failed ones' logs."""
+    waiting, running, failed = list(todo), {}, {}
+    with tqdm(total=len(todo), unit="cell") as bar:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                name = waiting.pop(0)
+                notebook = name.partition("-")[0]
+                running[name] = executor.submit(run_cell, notebook, folder / f"{name}.ipynb", todo[name])
+            time.sleep(0.5)
+            for name, job in [(name, job) for name, job in running.items() if job.done()]:
+                del running[name]
+                if job.exception() is not None:
+                    failed[name] = job.paths.stderr
+                bar.update()
+    return failed
+
+
+if __name__ == "__main__":
+    typer.run(main)

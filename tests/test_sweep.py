@@ -1,0 +1,40 @@
+"""Sweeps: every cell runs, a failing one takes no other along, and finished ones are not run again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from test_notebooks import tiny_folder  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parents[1]
+
+
+def sweep(folder, models, *more):
+    arguments = ["--models", models, "--notebooks", "table1", "--folder", folder, "--parallel", "2", *more]
+    parameters = {"profile": "smoke", "datasets": "wiki", "device": "cpu", "results": folder / "results"}
+    for name, value in parameters.items():
+        arguments += ["-p", f"{name}={value}"]
+    command = [sys.executable, str(ROOT / "reproduce" / "sweep.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, tmp_path):  # noqa: F811
+    folder = tmp_path / "sweep"
+    models = f"{tiny_folder},{tmp_path / 'missing'}"
+    first = sweep(folder, models, "--methods", "wanda")
+    assert first.returncode == 1, first.stderr
+    assert "failed: table1-missing-wanda, see" in first.stderr
+    log = Path(first.stderr.rpartition("see ")[2].strip())
+    assert "cannot load the model" in log.read_text()
+    (record,) = (folder / "results" / "records").glob("tiny-smoke-wanda-*.json")
+    before = record.stat().st_mtime_ns
+    second = sweep(folder, models, "--methods", "wanda")
+    assert "finished before: table1-tiny-wanda" in second.stdout and second.returncode == 1
+    assert record.stat().st_mtime_ns == before
+    assert sweep(folder, str(tiny_folder), "--methods", "wanda").returncode == 0
+
+
+def test_an_unknown_notebook_is_refused_before_any_job(tmp_path):
+    result = sweep(tmp_path / "sweep", "smollm2-135m", "--notebooks", "table9")
+    assert result.returncode != 0 and "unknown notebook 'table9'" in result.stderr
+    assert not (tmp_path / "sweep").exists()
