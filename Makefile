@@ -12,9 +12,14 @@ venv: .venv/installed
 	.venv/bin/pip install --quiet --editable '.[notebooks,dev]'
 	touch $@
 
+# A run that fails leaves the last good notebook alone, and its own under a hidden name.
 $(ITEMS): venv
 	mkdir -p results/$@
-	.venv/bin/papermill reproduce/$@.ipynb results/$@/$@.ipynb -p profile $(PROFILE) --log-output
+	.venv/bin/papermill reproduce/$@.ipynb results/$@/.$@.ipynb -p profile $(PROFILE) --log-output
+	.venv/bin/jupyter nbconvert --to notebook --log-level ERROR --ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", "language_info", "papermill"}' \
+		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $@ results/$@/.$@.ipynb
+	rm results/$@/.$@.ipynb
 	.venv/bin/python reproduce/report.py
 
 # One after the other; a failing notebook stops no other and shows in the exit status. Finished rows are skipped.

@@ -46,6 +46,7 @@ def perplexity(frame: pd.DataFrame) -> Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlim(values.min() * 0.8, values.max() * (values.max() / values.min()) ** 0.35 * 1.15)
         ax.set_yticks(positions, values.index)
+        ax.margins(y=0.12)
         ax.invert_yaxis()
         ax.set_xlabel(f"perplexity on {text} (log scale, lower is better)")
         ax.grid(axis="x", alpha=0.3)

@@ -62,23 +62,28 @@ class Item:
         if "verdict" in (compared := self.tables.get(f"{name}-published", pd.DataFrame())):
             counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
             return f"{self.title_of(name)}: of {len(compared)} published numbers {counts}"
-        run = self.runs[name].query("metrics.notna() and row != 'dense'")
+        run = self.runs[name].query("metrics.notna() and sparsity > 0 and not one_kind")
+        run = run[run["sparsity"] == (0.5 if 0.5 in set(run["sparsity"]) else run["sparsity"].max())]
         scores = pd.DataFrame(list(run["metrics"]), index=run["row"])
+        scores = scores[[text for text in scores if not text.startswith("error ")]]
         if (n := scores.shape[1]) > 3:  # too many for one line
             scores = scores[["average"]] if "average" in scores else scores.mean(axis=1).to_frame(f"mean of {n}")
         scores = scores.dropna(axis=1, how="all")
         if not scores.index.is_unique or run["model"].nunique() > 1:  # several runs: no row stands for its method
             scores = pd.DataFrame()
         higher = self.published is not None and "accuracy_percent" in set(self.published["metric"])
-        found = [outcome(scores[text].dropna(), higher) for text in scores]
+        stderr = {row: errors.get("average") for row, errors in zip(run["row"], run["stderr"], strict=True)}
+        found = [outcome(scores[text].dropna(), higher, stderr) for text in scores]
         return f"not comparable: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
 
 
-def outcome(values: pd.Series, higher_is_better: bool) -> str:
-    """The best row, and BESA and Wanda beside it."""
+def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float | None]) -> str:
+    """The best row at the same sparsity, and BESA and Wanda beside it."""
     values = values.sort_values(ascending=not higher_is_better, kind="stable")
-    others = [f"{row} {values[row]:.2f}" for row in values.index[1:] if row in ("besa-row-wise", "wanda")]
-    return f"{values.name}: best {values.index[0]} {values.iloc[0]:.2f}" + f" ({', '.join(others)})" * bool(others)
+    shown = [f"{row} {value:.2f}" + (f" ± {stderr[row]:.2f}" if stderr[row] else "") for row, value in values.items()]
+    named = re.compile(r"(joint-)?(besa|wanda|besa-row-wise)(-0\.5)?|baseline")
+    others = [text for row, text in zip(values.index[1:], shown[1:]) if named.fullmatch(row)]
+    return f"{values.name}: best {shown[0]}" + f" ({', '.join(others)})" * bool(others)
 
 
 def read_notebook(path: Path) -> Item:
@@ -104,6 +109,8 @@ def read_record(path: Path) -> dict[str, Any]:
     config, source = record["config"], record["provenance"]
     metrics = {text: float(value) for text, value in record.get("metrics", {}).items()}
     facts = {"row": config["row"], "model": slug(config["model"]), "profile": config["profile"], "file": path.name}
+    method = config.get("method") or {}
+    facts |= {"sparsity": config.get("sparsity", 0.0), "one_kind": "kind" in method, "stderr": record.get("stderr", {})}
     facts |= {"config_hash": record["config_hash"], "metrics": metrics or None, "date": source["date"]}
     facts |= {"commit": source["commit"][:12] + " (modified)" * source["modified"], "hardware": source["hardware"]}
     facts |= {"versions": ", ".join(f"{name} {version}" for name, version in source["versions"].items())}

@@ -1,13 +1,15 @@
 """The reproduce notebooks as papermill runs them, on a tiny model."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pandas
 import papermill
 import pytest
 
-NOTEBOOKS = Path(__file__).parents[1] / "reproduce"
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "reproduce"
 
 
 @pytest.fixture
@@ -242,3 +244,14 @@ def test_bad_parameters_are_refused_by_name_and_leave_nothing_behind(
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run(notebook, folder, **({"model": str(tiny_folder)} | parameters))
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "out.ipynb"]
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").is_file(), reason="make has not set up .venv here")
+def test_a_failing_make_says_so_and_leaves_the_last_good_notebook_alone():
+    kept = ROOT / "results" / "table1" / "table1.ipynb"
+    before, page = kept.read_bytes(), (ROOT / "results" / "index.html").read_bytes()
+    command = ["make", "-o", ".venv/installed", "table1", "PROFILE=fast"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (ROOT / "results" / "table1" / ".table1.ipynb").unlink()
+    assert result.returncode != 0 and "unknown profile 'fast'" in result.stderr
+    assert kept.read_bytes() == before and (ROOT / "results" / "index.html").read_bytes() == page

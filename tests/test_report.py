@@ -122,8 +122,26 @@ def test_broken_records_and_tables_are_skipped_by_name(folders):
 def test_rows_of_several_runs_are_not_ranked(folders):
     run(folders, "smollm2-135m", "quick", wanda=50.0)
     folder, config = folders[1] / "table1", {"item": "table1", "model": "smollm2-135m", "profile": "quick"}
-    results.save_record(folder, config | {"row": "wanda", "seed": 1}, {"metrics": {"wikitext2": 60.0}})
+    config |= {"sparsity": 0.5, "row": "wanda", "seed": 1}
+    results.save_record(folder, config, {"metrics": {"wikitext2": 60.0}})
     assert "smollm2-135m, quick; see the tables" in build_texts(folders)[0]
+
+
+def test_only_whole_models_of_the_same_sparsity_are_ranked_with_their_standard_errors(folders):
+    run(folders, "smollm2-135m", "quick", wanda=50.0, joint_besa=45.0)
+    folder, config = folders[1] / "table1", {"item": "table1", "model": "smollm2-135m", "profile": "quick"}
+    for row, more in {
+        "quantized": {"sparsity": 0.0},
+        "k_proj": {"sparsity": 0.5, "method": {"kind": "k_proj"}},
+    }.items():
+        results.save_record(folder, config | {"row": row} | more, {"metrics": {"wikitext2": 30.0}})
+    outcome = {"metrics": {"wikitext2": 60.0, "error last block": 0.5}, "stderr": {"average": 1.354}}
+    results.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
+    text = build_texts(folders)[0]
+    assert "wikitext2: best joint-besa 45.00 (wanda 50.00)" in text and "error last" not in text
+    outcome["metrics"]["wikitext2"] = 20.0
+    results.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
+    assert "wikitext2: best sparsegpt 20.00 ± 1.35 (joint-besa 45.00, wanda 50.00)" in build_texts(folders)[0]
 
 
 def test_a_broken_notebook_is_named(folders):
