@@ -231,5 +231,7 @@ class Experiment:
         return self.write_table(comparison.set_index("method"), "Ours beside published", "-published")
 
     def save_figure(self, figure: Figure, suffix: str = "") -> None:
-        """Save a figure under the experiment's name, as PNG and SVG."""
+        """Save a figure under the experiment's name, as PNG and SVG; one without a title gets model and profile."""
+        if not figure.get_suptitle():
+            figure.suptitle(f"{self.model}, profile {self.profile.name}", fontsize=10)
         results.save_figure(figure, self.folder, self.stem + suffix)

@@ -83,7 +83,7 @@ def accuracy(frame: pd.DataFrame, errors: pd.DataFrame, chance: pd.Series) -> Fi
     axes[0, 0].invert_yaxis()
     for ax in axes.flat[frame.shape[1] :]:
         ax.axis("off")
-    figure.suptitle("zero-shot accuracy, higher is better; dotted: dense, dashed: guessing", fontsize=10)
+    figure.supxlabel("zero-shot accuracy, higher is better; dotted: dense, dashed: guessing", fontsize=10)
     return figure
 
 
