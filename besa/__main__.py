@@ -1,6 +1,7 @@
 """`python -m besa`: prune a checkpoint into another one, evaluate one, write the embedded model as one."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,10 +29,15 @@ def _plainly() -> Iterator[None]:
         with parallel.joined():
             yield
     except KeyboardInterrupt as error:
-        typer.echo(f"besa: {error or 'interrupted'}; the same command continues", err=True)
+        typer.echo(f"besa: {str(error) or 'interrupted'}", err=True)
         raise typer.Exit(130) from error
     except (ValueError, OSError) as error:
         typer.echo(f"besa: {error}", err=True)
+        raise typer.Exit(1) from error
+    except RuntimeError as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        typer.echo(f"besa: rank {os.environ['RANK']} lost the others ({str(error).splitlines()[0]})", err=True)
         raise typer.Exit(1) from error
 
 
@@ -73,7 +79,7 @@ def prune(
 
     batch_size = batch_size or (parallel.n_ranks() if method.startswith("besa") else None)
     chosen = _method(method, sparsity, bits, group_size, d_coef=d_coef, epochs=epochs, batch_size=batch_size)
-    tokenizer = load_tokenizer(str(find_checkpoint(source)))
+    tokenizer = load_tokenizer(str(find_checkpoint(source)), trust_remote_code)
     windows = calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
     places: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
     if dry_run:
@@ -147,12 +153,16 @@ def _method(name: str, sparsity: float, bits: int | None, group_size: int | None
     import besa
 
     fields = {field: value for field, value in fields.items() if value is not None}
+    if group_size is not None and bits is None:
+        raise ValueError(f"group size {group_size} without --bits: nothing is quantized")
     if bits is not None:
         fields["quantize"] = besa.Quantize(bits=bits, group_size=group_size)
+    name = {"besa": "besa-row-wise"}.get(name, name)
+    besa.named_method(name, sparsity)  # an unknown name, before what it may not take
     try:
-        return besa.named_method({"besa": "besa-row-wise"}.get(name, name), sparsity, **fields)
+        return besa.named_method(name, sparsity, **fields)
     except TypeError as error:
-        raise ValueError(f"method {name!r} takes none of {', '.join(fields)} ({error})") from error
+        raise ValueError(f"method {name!r}: {error}") from error
 
 
 def _say(text: str) -> None:

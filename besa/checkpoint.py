@@ -70,9 +70,14 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def _dtypes(path: Path) -> dict[str, str]:
-    """Precision -> a tensor of it, from a shard's header."""
+    """Precision -> a tensor of it, from a shard's header.
+
+    Masks and rotary frequencies, which older checkpoints hold and transformers leaves out, do not count.
+    """
     with safetensors.safe_open(path, "pt") as file:
-        return {file.get_slice(name).get_dtype(): name for name in file.keys()}  # noqa: SIM118 (no mapping)
+        names = [name for name in file.keys() if not name.endswith("inv_freq")]  # noqa: SIM118 (no mapping)
+        found = {file.get_slice(name).get_dtype(): name for name in names}
+    return {dtype: name for dtype, name in found.items() if dtype not in ("BOOL", "U8", "I8", "I32", "I64")}
 
 
 def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -104,7 +109,7 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
     return model.eval().requires_grad_(False)
 
 
-def check_tokenizer(model: PreTrainedModel, folder: Path) -> None:
+def check_tokenizer(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
     """Refuse a tokenizer that is not the model's; a checkpoint may come without one.
 
     Raises:
@@ -112,7 +117,7 @@ def check_tokenizer(model: PreTrainedModel, folder: Path) -> None:
     """
     if not (folder / "tokenizer_config.json").is_file():
         return
-    n_tokens, n_ids = len(load_tokenizer(str(folder))), model.get_input_embeddings().num_embeddings
+    n_tokens, n_ids = len(load_tokenizer(str(folder), trust_remote_code)), model.get_input_embeddings().num_embeddings
     if n_tokens > n_ids:
         raise ValueError(
             f"the tokenizer in {folder} has {n_tokens} tokens, but the model has {n_ids} embeddings: it is not the "
@@ -137,12 +142,12 @@ def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     Raises:
         OSError: the disk is full; says what is needed and free.
     """
-    with _room_for(sum(tensor.nbytes for tensor in tensors.values()), path), replacing(path) as temporary:
+    with room_for(sum(tensor.nbytes for tensor in tensors.values()), path), replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 @contextlib.contextmanager
-def _room_for(n_bytes: int, path: Path) -> Iterator[None]:
+def room_for(n_bytes: int, path: Path) -> Iterator[None]:
     """Turn a full disk into an error that says what to do."""
     try:
         yield
@@ -161,7 +166,12 @@ def _room_for(n_bytes: int, path: Path) -> Iterator[None]:
 
 def stored_names(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, str]:
     """What each tensor of a model is called in its checkpoint; some families rename a few when they are loaded."""
-    return {name: next(iter(revert_weight_conversion(model, {name: tensor}))) for name, tensor in state.items()}
+    names = {name: next(iter(revert_weight_conversion(model, {name: tensor}))) for name, tensor in state.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError(
+            f"{type(model).__name__} joins several tensors when it is saved; besa cannot write it in shards"
+        )
+    return names
 
 
 def rest_of(model: PreTrainedModel, prefixes: list[str]) -> dict[str, Tensor]:
@@ -192,14 +202,22 @@ def carry_over(source: Path, output: Path) -> None:
                 shutil.copyfile(path, temporary)
 
 
-def check_empty(folder: Path) -> None:
-    """Refuse to write beside something else.
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` once everything is in it.
 
     Raises:
-        ValueError: there is something in the folder.
+        ValueError: there is something in `folder`.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export(name: str, folder: Path, dtype: str | None = None) -> None:
@@ -211,18 +229,12 @@ def export(name: str, folder: Path, dtype: str | None = None) -> None:
     Raises:
         ValueError: the name or dtype is unknown, or there is something in the folder.
     """
-    check_empty(folder)
-    source = find_checkpoint(name)
-    model = open_checkpoint(source)
-    if dtype:
-        model = model.to(resolve_dtype(dtype, torch.device("cpu")))
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with new_folder(folder) as temporary:
+        model = open_checkpoint(find_checkpoint(name))
+        if dtype:
+            model = model.to(resolve_dtype(dtype, torch.device("cpu")))
         model.save_pretrained(temporary)
         load_tokenizer(name).save_pretrained(temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None:
@@ -237,20 +249,18 @@ def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": n_blocks}, max_position_embeddings=4096)
     config.dtype = torch.bfloat16
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        names = LlamaForCausalLM(config).state_dict()
     generator, shards = torch.Generator().manual_seed(seed), []
-    names = model.state_dict()
-    for prefix in [*(f"model.layers.{index}." for index in range(n_blocks)), ""]:
-        mine = {name: names.pop(name) for name in list(names) if name.startswith(prefix)}
-        shards.append(folder / f"model-{len(shards) + 1:05d}-of-{n_blocks + 1:05d}.safetensors")
-        write_shard({name: _random(tensor.shape, generator) for name, tensor in mine.items()}, shards[-1])
-    config.save_pretrained(folder)
-    write_index(shards, folder)
+    with new_folder(folder) as temporary:
+        for prefix in [*(f"model.layers.{index}." for index in range(n_blocks)), ""]:
+            mine = {name: names.pop(name) for name in list(names) if name.startswith(prefix)}
+            shards.append(temporary / f"model-{len(shards) + 1:05d}-of-{n_blocks + 1:05d}.safetensors")
+            write_shard({name: _random(tensor.shape, generator) for name, tensor in mine.items()}, shards[-1])
+        config.save_pretrained(temporary)
+        write_index(shards, temporary)
 
 
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -40,7 +40,7 @@ def perplexity(
     if n_segments == 0:
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
-    mine = segments[rank() :: n_ranks()].split(1)
+    mine = segments.split(1)[rank() :: n_ranks()]
     bar = tqdm(mine, desc="perplexity", unit="segment", leave=False, disable=not progress)
     with _evaluating(model):
         calls = record_calls(model, segments[:1])

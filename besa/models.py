@@ -90,7 +90,7 @@ def load_shapes(name: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model by the same names as `load_model`.
 
     Raises:
@@ -98,7 +98,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     source = source_of(name)
     with _explained(source):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def source_of(name: str) -> str:
@@ -121,12 +121,14 @@ def resolve_device(device: str) -> torch.device:
         ValueError: it cannot be used here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        place = torch.empty(0, device=device).device  # with its number, for threads that start with another one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({error}); take 'auto', 'cpu' or 'cuda'") from error
-    return torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return place
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

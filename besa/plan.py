@@ -1,6 +1,7 @@
 """Before long work: what it will need, in memory, disk and time, and where the hidden states go."""
 
 import itertools
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -94,11 +95,13 @@ def make_plan(
     """
     streams = 2 * n_windows * window_bytes
     device_free, host_free, disk_free = free_device(device), free_host(), shutil.disk_usage(output).free
-    sharing = n_ranks() if device.type == "cpu" else 1  # ranks that share this memory
-    room = {"device": USABLE * device_free / sharing - trial.bytes}
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share this host's memory
+    room = {"device": USABLE * device_free / (neighbours if device.type == "cpu" else 1) - trial.bytes}
     if device.type == "cuda":
-        room["host"] = USABLE * host_free
-    room["file"] = USABLE * disk_free - shard_bytes
+        room["host"] = USABLE * host_free / neighbours
+    elif wanted == "host":
+        raise ValueError("hidden_states='host' is for GPUs, whose memory is another; take 'device', 'file' or 'auto'")
+    room["file"] = (USABLE * disk_free - shard_bytes) / n_ranks()
     if room["file"] < 0:
         raise ValueError(
             f"the output does not fit: {_gib(shard_bytes)} are still to be written and {_gib(disk_free)} are free in "
@@ -128,11 +131,21 @@ def free_device(device: torch.device) -> int:
 
 def free_host() -> int:
     """Host memory that can be had, in bytes, within the control group's limit where there is one."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    free, group = psutil.virtual_memory().available, _control_group()
     limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
     if limit != "max":
-        free = min(free, int(limit) - int((group / "memory.current").read_text()))
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(used["inactive_file"]) + int(used["active_file"])  # files that were read: dropped when need be
+        free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
     return free
+
+
+def _control_group() -> Path:
+    """Of this process (version 2); the topmost where it cannot be told."""
+    own, top = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+    names = [line.split("::/", 1)[1] for line in own.read_text().split("\n") if "::/" in line] if own.is_file() else []
+    found = top / names[0] if names else top
+    return found if (found / "memory.max").is_file() else top
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -115,7 +116,7 @@ def prune_blocks(
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     start = time.perf_counter()
     mine = windows[rank() :: n_ranks()]
-    with _frozen(model):
+    with _frozen(model), _repeatable(store.device):
         calls = record_calls(model, mine[:1])
         streams = enter(model, mine, calls[0].returns_tuple, store)
         together = spans(find_blocks(model), calls, method.span)
@@ -293,6 +294,19 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, attention's gradient and the like in an order that is the same every time; on a CPU it always is."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import safetensors.torch
 import torch
-import transformers
 from jaxtyping import Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -32,12 +32,12 @@ from besa.checkpoint import (
     find_checkpoint,
     open_checkpoint,
     rest_of,
-    shard_paths,
+    room_for,
     stored_names,
     write_index,
     write_shard,
 )
-from besa.files import sha256, tensor_sha256, write_text
+from besa.files import sha256, write_text
 from besa.models import resolve_device
 from besa.parallel import from_all, from_rank_0, n_ranks, rank
 from besa.plan import HiddenStates, Plan, Trial, make_plan, try_out
@@ -45,9 +45,7 @@ from besa.provenance import provenance
 from besa.prune import InModel, Method, check_request, prune_blocks
 from besa.quantize import save_quantized
 from besa.report import Report
-
-STATE = "besa"
-"""Folder in the output for what is no part of the checkpoint: what the run is, and a note per block."""
+from besa.resume import STATE, finished_blocks, identity_of, make_folder, open_run, remove_half_written
 
 
 def prune_checkpoint(
@@ -128,13 +126,13 @@ def opened(
     check_apart(folder, output)
     model = open_checkpoint(folder, trust_remote_code)
     check_model(model, values=False)
-    check_tokenizer(model, folder)
+    check_tokenizer(model, folder, trust_remote_code)
     check_request(model, windows, method)
     shards = Shards(folder, output, model, windows, method, resolve_device(device), progress)
     try:
         yield shards
     finally:
-        shards.remove_streams()
+        shards.release()
 
 
 class Shards(InModel):
@@ -160,62 +158,28 @@ class Shards(InModel):
         self._streams: list[Path] = []
         self._ahead: dict[int, Future] = {}
         self._fetcher = ThreadPoolExecutor(1)
+        self._copies: torch.cuda.Stream | None = None
+        self._lock = filelock.FileLock(output / STATE / "lock")
         self.run, self.notes = from_rank_0(self._open() if rank() == 0 else None)
 
     # What is there
 
     def _open(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
         """The run's own file and the notes of the blocks that are finished."""
-        _make_folder(self.output)
-        for left in [*self.output.glob(".model-*"), *(self.output / STATE).glob(".*")]:
-            left.unlink()  # half-written when a run was killed
-        identity, path = self._identity(), self.output / STATE / "run.json"
-        if path.is_file():
-            run = json.loads(path.read_text())
-            _check_same(run["identity"], identity, self.output)
-        else:
-            run = {"identity": identity, "provenance": provenance()}
-            write_text(path, json.dumps(run, indent=1) + "\n")
-        return run, self._finished_blocks()
-
-    def _identity(self) -> dict[str, Any]:
-        """What the output's bytes depend on, beside the kind of processor."""
-        from besa import __version__  # the package imports this file
-
-        return {
-            "method": self.method.config(),
-            "windows": {"shape": list(self.windows.shape), "sha256": tensor_sha256(self.windows)},
-            "source": self._source_sums(),
-            "device": self.device.type,
-            "ranks": n_ranks(),
-            "versions": {"besa": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        }
-
-    def _source_sums(self) -> dict[str, str]:
-        """sha256 by file; a file of the same size and time as when it was last summed is not read again."""
-        path = self.output / STATE / "source.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        seen = {}
-        for file in tqdm(shard_paths(self.source), desc="sha256", unit="file", leave=False):
-            mark = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-            old = known.get(file.name, {})
-            seen[file.name] = old if old.get("mark") == mark else {"mark": mark, "sha256": sha256(file)}
-        write_text(path, json.dumps(seen, indent=1) + "\n")
-        return {name: entry["sha256"] for name, entry in seen.items()}
-
-    def _finished_blocks(self) -> dict[int, dict[str, Any]]:
-        """The notes of blocks whose shards are there and whole."""
-        notes = {}
-        for path in sorted((self.output / STATE).glob("block-*.json")):
-            with contextlib.suppress(ValueError, KeyError, FileNotFoundError):
-                note = json.loads(path.read_text())
-                if sha256(self.output / note["shard"]) == note["sha256"]:
-                    notes[note["block"]] = note
-                    continue
-            self.tell(f"{path.stem}: its shard is missing or not what was written; the block is pruned again")
+        make_folder(self.output)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(f"another process writes to {str(self.output)!r}; wait for it, or stop it") from None
+        remove_half_written(self.output)
+        notes, damaged = finished_blocks(self.output, len(self.prefixes))
+        identity = identity_of(self.source, self.output, self.windows, self.method, self.device)
+        run = open_run(self.output, identity, notes, {"provenance": provenance()})
+        for name in damaged:
+            self.tell(f"{name}: its shard is missing or not what was written; the block is pruned again")
         if notes:
             self.tell(f"continuing: {len(notes)} of {len(self.prefixes)} blocks are finished")
-        return notes
+        return run, notes
 
     @property
     def complete(self) -> bool:
@@ -249,6 +213,7 @@ class Shards(InModel):
             self.tell("trying out the first block ...")
             trial = asdict(try_out(self.model, windows, self.method, together, calls[0].returns_tuple, self))
             self.run["trial"] = from_rank_0(trial)
+            self._forget_ahead()
         if rank() == 0:
             write_text(self.output / STATE / "run.json", json.dumps(self.run, indent=1) + "\n")
         config = self.model.config.get_text_config()
@@ -287,10 +252,21 @@ class Shards(InModel):
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
-    def remove_streams(self) -> None:
-        """Hidden states are of no use behind the run: they are computed again."""
+    def release(self) -> None:
+        """Give back what the run held: its lock, and hidden states, which the next one computes again."""
         for path in self._streams:
             path.unlink(missing_ok=True)
+        self._forget_ahead()
+        self._fetcher.shutdown()
+        self._lock.release()
+
+    def _forget_ahead(self) -> None:
+        """Free the block that was fetched ahead."""
+        for future in self._ahead.values():
+            future.result()
+        self._ahead.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # The loop's side
 
@@ -308,10 +284,14 @@ class Shards(InModel):
 
     def _to_gpu(self, block: nn.Module, call: BlockCall) -> tuple[nn.Module, BlockCall]:
         """From the mapped file through pinned memory, on a stream of its own beside the one that computes."""
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
-            copied = _with_tensors(block, lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
-            call = call.to(self.device)
-            torch.cuda.current_stream().synchronize()
+        with torch.cuda.device(self.device):
+            self._copies = self._copies or torch.cuda.Stream()
+            # what the allocator gives this stream, a block before may still be computing with
+            self._copies.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(self._copies):
+                copied = _with_tensors(block, lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
+                call = call.to(self.device)
+            self._copies.synchronize()
         return copied, call
 
     def finished(self, index: int, block: nn.Module) -> Report | None:
@@ -345,7 +325,8 @@ class Shards(InModel):
         report.quantized.clear()  # on disk now; a whole model's codes would fill the memory
         self.interrupted = any(from_all(self.interrupted))  # and every rank waits here for rank 0
         if self.interrupted:
-            raise KeyboardInterrupt(f"stopped behind block {max(members(index, block))}")
+            last = max(members(index, block))
+            raise KeyboardInterrupt(f"stopped behind block {last}; the same command continues")
 
     def _names(self, number: int, block: nn.Module) -> dict[str, str]:
         """Name in the block -> name in its shard."""
@@ -359,7 +340,9 @@ class Shards(InModel):
         write_shard({stored: state[name].cpu() for name, stored in self._names(number, block).items()}, path)
         codes = {key: value for key, value in report.quantized.items() if key[0] == number}
         if codes:
-            save_quantized(codes, self.output / STATE / f"codes-{number:05d}.safetensors")
+            codes_path = self.output / STATE / f"codes-{number:05d}.safetensors"
+            with room_for(sum(weight.codes.nbytes for weight in codes.values()), codes_path):
+                save_quantized(codes, codes_path)
         total = sha256(path)
         write_text(self.output / STATE / f"block-{number:05d}.json", json.dumps(note | {"sha256": total}) + "\n")
         return total
@@ -399,33 +382,6 @@ def _with_tensors(block: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Modu
     memo: dict[int, Any] = {id(p): nn.Parameter(move(p.detach()), requires_grad=False) for p in block.parameters()}
     memo |= {id(buffer): move(buffer) for buffer in block.buffers()}
     return copy.deepcopy(block, memo)
-
-
-def _make_folder(output: Path) -> None:
-    try:
-        (output / STATE).mkdir(parents=True, exist_ok=True)
-        write_text(output / STATE / "probe", "")
-        (output / STATE / "probe").unlink()
-    except OSError as error:
-        raise ValueError(f"output {str(output)!r} is not writable ({error}); name another folder") from error
-    others = [path.name for path in output.iterdir() if path.name != STATE]
-    if others and not (output / STATE / "run.json").is_file():
-        raise ValueError(f"output {str(output)!r} holds {others[0]!r}, of no run of besa; name an empty or new folder")
-
-
-def _check_same(there: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    """Refuse to mix two runs in one output, by the first thing that differs."""
-    for name in now:
-        old, new = there.get(name), now[name]
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
-            name, old, new = f"{name} ({key})", old.get(key), new.get(key)
-        raise ValueError(
-            f"output {str(output)!r} holds a run with another {name}: {old!r} there, {new!r} now; give the same again, "
-            "name another output, or delete that one"
-        )
 
 
 def _bytes_of(block: nn.Module) -> int:

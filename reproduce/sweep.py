@@ -39,6 +39,8 @@ def cells(models: str, notebooks: str, methods: str, extra: dict[str, Any]) -> d
         parameters = (yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}) | {"model": model} | extra
         parameters |= {"methods": method} if method else {}
         name = "-".join(filter(None, (notebook, slug(model), method)))
+        if name in found:
+            raise typer.BadParameter(f"two models of {models!r} would both be called {name!r}; sweep them apart")
         found[name] = {key: value for key, value in parameters.items() if key in given}
     return found
 

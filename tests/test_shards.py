@@ -153,10 +153,63 @@ def test_another_run_in_the_same_output_is_refused_by_what_differs(source, tmp_p
         prune(source, out, windows)
 
 
+def test_an_output_without_a_finished_block_takes_any_run(source, tmp_path, windows):
+    besa.plan_checkpoint(source, tmp_path / "out", windows, METHODS["besa"], device="cpu")
+    prune(source, tmp_path / "out", windows[:4], METHODS["wanda"])
+    assert load(tmp_path / "out")
+
+
+def test_two_processes_do_not_write_to_one_output(source, tmp_path, windows):
+    with (
+        shards.opened(source, tmp_path / "out", windows, METHODS["besa"], "cpu", False, False),
+        pytest.raises(ValueError, match="another process writes to"),
+    ):
+        prune(source, tmp_path / "out", windows)
+
+
+def test_a_changed_configuration_of_the_source_is_refused(source, tmp_path, windows):
+    prune(source, tmp_path / "out", windows)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match=r"another source \(config.json\)"):
+        prune(source, tmp_path / "out", windows)
+
+
+def test_what_a_killed_run_left_half_written_goes(source, tmp_path, windows):
+    prune(source, tmp_path / "out", windows)
+    before = weights(tmp_path / "out")
+    for name in (".model-block-00001.77.safetensors", ".config.77.json", "besa/hidden-0-1.bin", "besa/.run.77.json"):
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / "besa" / ".ipynb_checkpoints").mkdir()
+    prune(source, tmp_path / "out", windows)
+    assert weights(tmp_path / "out") == before
+    assert not list((tmp_path / "out" / "besa").glob("*.bin")) and not list((tmp_path / "out" / "besa").glob(".*.json"))
+
+
+def test_a_checkpoint_whose_block_is_damaged_is_none_until_it_is_made_again(source, tmp_path, windows, monkeypatch):
+    prune(source, tmp_path / "out", windows)
+    (tmp_path / "out" / "model-block-00001.safetensors").write_bytes(b"")
+    monkeypatch.setattr(shards.Shards, "keep", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        prune(source, tmp_path / "out", windows)
+    assert not (tmp_path / "out" / checkpoint.INDEX).exists()
+
+
+def test_tensors_that_transformers_leaves_out_are_no_mixed_precision(source, tmp_path, windows):
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["model.layers.0.attention.bias"] = torch.ones(4, 4, dtype=torch.bool)
+    safetensors.torch.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    prune(source, tmp_path / "out", windows, besa.Magnitude())
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model-block-00000.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
 def test_another_version_is_refused(source, tmp_path, windows, monkeypatch):
     prune(source, tmp_path / "out", windows)
     monkeypatch.setattr(besa, "__version__", "99")
-    with pytest.raises(ValueError, match=r"another versions \(besa\): '.*' there, '99' now"):
+    with pytest.raises(ValueError, match=r"another versions \(besa\): '.*' there, '99\+.*' now"):
         prune(source, tmp_path / "out", windows)
 
 

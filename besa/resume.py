@@ -1,0 +1,134 @@
+"""What a run leaves in its output for the next call: what it is, which blocks are finished, what is half-written."""
+
+import contextlib
+import hashlib
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from besa.checkpoint import INDEX, shard_paths
+from besa.files import sha256, tensor_sha256, write_text
+from besa.parallel import n_ranks
+from besa.prune import Method
+
+STATE = "besa"
+"""Folder in the output for what is no part of the checkpoint."""
+_HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|hidden-\d+-\d+\.bin")
+
+
+def make_folder(output: Path) -> None:
+    """Make the output where it is not there yet, and remove what a killed run left half-written.
+
+    Raises:
+        ValueError: it is not writable, or holds something of no run of besa.
+    """
+    others = [path.name for path in output.iterdir() if path.name != STATE] if output.is_dir() else []
+    if others and not (output / STATE / "run.json").is_file():
+        raise ValueError(f"output {str(output)!r} holds {others[0]!r}, of no run of besa; name an empty or new folder")
+    try:
+        (output / STATE).mkdir(parents=True, exist_ok=True)
+        write_text(output / STATE / "probe", "")
+        (output / STATE / "probe").unlink()
+    except OSError as error:
+        raise ValueError(f"output {str(output)!r} is not writable ({error}); name another folder") from error
+
+
+def remove_half_written(output: Path) -> None:
+    """Files under temporary names, and hidden states, which are of no use to the next run."""
+    for path in [*output.iterdir(), *(output / STATE).iterdir()]:
+        if path.is_file() and _HALF_WRITTEN.fullmatch(path.name):
+            path.unlink()
+
+
+def open_run(output: Path, identity: dict[str, Any], notes: dict[int, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """The run that the output holds; where no block is finished, a new one.
+
+    Raises:
+        ValueError: blocks of another run are finished there; names what differs.
+    """
+    path = output / STATE / "run.json"
+    run = json.loads(path.read_text()) if path.is_file() else {}
+    if run.get("identity") != identity:
+        if notes:
+            _refuse(run["identity"], identity, output)
+        run = {"identity": identity, **about}
+        write_text(path, json.dumps(run, indent=1) + "\n")
+    return run
+
+
+def _refuse(there: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """By the first thing that differs."""
+    name = next(name for name in {**there, **now} if there.get(name) != now.get(name))
+    old, new = there.get(name), now.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        name, old, new = f"{name} ({key})", old.get(key), new.get(key)
+    raise ValueError(
+        f"output {str(output)!r} holds a run with another {name}: {old!r} there, {new!r} now; give the same again, "
+        "name another output, or delete that one"
+    )
+
+
+def identity_of(source: Path, output: Path, windows: Tensor, method: Method, device: torch.device) -> dict[str, Any]:
+    """What the output's bytes depend on, beside the kind of processor."""
+    return {
+        "method": method.config(),
+        "windows": {"shape": list(windows.shape), "sha256": tensor_sha256(windows)},
+        "source": _source_sums(source, output),
+        "device": device.type,
+        "ranks": n_ranks(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    from besa import __version__  # the package imports this file
+
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    found: dict[str, str | None] = {"besa": f"{__version__}+{code.hexdigest()[:12]}"}
+    for package in ("torch", "transformers", "prodigyopt", "numba"):
+        found[package] = None
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _source_sums(source: Path, output: Path) -> dict[str, str]:
+    """sha256 by file; a file of the same size and time as when it was last summed is not read again."""
+    path = output / STATE / "source.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    seen = {}
+    files = [*shard_paths(source), source / "config.json", *sorted(source.glob("*.py"))]
+    for file in tqdm(files, desc="sha256", unit="file", leave=False):
+        mark = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+        old = known.get(file.name, {})
+        seen[file.name] = old if old.get("mark") == mark else {"mark": mark, "sha256": sha256(file)}
+    write_text(path, json.dumps(seen, indent=1) + "\n")
+    return {name: entry["sha256"] for name, entry in seen.items()}
+
+
+def finished_blocks(output: Path, n_blocks: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Notes of the blocks whose shards are there and whole, and the names of those that are not.
+
+    A checkpoint that lacks a block is none: its index goes.
+    """
+    notes, damaged = {}, []
+    for path in sorted((output / STATE).glob("block-*.json")):
+        try:
+            note = json.loads(path.read_text())
+            whole = sha256(output / note["shard"]) == note["sha256"]
+        except (ValueError, KeyError, FileNotFoundError):
+            whole = False
+        if whole:
+            notes[note["block"]] = note
+        else:
+            damaged.append(path.stem)
+    if len(notes) < n_blocks:
+        (output / INDEX).unlink(missing_ok=True)
+    return notes, damaged
