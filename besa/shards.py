@@ -160,7 +160,11 @@ class Shards(InModel):
         self._fetcher = ThreadPoolExecutor(1)
         self._copies: torch.cuda.Stream | None = None
         self._lock = filelock.FileLock(output / STATE / "lock")
-        self.run, self.notes = from_rank_0(self._open() if rank() == 0 else None)
+        try:
+            self.run, self.notes = from_rank_0(self._open() if rank() == 0 else None)
+        except BaseException:
+            self._lock.release()
+            raise
 
     # What is there
 

@@ -346,6 +346,33 @@ def test_the_plan_names_memory_disk_and_time_and_prunes_nothing(source, tmp_path
     prune(source, tmp_path / "out", windows)  # and the run starts from there
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, as root on Linux."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_really_full_disk_is_told_and_the_run_continues_after_room_is_made(small_disk, tmp_path, monkeypatch):
+    source = save(build("Llama", num_hidden_layers=12), tmp_path / "source")  # 28 KB a block, with its note
+    windows = torch.randint(0, 95, (4, 16), generator=torch.Generator().manual_seed(0))
+    prune(source, tmp_path / "whole", windows)
+    (small_disk / "ballast").write_bytes(bytes(700_000))
+    monkeypatch.setattr(plan, "USABLE", 99.0)  # else the plan would refuse it
+    with pytest.raises(OSError, match=r"the disk is full|No space left"):
+        prune(source, small_disk / "out", windows)
+    (small_disk / "ballast").unlink()
+    finished = {path.name: path.stat().st_mtime_ns for path in (small_disk / "out").glob("model-block-*")}
+    assert 0 < len(finished) < 12
+    prune(source, small_disk / "out", windows)
+    assert weights(small_disk / "out") == weights(tmp_path / "whole")
+    assert all((small_disk / "out" / name).stat().st_mtime_ns == time for name, time in finished.items())
+
+
 # The command line, in processes of its own
 
 
