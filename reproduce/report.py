@@ -62,7 +62,7 @@ class Item:
         if "verdict" in (compared := self.tables.get(f"{name}-published", pd.DataFrame())):
             counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
             return f"{self.title_of(name)}: of {len(compared)} published numbers {counts}"
-        run = self.runs[name].query("metrics.notna() and sparsity > 0 and not one_kind")
+        run = self.runs[name].query("metrics.notna() and sparsity > 0 and row != 'dense' and not one_kind")
         run = run[run["sparsity"] == (0.5 if 0.5 in set(run["sparsity"]) else run["sparsity"].max())]
         scores = pd.DataFrame(list(run["metrics"]), index=run["row"])
         scores = scores[[text for text in scores if not text.startswith("error ")]]
