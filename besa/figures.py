@@ -145,7 +145,7 @@ def by_setting(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> F
     if frame["baseline"].any():
         handles.append(Line2D([], [], marker="o", markersize=11, fillstyle="none", color="black", linestyle="none"))
         labels.append("baseline")
-    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -231,7 +231,7 @@ def training(frame: pd.DataFrame, sparsity: float) -> Figure:
         if column != "sparsity":
             ax.set_yscale("log")
     axes[2].axhline(sparsity, color="grey", linestyle=":", label="target")
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     return figure
 
 
