@@ -197,7 +197,7 @@ def write_index(shards: list[Path], folder: Path) -> None:
 def carry_over(source: Path, output: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, its own code, licence."""
     for path in (path for pattern in _CARRIED for path in sorted(source.glob(pattern))):
-        if path.name not in (INDEX, assets.SUMS):
+        if not path.name.endswith(".index.json") and path.name != assets.SUMS:
             with replacing(output / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 

@@ -23,7 +23,7 @@ _HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|hidden-\d+-\d+\.bin")
 
 
 def make_folder(output: Path) -> None:
-    """Make the output where it is not there yet, and remove what a killed run left half-written.
+    """Make the output where it is not there yet.
 
     Raises:
         ValueError: it is not writable, or holds something of no run of besa.
