@@ -3,6 +3,10 @@
 Start reading at `besa/prune.py`.
 """
 
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: with it, sums repeat to the bit
+
 from besa.baselines import Magnitude, SparseGPT, Wanda, named_method
 from besa.data import calibration_windows, test_tokens
 from besa.evaluate import perplexity

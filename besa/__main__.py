@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from torch.distributed import DistError
 
 from besa import parallel
 
@@ -35,7 +36,7 @@ def _plainly() -> Iterator[None]:
         typer.echo(f"besa: {error}", err=True)
         raise typer.Exit(1) from error
     except RuntimeError as error:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if "gloo" not in str(error) and not isinstance(error, DistError):
             raise
         typer.echo(f"besa: rank {os.environ['RANK']} lost the others ({str(error).splitlines()[0]})", err=True)
         raise typer.Exit(1) from error

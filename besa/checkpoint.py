@@ -30,17 +30,28 @@ def find_checkpoint(source: str | Path) -> Path:
     """The folder of a checkpoint by any name that `load_model` takes; one on the hub is downloaded, without pickles.
 
     Raises:
-        ValueError: neither folder nor hub has it.
+        ValueError: neither folder nor hub has it, or the hub has no safetensors of it.
     """
-    folder = Path(source_of(str(source)))
-    if folder.is_dir():
-        return folder
+    name = source_of(str(source))
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(huggingface_hub.snapshot_download(str(folder), allow_patterns=["*.safetensors", *_CARRIED]))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", *_CARRIED]))
     except Exception as error:  # the hub raises many kinds; each means that it did not deliver
         raise ValueError(
             f"source {str(source)!r} is no folder, and the hub did not deliver it ({type(error).__name__})"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(_no_safetensors(name, " on the hub"))
+    return folder
+
+
+def _no_safetensors(name: str, found: str) -> str:
+    return (
+        f"{name} has neither model.safetensors nor {INDEX}{found}. Where you trust it, convert it: "
+        f"AutoModelForCausalLM.from_pretrained({name!r}, dtype='auto').save_pretrained('NEW_FOLDER'), and the same for "
+        "its AutoTokenizer."
+    )
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -50,17 +61,13 @@ def shard_paths(folder: Path) -> list[Path]:
         ValueError: there are none (says how to convert pickled ones), or one is missing or cut short.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
-    if index.is_file():
-        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    elif single.is_file():
+    if single.is_file():  # as transformers does where there are both
         paths = [single]
+    elif index.is_file():
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     else:
         pickled = next((f", only {path.name}, a pickle, which besa never opens" for path in folder.glob("*.bin")), "")
-        raise ValueError(
-            f"{folder} has neither {single.name} nor {INDEX}{pickled}. Where you trust it, convert it: "
-            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained('NEW_FOLDER'), and "
-            "the same for its AutoTokenizer."
-        )
+        raise ValueError(_no_safetensors(str(folder), pickled))
     for path in paths:
         try:
             _dtypes(path)
@@ -87,25 +94,35 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
         trust_remote_code: run the Python code that comes with the checkpoint, where it has any.
 
     Raises:
-        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, or transformers cannot
-            load it.
+        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some, or
+            transformers cannot load it.
     """
-    found: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for path in shard_paths(folder):
-        found |= _dtypes(path)
-    if len(found) != 1 or not found.keys() <= _DTYPES.keys():
-        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(found.items()))
+        dtypes |= _dtypes(path)
+    if len(dtypes) != 1 or not dtypes.keys() <= _DTYPES.keys():
+        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
         raise ValueError(
             f"{folder} holds tensors of {kinds}; besa takes one of {', '.join(_DTYPES)} for all. Load it in one of "
             "them and save it: AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16').save_pretrained('FOLDER')"
         )
-    dtype = _DTYPES[next(iter(found))]
+    dtype = _DTYPES[next(iter(dtypes))]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"transformers cannot load {folder}: {error}") from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        missing = sorted(found["missing_keys"])
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensor(s) of a {type(model).__name__}, the first {missing[0]}; fetch the "
+            "whole checkpoint, or save the model with its head"
+        )
     return model.eval().requires_grad_(False)
 
 

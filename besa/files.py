@@ -14,7 +14,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, with its ending, that becomes `path` once it is written and on the disk."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -4,8 +4,10 @@ numba compiles them for the processor by itself at first use and keeps the resul
 on other devices and in other precisions, plain torch computes the same.
 """
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import no_type_check
@@ -19,6 +21,20 @@ try:
     import numpy as np
 except ImportError:  # numba trails new Python releases
     numba = None
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """For a while, torch's algorithms that give the same bits every time, or those that may not."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,9 @@ def bucket_sums(
     step = max(1, 2**24 // weight.shape[1])  # torch wants 64-bit indices, four times the memory of the ranks
     sums = []
     for g, w, r in zip(grad.split(step), weight.split(step), ranking.ranks.split(step), strict=True):
-        by_rank = torch.empty_like(g, dtype=torch.float32).scatter_(1, r.long(), g.float() * w)
+        by_rank = torch.empty_like(g, dtype=torch.float32)
+        with deterministic(False):  # a row's ranks are all different; torch would sort them and wait for the GPU
+            by_rank.scatter_(1, r.long(), g.float() * w)
         sums.append(by_rank @ member)
     return torch.cat(sums)
 

@@ -15,17 +15,25 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """For a while, one of the processes that torchrun started, if it did: gloo between CPUs, nccl between GPUs."""
+    """For a while, one of the processes that torchrun started, if it did: gloo between CPUs, nccl between GPUs.
+
+    Raises:
+        ValueError: more processes on this machine than it has GPUs.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
+        ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if ranks > gpus:
+            raise ValueError(
+                f"{ranks} ranks on a machine with {gpus} GPU(s); take --nproc-per-node {gpus}, or hide the GPUs "
+                "(CUDA_VISIBLE_DEVICES=) and compute on CPUs"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not on an error: nccl would wait for ranks that wait for this one
 
 
 def n_ranks() -> int:

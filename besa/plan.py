@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from besa.blocks import Spans
 from besa.parallel import n_ranks
 from besa.provenance import anonymous_bytes, measure
-from besa.prune import InModel, Method, enter, prune_span
+from besa.prune import InModel, Method, enter, prune_span, repeatable
 
 HiddenStates = Literal["device", "host", "file"]
 
@@ -93,7 +93,7 @@ def make_plan(
     Raises:
         ValueError: something does not fit; says what is needed, what is free, and what to change.
     """
-    streams = 2 * n_windows * window_bytes
+    streams, pinned = 2 * n_windows * window_bytes, 2 * _power_of_2(n_windows * window_bytes)
     device_free, host_free, disk_free = free_device(device), free_host(), shutil.disk_usage(output).free
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share this host's memory
     room = {"device": USABLE * device_free / (neighbours if device.type == "cpu" else 1) - trial.bytes}
@@ -107,7 +107,8 @@ def make_plan(
             f"the output does not fit: {_gib(shard_bytes)} are still to be written and {_gib(disk_free)} are free in "
             f"{output}, of which besa fills {USABLE:.0%}; make room or name another folder"
         )
-    places = [place for place, free in room.items() if wanted in ("auto", place) and streams <= free]
+    needed = {"host": pinned}
+    places = [p for p, free in room.items() if wanted in ("auto", p) and needed.get(p, streams) <= free]
     if room["device"] < 0 or not places:
         found = ", ".join(f"{_gib(max(0.0, free))} in {_PLACES[place]}" for place, free in room.items())
         raise ValueError(
@@ -120,6 +121,11 @@ def make_plan(
     return Plan(places[0], trial, streams, device_free, host_free, on_disk, disk_free, n_blocks, seconds)
 
 
+def _power_of_2(n: int) -> int:
+    """What torch takes of pinned memory for n bytes."""
+    return 1 << (n - 1).bit_length()
+
+
 def _gib(n: int | float) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.0f} MiB"
 
@@ -130,22 +136,23 @@ def free_device(device: torch.device) -> int:
 
 
 def free_host() -> int:
-    """Host memory that can be had, in bytes, within the control group's limit where there is one."""
-    free, group = psutil.virtual_memory().available, _control_group()
-    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-    if limit != "max":
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(used["inactive_file"]) + int(used["active_file"])  # files that were read: dropped when need be
-        free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
+    """Host memory that can be had, in bytes, within the limits of the control groups around this process."""
+    free = psutil.virtual_memory().available
+    for group in _control_groups():
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
+        if limit != "max":
+            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(used["inactive_file"]) + int(used["active_file"])  # files that were read: dropped at need
+            free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
     return free
 
 
-def _control_group() -> Path:
-    """Of this process (version 2); the topmost where it cannot be told."""
+def _control_groups() -> list[Path]:
+    """This process's (version 2) and those around it, any of which may have a limit."""
     own, top = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
     names = [line.split("::/", 1)[1] for line in own.read_text().split("\n") if "::/" in line] if own.is_file() else []
-    found = top / names[0] if names else top
-    return found if (found / "memory.max").is_file() else top
+    innermost = top / names[0] if names else top
+    return [group for group in (innermost, *innermost.parents) if group == top or top in group.parents]
 
 
 @torch.no_grad()
@@ -161,14 +168,31 @@ def try_out(
 
     Args:
         windows: of this rank.
+
+    Raises:
+        ValueError: not even that fits.
     """
     few = windows[: 2 * max(1, (method.batch_size or 1) // n_ranks())]
-    streams = enter(model, few, returns_tuple, InModel(store.device))
     ticks: list[float] = []
-    with measure() as cost:
-        before = anonymous_bytes()
-        block, call = store.load(together, 0)
-        prune_span(0, block, call, streams, method, n_ranks() * len(few), lambda: ticks.append(time.perf_counter()))
+
+    def tick() -> None:
+        if store.device.type == "cuda":
+            torch.cuda.synchronize(store.device)
+        ticks.append(time.perf_counter())
+
+    try:
+        with repeatable(store.device):
+            streams = enter(model, few, returns_tuple, InModel(store.device))
+            with measure() as cost:
+                before = anonymous_bytes()
+                block, call = store.load(together, 0)
+                prune_span(0, block, call, streams, method, n_ranks() * len(few), tick)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a block and {len(few)} windows of {few.shape[1]} tokens do not fit on {store.device} "
+            f"({_gib(free_device(store.device))} are free now): {str(error).splitlines()[0]}. Take shorter windows, a "
+            "method without batch_size > 1 or reconstruct > 1, or a larger device"
+        ) from error
     # Observing, every pass of training and advancing tick once per window. The first tick of a phase comes after its
     # preparation; what lies between the others, every further window will take.
     n = len(few)

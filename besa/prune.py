@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,8 +31,9 @@ from besa.blocks import (
     to_device_of,
 )
 from besa.importance import InputStatistics, collect_statistics
+from besa.kernels import deterministic
 from besa.parallel import check_share, mean_, n_ranks, rank, sum_
-from besa.quantize import QuantizedWeight
+from besa.quantize import Quantize, QuantizedWeight
 from besa.report import Report
 
 
@@ -116,7 +116,7 @@ def prune_blocks(
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     start = time.perf_counter()
     mine = windows[rank() :: n_ranks()]
-    with _frozen(model), _repeatable(store.device):
+    with _frozen(model), repeatable(store.device):
         calls = record_calls(model, mine[:1])
         streams = enter(model, mine, calls[0].returns_tuple, store)
         together = spans(find_blocks(model), calls, method.span)
@@ -296,17 +296,9 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-@contextlib.contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def repeatable(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """On a GPU, attention's gradient and the like in an order that is the same every time; on a CPU it always is."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    return deterministic(True) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -354,6 +346,7 @@ class Method:
     targets: ClassVar[str] = "pruned"
     batch_size: ClassVar[int | None] = None
     """Windows per step; None: there are no steps."""
+    quantize: ClassVar[Quantize | None] = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

@@ -7,6 +7,7 @@ over the columns that share a scale h and a zero-point z. The weight that stands
 quantized first and pruned then: a pruned weight has the code z and is exactly 0.
 """
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,11 @@ class Quantize:
         codes = ((grouped / scale.float()[..., None]).round() + zero_point[..., None]).clamp(0, self.levels)
         return QuantizedWeight(codes.view(weight.shape).byte(), scale, zero_point.byte(), self.bits)
 
+    def most_bytes(self, weight: Float[Tensor, "rows columns"]) -> int:
+        """What `save_quantized` writes of a projection, were nothing pruned."""
+        _, rows, groups = self.clipping_shape(weight)
+        return weight.numel() * (1 + self.bits) // 8 + 3 * rows * groups
+
     @property
     def levels(self) -> int:
         return 2**self.bits - 1
@@ -149,10 +155,10 @@ def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str 
     tensors, shapes = {}, {}
     for (block, name), weight in quantized.items():
         key = f"{block}.{name}"
-        shapes[key] = f"{weight.codes.shape[0]} {weight.codes.shape[1]} {weight.bits}"
+        shapes[key] = [*weight.codes.shape, weight.bits]
         tensors |= {f"{key}.{part}": value for part, value in _pack(weight).items()}
     with replacing(Path(path)) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata=shapes)
+        safetensors.torch.save_file(tensors, temporary, metadata={"shapes": json.dumps(shapes)})
     stored = sum(tensor.nbytes for tensor in tensors.values())
     return 8 * stored / sum(weight.codes.numel() for weight in quantized.values())
 
@@ -166,7 +172,8 @@ def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
     """
     blocks = find_blocks(model)
     with safetensors.safe_open(path, "pt") as file:
-        loaded = {key: _unpack(file, key, *map(int, shape.split())) for key, shape in sorted(file.metadata().items())}
+        shapes = json.loads(file.metadata()["shapes"])
+        loaded = {key: _unpack(file, key, *shape) for key, shape in sorted(shapes.items())}
     for key, weight in loaded.items():
         index, _, name = key.partition(".")
         found = projections(blocks[int(index)]).get(name) if int(index) < len(blocks) else None

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from besa.checkpoint import INDEX, shard_paths
+from besa.checkpoint import shard_paths
 from besa.files import sha256, tensor_sha256, write_text
 from besa.parallel import n_ranks
 from besa.prune import Method
 
 STATE = "besa"
 """Folder in the output for what is no part of the checkpoint."""
-_HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|hidden-\d+-\d+\.bin")
+_HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|\.tmp\w{6}|hidden-\d+-\d+\.bin")
+"""Temporary names: ours, those of safetensors, and hidden states."""
 
 
 def make_folder(output: Path) -> None:
@@ -113,22 +114,17 @@ def _source_sums(source: Path, output: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in seen.items()}
 
 
-def finished_blocks(output: Path, n_blocks: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Notes of the blocks whose shards are there and whole, and the names of those that are not.
-
-    A checkpoint that lacks a block is none: its index goes.
-    """
+def finished_blocks(output: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Notes of the blocks whose files are there and whole, and the names of those whose are not."""
     notes, damaged = {}, []
     for path in sorted((output / STATE).glob("block-*.json")):
         try:
             note = json.loads(path.read_text())
-            whole = sha256(output / note["shard"]) == note["sha256"]
+            whole = all(sha256(output / name) == total for name, total in note["files"].items())
         except (ValueError, KeyError, FileNotFoundError):
             whole = False
         if whole:
             notes[note["block"]] = note
         else:
             damaged.append(path.stem)
-    if len(notes) < n_blocks:
-        (output / INDEX).unlink(missing_ok=True)
     return notes, damaged

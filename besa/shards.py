@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa.blocks import BlockCall, Spans, check_model, find_blocks, members, record_calls, spans
+from besa.blocks import BlockCall, Spans, check_model, find_blocks, members, projections, record_calls, spans
 from besa.checkpoint import (
+    INDEX,
     carry_over,
     check_apart,
     check_tokenizer,
@@ -176,11 +177,13 @@ class Shards(InModel):
         except filelock.Timeout:
             raise ValueError(f"another process writes to {str(self.output)!r}; wait for it, or stop it") from None
         remove_half_written(self.output)
-        notes, damaged = finished_blocks(self.output, len(self.prefixes))
+        notes, damaged = finished_blocks(self.output)
         identity = identity_of(self.source, self.output, self.windows, self.method, self.device)
         run = open_run(self.output, identity, notes, {"provenance": provenance()})
+        if len(notes) < len(self.prefixes):  # a checkpoint that lacks a block is none
+            (self.output / INDEX).unlink(missing_ok=True)
         for name in damaged:
-            self.tell(f"{name}: its shard is missing or not what was written; the block is pruned again")
+            self.tell(f"{name}: its files are missing or not what was written; the block is pruned again")
         if notes:
             self.tell(f"continuing: {len(notes)} of {len(self.prefixes)} blocks are finished")
         return run, notes
@@ -221,7 +224,7 @@ class Shards(InModel):
         if rank() == 0:
             write_text(self.output / STATE / "run.json", json.dumps(self.run, indent=1) + "\n")
         config = self.model.config.get_text_config()
-        sizes = {index: _bytes_of(block) for index, block in enumerate(find_blocks(self.model))}
+        sizes = {index: self._bytes_of(block) for index, block in enumerate(find_blocks(self.model))}
         rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
         left = [index for index in sizes if index not in self.notes]
         return make_plan(
@@ -234,6 +237,12 @@ class Shards(InModel):
             output=self.output,
             wanted=wanted,
         )
+
+    def _bytes_of(self, block: nn.Module) -> int:
+        """Of its shard, and of its codes."""
+        quantize, weights = self.method.quantize, [projection.weight for projection in projections(block).values()]
+        codes = sum(quantize.most_bytes(weight) for weight in weights) if quantize else 0
+        return codes + sum(tensor.nbytes for tensor in block.state_dict().values())
 
     def make_room(self, wanted: HiddenStates | Literal["auto"]) -> None:
         """Plan, tell the plan, and keep it beside the output."""
@@ -299,6 +308,7 @@ class Shards(InModel):
         return copied, call
 
     def finished(self, index: int, block: nn.Module) -> Report | None:
+        self._stop_here(index)
         own = members(index, block)
         if not own.keys() <= self.notes.keys():
             return None
@@ -324,13 +334,14 @@ class Shards(InModel):
                 "seconds": report.rows[0]["block_seconds"] if number == index else 0.0,
             }
             if rank() == 0:
-                note["sha256"] = self._write(note, member, report)
+                self._write(note, member, report)
             self.notes[number] = note
         report.quantized.clear()  # on disk now; a whole model's codes would fill the memory
-        self.interrupted = any(from_all(self.interrupted))  # and every rank waits here for rank 0
-        if self.interrupted:
-            last = max(members(index, block))
-            raise KeyboardInterrupt(f"stopped behind block {last}; the same command continues")
+
+    def _stop_here(self, index: int) -> None:
+        """Before a block, where a rank was asked to; all of them wait here for rank 0, which may still be writing."""
+        if any(from_all(self.interrupted)):
+            raise KeyboardInterrupt(f"stopped before block {index}; the same command continues")
 
     def _names(self, number: int, block: nn.Module) -> dict[str, str]:
         """Name in the block -> name in its shard."""
@@ -338,22 +349,21 @@ class Shards(InModel):
         stored = stored_names(self.model, {prefix + name: tensor for name, tensor in block.state_dict().items()})
         return {name.removeprefix(prefix): other for name, other in stored.items()}
 
-    def _write(self, note: dict[str, Any], block: nn.Module, report: Report) -> str:
+    def _write(self, note: dict[str, Any], block: nn.Module, report: Report) -> None:
         """Shard first, note last: a shard without its note was never finished."""
-        number, path, state = note["block"], self.output / note["shard"], block.state_dict()
-        write_shard({stored: state[name].cpu() for name, stored in self._names(number, block).items()}, path)
+        number, paths, state = note["block"], [self.output / note["shard"]], block.state_dict()
+        write_shard({stored: state[name].cpu() for name, stored in self._names(number, block).items()}, paths[0])
         codes = {key: value for key, value in report.quantized.items() if key[0] == number}
         if codes:
-            codes_path = self.output / STATE / f"codes-{number:05d}.safetensors"
-            with room_for(sum(weight.codes.nbytes for weight in codes.values()), codes_path):
-                save_quantized(codes, codes_path)
-        total = sha256(path)
-        write_text(self.output / STATE / f"block-{number:05d}.json", json.dumps(note | {"sha256": total}) + "\n")
-        return total
+            paths.append(self.output / STATE / f"codes-{number:05d}.safetensors")
+            with room_for(sum(weight.codes.nbytes for weight in codes.values()), paths[1]):
+                save_quantized(codes, paths[1])
+        sums = {str(path.relative_to(self.output)): sha256(path) for path in paths}
+        write_text(self.output / STATE / f"block-{number:05d}.json", json.dumps(note | {"files": sums}) + "\n")
 
     @contextlib.contextmanager
     def stopping_between_blocks(self) -> Iterator[None]:
-        """SIGINT stops behind the block at hand, a second one at once."""
+        """SIGINT stops before the next block, a second one at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -386,7 +396,3 @@ def _with_tensors(block: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Modu
     memo: dict[int, Any] = {id(p): nn.Parameter(move(p.detach()), requires_grad=False) for p in block.parameters()}
     memo |= {id(buffer): move(buffer) for buffer in block.buffers()}
     return copy.deepcopy(block, memo)
-
-
-def _bytes_of(block: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in block.state_dict().values())

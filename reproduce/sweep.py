@@ -7,12 +7,14 @@ never takes the others along: its log is named at the end, and the exit status i
 
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import papermill
 import submitit
+import torch
 import typer
 import yaml
 from tqdm.auto import tqdm
@@ -50,8 +52,14 @@ def inspected(notebook: str) -> set[str]:
     return set(papermill.inspect_notebook(HERE / f"{notebook}.ipynb"))
 
 
-def run_cell(notebook: str, output: Path, parameters: dict[str, Any]) -> None:
-    """In the job's process."""
+def run_cell(notebook: str, output: Path, parameters: dict[str, Any], gpus: str | None) -> None:
+    """In the job's process.
+
+    Args:
+        gpus: the numbers of those it may use; None leaves that to the cluster.
+    """
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     output.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(HERE / f"{notebook}.ipynb", output, parameters, progress_bar=False)
 
@@ -60,7 +68,10 @@ def is_finished(output: Path, parameters: dict[str, Any]) -> bool:
     """Whether the executed notebook is there, ran through, and had these parameters."""
     if not output.is_file():
         return False
-    about = json.loads(output.read_text())["metadata"]["papermill"]
+    try:
+        about = json.loads(output.read_text())["metadata"]["papermill"]
+    except (ValueError, KeyError):  # cut short while it was written
+        return False
     return about["exception"] is None and about["end_time"] is not None and about["parameters"] == parameters
 
 
@@ -71,7 +82,7 @@ def main(
     parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE for every cell")] = None,
     cluster: Annotated[str, typer.Option(help="local, slurm, or debug (in this process)")] = "local",
     parallel: Annotated[int, typer.Option(help="jobs at a time", min=1)] = 1,
-    gpus: Annotated[int, typer.Option(help="per job")] = 0,
+    gpus: Annotated[int, typer.Option(help="per job; without any, a job computes on CPUs")] = 0,
     hours: Annotated[int, typer.Option(help="time limit of a job", min=1)] = 24,
     partition: Annotated[str | None, typer.Option(help="of Slurm")] = None,
     folder: Annotated[Path, typer.Option(help="for executed notebooks and logs")] = ROOT / "results" / "sweep",
@@ -84,30 +95,40 @@ def main(
             typer.echo(f"finished before: {name}")
         else:
             todo[name] = parameters
+    if cluster == "local" and parallel * gpus > torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"{parallel} jobs of {gpus} GPU(s) at a time, but this machine has {torch.cuda.device_count()}"
+        )
     executor = submitit.AutoExecutor(folder=folder / "logs", cluster=cluster)
     executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus)
     if partition:
         executor.update_parameters(slurm_partition=partition)
-    failed = run_all(executor, todo, folder, parallel)
+    failed = run_all(executor, todo, folder, parallel, gpus)
     for name, log in failed.items():
         typer.echo(f"failed: {name}, see {log}", err=True)
     raise typer.Exit(1 if failed else 0)
 
 
 def run_all(
-    executor: submitit.AutoExecutor, todo: dict[str, dict[str, Any]], folder: Path, parallel: int
+    executor: submitit.AutoExecutor, todo: dict[str, dict[str, Any]], folder: Path, parallel: int, gpus: int
 ) -> dict[str, Path]:
-    """At most `parallel` jobs at a time; returns the failed ones' logs."""
+    """At most `parallel` jobs at a time, on this machine each on its own GPUs; returns the failed ones' logs."""
     waiting, running, failed = list(todo), {}, {}
+    places = list(range(parallel))
     with tqdm(total=len(todo), unit="cell") as bar:
         while waiting or running:
             while waiting and len(running) < parallel:
                 name = waiting.pop(0)
-                notebook = name.partition("-")[0]
-                running[name] = executor.submit(run_cell, notebook, folder / f"{name}.ipynb", todo[name])
+                notebook, place = name.partition("-")[0], places.pop()
+                own = (
+                    ",".join(map(str, range(place * gpus, (place + 1) * gpus))) if executor.cluster == "local" else None
+                )
+                job = executor.submit(run_cell, notebook, folder / f"{name}.ipynb", todo[name], own)
+                running[name] = job, place
             time.sleep(0.5)
-            for name, job in [(name, job) for name, job in running.items() if job.done()]:
+            for name, (job, place) in [(name, entry) for name, entry in running.items() if entry[0].done()]:
                 del running[name]
+                places.append(place)
                 if job.exception() is not None:
                     failed[name] = job.paths.stderr
                 bar.update()

@@ -31,10 +31,18 @@ def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, tmp_p
     second = sweep(folder, models, "--methods", "wanda")
     assert "finished before: table1-tiny-wanda" in second.stdout and second.returncode == 1
     assert record.stat().st_mtime_ns == before
-    assert sweep(folder, str(tiny_folder), "--methods", "wanda").returncode == 0
+    (folder / "table1-tiny-wanda.ipynb").write_text("{")  # a kill while papermill wrote it
+    third = sweep(folder, str(tiny_folder), "--methods", "wanda")
+    assert third.returncode == 0 and "finished before" not in third.stdout
 
 
 def test_an_unknown_notebook_is_refused_before_any_job(tmp_path):
     result = sweep(tmp_path / "sweep", "smollm2-135m", "--notebooks", "table9")
     assert result.returncode != 0 and "unknown notebook 'table9'" in result.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_more_gpus_than_there_are_are_refused_before_any_job(tmp_path):
+    result = sweep(tmp_path / "sweep", "smollm2-135m", "--gpus", "99")
+    assert result.returncode != 0 and "2 jobs of 99 GPU(s) at a time" in result.stderr
     assert not (tmp_path / "sweep").exists()
