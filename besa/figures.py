@@ -120,8 +120,8 @@ def by_setting(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> F
     What lies 30 % above its row's median is an arrow at the upper edge with its value, lest it flatten the rest.
 
     Args:
-        frame: `text`, `panel`, `line`, `setting`, `perplexity` and `baseline` (True is ringed). Settings that are all
-            words have no order: they are not connected.
+        frame: `text`, `panel`, `line` (at most three), `setting`, `perplexity` and `baseline` (True is ringed).
+            Settings that are all words have no order: they are not connected.
         references: perplexities drawn as horizontal lines, indexed by name, one column per text.
     """
     texts, panels, lines = (list(dict.fromkeys(frame[column])) for column in ("text", "panel", "line"))
@@ -142,6 +142,10 @@ def by_setting(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> F
             ax.set_xlabel(panel)
         row[0].set_ylabel(f"perplexity on {text}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    edges = frame.groupby("text")["perplexity"].transform("median") * 1.3
+    if (frame["perplexity"] >= edges).any():
+        handles.append(Line2D([], [], marker="^", color="black", linestyle="none"))
+        labels.append("above the scale")
     if frame["baseline"].any():
         handles.append(Line2D([], [], marker="o", markersize=11, fillstyle="none", color="black", linestyle="none"))
         labels.append("baseline")
@@ -153,14 +157,17 @@ def _settings_panel(ax: Axes, frame: pd.DataFrame, settings: list, lines: list[s
     """One panel of `by_setting`."""
     style = "o-" if any(isinstance(setting, int) for setting in settings) else "o"
     highest = frame.groupby("setting")["perplexity"].max()
+    colours = ("tab:red", "tab:orange", "tab:purple")  # all of them BESA's
     for number, line in enumerate(lines):
         rows = frame[frame["line"] == line]
         x = [settings.index(setting) for setting in rows["setting"]]
+        neighbours = pd.concat([rows["perplexity"].shift(1), rows["perplexity"].shift(-1)], axis=1)
+        valley = (rows["perplexity"] < neighbours.min(axis=1)) & neighbours.notna().all(axis=1)
         shown = rows["perplexity"].where(rows["perplexity"] < edge)
-        ax.plot(x, shown, style, color=f"C{number}", label=line, linewidth=1)
-        for place, (_, point) in zip(x, rows.iterrows(), strict=True):
+        ax.plot(x, shown, style, color=colours[number], label=line, linewidth=1)
+        for place, (index, point) in zip(x, rows.iterrows(), strict=True):
             value, cut = point["perplexity"], point["perplexity"] >= edge
-            above = value == highest[point["setting"]] and not cut
+            above = value == highest[point["setting"]] and not cut and not valley[index]
             offset, va = ((0, 7), "bottom") if above else ((0, -7), "top")
             ax.annotate(
                 f"{value:.2f}",
@@ -172,7 +179,7 @@ def _settings_panel(ax: Axes, frame: pd.DataFrame, settings: list, lines: list[s
                 size=8,
             )
             if cut:
-                ax.plot(place, edge, "^", color=f"C{number}")
+                ax.plot(place, edge, "^", color=colours[number])
             if point["baseline"]:
                 ax.plot(place, min(value, edge), "o", markersize=11, fillstyle="none", color="black")
     ax.set_xticks(range(len(settings)), settings, fontsize=8)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,11 +233,28 @@ PAPER_BIBTEX = """@inproceedings{xu2024besa,
 }"""
 
 
+def _commit(source: dict[str, Any]) -> str:
+    return source["commit"][:12] + (" (modified)" if source["modified"] else "")
+
+
+def sources(records: Iterable[Record]) -> pd.DataFrame:
+    """Where the numbers of each row come from, which need not be the run that shows them."""
+    rows = [
+        {"row": record["config"]["row"], "config_hash": record["config_hash"], "commit": _commit(source)}
+        | {name: source[name] for name in ("hardware", "threads", "date")}
+        for record in records
+        for source in [record["provenance"]]
+    ]
+    return pd.DataFrame(rows).set_index("row")
+
+
 def citation(records: list[Record]) -> str:
-    """BibTeX of the paper, and of this run by commit, hardware and profile."""
+    """BibTeX of the paper, and of this run by the commits and hardware of its records and its profile."""
     config, source = records[-1]["config"], records[-1]["provenance"]
-    modified = " (modified)" if source["modified"] else ""
-    note = f"commit {source['commit'][:12]}{modified}, profile {config['profile']}, {source['hardware']}"
+    every = lambda values: ", ".join(dict.fromkeys(values))
+    commits = every(_commit(record["provenance"]) for record in records)
+    hardware = every(record["provenance"]["hardware"] for record in records)
+    note = f"commit {commits}, profile {config['profile']}, {hardware}"
     return f"""{PAPER_BIBTEX}
 
 @misc{{besa-{slug(config["model"])}-{records[-1]["config_hash"]},

@@ -54,6 +54,10 @@ class Item:
         owner = lambda name: next((key for key in self.runs if key and f"{name}-".startswith(f"{key}-")), "")
         return [name for name in names if owner(name) == run]
 
+    def label_of(self, run: str, table: str) -> str:
+        """What a table is called beside its run."""
+        return table.removeprefix(run).strip("-") or "table"
+
     def title_of(self, run: str) -> str:
         return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
 
@@ -62,8 +66,10 @@ class Item:
         if "verdict" in (compared := self.tables.get(f"{name}-published", pd.DataFrame())):
             counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
             return f"{self.title_of(name)}: of {len(compared)} published numbers {counts}"
-        run = self.runs[name].query("metrics.notna() and sparsity > 0 and row != 'dense' and not one_kind")
-        run = run[run["sparsity"] == (0.5 if 0.5 in set(run["sparsity"]) else run["sparsity"].max())]
+        run = self.runs[name].query("metrics.notna() and not one_kind")
+        pruned = run.query("sparsity > 0 and row != 'dense'")["sparsity"]
+        shown = run["sparsity"] == (0.5 if 0.5 in set(pruned) else pruned.max())
+        run = run[shown | (run["row"] == "dense")]
         scores = pd.DataFrame(list(run["metrics"]), index=run["row"])
         scores = scores[[text for text in scores if not text.startswith("error ")]]
         if (n := scores.shape[1]) > 3:  # too many for one line
@@ -78,12 +84,16 @@ class Item:
 
 
 def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float | None]) -> str:
-    """The best row at the same sparsity, and BESA and Wanda beside it."""
-    values = values.sort_values(ascending=not higher_is_better, kind="stable")
-    shown = [f"{row} {value:.2f}" + (f" ± {stderr[row]:.2f}" if stderr[row] else "") for row, value in values.items()]
-    named = re.compile(r"(joint-)?(besa|wanda|besa-row-wise)(-0\.5)?|baseline")
-    others = [text for row, text in zip(values.index[1:], shown[1:]) if named.fullmatch(row)]
-    return f"{values.name}: best {shown[0]}" + f" ({', '.join(others)})" * bool(others)
+    """The best row at the same sparsity; beside it BESA, SparseGPT, Wanda and the dense model."""
+    error = lambda row: f" ± {stderr[row]:.2f}" if stderr[row] else ""
+    shown = {row: f"{row} {value:.2f}{error(row)}" for row, value in values.items()}
+    dense = [shown["dense"]] if "dense" in shown else []
+    ranked = values.drop("dense", errors="ignore").sort_values(ascending=not higher_is_better, kind="stable").index
+    if ranked.empty:
+        return f"{values.name}: {', '.join(dense)}"
+    named = re.compile(r"(joint-)?(besa|wanda|sparsegpt|besa-row-wise)(-0\.5)?|baseline")
+    others = [shown[row] for row in ranked[1:] if named.fullmatch(row)] + dense
+    return f"{values.name}: best {shown[ranked[0]]}" + f" ({', '.join(others)})" * bool(others)
 
 
 def read_notebook(path: Path) -> Item:

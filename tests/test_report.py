@@ -62,7 +62,7 @@ def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
     readme, page, skipped = build_texts(folders)
     assert not skipped
     judged = "llama-7b, paper: of 2 published numbers 1 reproduced, 1 worse"
-    embedded = "smollm2-135m, quick; wikitext2: best sparsegpt 40.00 (besa-row-wise 45.00, wanda 50.12)"
+    embedded = "smollm2-135m, quick; wikitext2: best sparsegpt 40.00 (besa-row-wise 45.00, wanda 50.12, dense 20.00)"
     for text in (readme, page):
         assert judged in text and f"not comparable: {embedded}" in text
     source = records[0]["provenance"]
@@ -138,7 +138,7 @@ def test_only_whole_models_of_the_same_sparsity_are_ranked_with_their_standard_e
     outcome = {"metrics": {"wikitext2": 60.0, "error last block": 0.5}, "stderr": {"average": 1.354}}
     results.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
     text = build_texts(folders)[0]
-    assert "wikitext2: best joint-besa 45.00 (wanda 50.00)" in text and "error last" not in text
+    assert "wikitext2: best joint-besa 45.00 (wanda 50.00, sparsegpt 60.00 ± 1.35)" in text and "error last" not in text
     outcome["metrics"]["wikitext2"] = 20.0
     results.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
     assert "wikitext2: best sparsegpt 20.00 ± 1.35 (joint-besa 45.00, wanda 50.00)" in build_texts(folders)[0]
