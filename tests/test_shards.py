@@ -565,7 +565,7 @@ def test_sigkill_and_sigint_then_the_same_command_ends_with_the_same_bytes(deep_
 
 
 def test_smollm2_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
-    """Kills one run; `BESA_KILLS=10 pytest -s -k random_moments` kills ten, some twelve minutes."""
+    """Kills one run; `BESA_KILLS=10 pytest -s -k random_moments` kills ten, some five minutes."""
     checkpoint.export("smollm2-135m", tmp_path / "source", "bfloat16")
     run = lambda output: command("prune", tmp_path / "source", output, "--n-samples", 4, "--seq-len", 64)
     start = time.monotonic()
