@@ -1,28 +1,24 @@
 """Before long work: what it will need, in memory, disk and time, and where the hidden states go."""
 
 import itertools
-import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.blocks import Spans
+from besa.memory import USABLE, free_device, free_host, neighbours
 from besa.parallel import n_ranks
 from besa.provenance import anonymous_bytes, measure
 from besa.prune import InModel, Method, enter, prune_span, repeatable
 
 HiddenStates = Literal["device", "host", "file"]
-
-USABLE = 0.9
-"""Of what is free: the rest is for what nobody counted."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +91,9 @@ def make_plan(
     """
     streams, pinned = 2 * n_windows * window_bytes, 2 * _power_of_2(n_windows * window_bytes)
     device_free, host_free, disk_free = free_device(device), free_host(), shutil.disk_usage(output).free
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share this host's memory
-    room = {"device": USABLE * device_free / (neighbours if device.type == "cpu" else 1) - trial.bytes}
+    room = {"device": USABLE * device_free / (neighbours() if device.type == "cpu" else 1) - trial.bytes}
     if device.type == "cuda":
-        room["host"] = USABLE * host_free / neighbours
+        room["host"] = USABLE * host_free / neighbours()
     elif wanted == "host":
         raise ValueError("hidden_states='host' is for GPUs, whose memory is another; take 'device', 'file' or 'auto'")
     room["file"] = (USABLE * disk_free - shard_bytes) / n_ranks()
@@ -128,31 +123,6 @@ def _power_of_2(n: int) -> int:
 
 def _gib(n: int | float) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.0f} MiB"
-
-
-def free_device(device: torch.device) -> int:
-    """Free memory of the device that computes, in bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host()
-
-
-def free_host() -> int:
-    """Host memory that can be had, in bytes, within the limits of the control groups around this process."""
-    free = psutil.virtual_memory().available
-    for group in _control_groups():
-        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-        if limit != "max":
-            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cached = int(used["inactive_file"]) + int(used["active_file"])  # files that were read: dropped at need
-            free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
-    return free
-
-
-def _control_groups() -> list[Path]:
-    """This process's (version 2) and those around it, any of which may have a limit."""
-    own, top = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-    names = [line.split("::/", 1)[1] for line in own.read_text().split("\n") if "::/" in line] if own.is_file() else []
-    innermost = top / names[0] if names else top
-    return [group for group in (innermost, *innermost.parents) if group == top or top in group.parents]
 
 
 @torch.no_grad()

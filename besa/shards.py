@@ -278,8 +278,6 @@ class Shards(InModel):
         for future in self._ahead.values():
             future.result()
         self._ahead.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     # The loop's side
 

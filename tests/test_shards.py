@@ -21,7 +21,7 @@ from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import besa
-from besa import checkpoint, plan, shards
+from besa import checkpoint, memory, plan, shards
 from besa.files import sha256
 
 METHODS = {
@@ -435,8 +435,8 @@ def test_host_memory_is_what_the_tightest_control_group_leaves(tmp_path, monkeyp
         (tmp_path / name / "memory.max").write_text(f"{limit}\n")
         (tmp_path / name / "memory.current").write_text(f"{current}\n")
         (tmp_path / name / "memory.stat").write_text("anon 700\ninactive_file 200\nactive_file 100\n")
-    monkeypatch.setattr(plan, "_control_groups", lambda: [tmp_path / "job" / "step", tmp_path / "job", tmp_path])
-    assert plan.free_host() == 3000 - 1000 + 300
+    monkeypatch.setattr(memory, "_control_groups", lambda: [tmp_path / "job" / "step", tmp_path / "job", tmp_path])
+    assert memory.free_host() == 3000 - 1000 + 300
 
 
 def test_the_disk_that_is_planned_holds_the_codes_too(source, tmp_path, windows):
