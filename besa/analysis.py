@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections
+from besa.blocks import find_blocks, projections, weight_of
 from besa.experiment import Experiment
 from besa.importance import collect_statistics, wanda
 from besa.models import load_model
@@ -36,9 +36,10 @@ def row_features(
         for window in windows.split(1):
             model.base_model(window.to(model.device), use_cache=False)
     return {
-        (index, name): importance_features(projection.weight, wanda(projection.weight, statistics[index][name]))
+        (index, name): importance_features(weight, wanda(weight, statistics[index][name]))
         for index, block in enumerate(blocks)
         for name, projection in projections(block).items()
+        for weight in [weight_of(projection)]
     }
 
 
@@ -65,7 +66,7 @@ def importance_features(
 def row_sparsities(model: PreTrainedModel) -> dict[tuple[int, str], np.ndarray]:
     """Fraction of zeros in every row of the projections, by block and projection."""
     return {
-        (index, name): (projection.weight == 0).float().mean(1).cpu().numpy()
+        (index, name): (weight_of(projection) == 0).float().mean(1).cpu().numpy()
         for index, block in enumerate(find_blocks(model))
         for name, projection in projections(block).items()
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -58,6 +59,12 @@ def projections(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def weight_of(projection: nn.Linear) -> Float[Tensor, "rows columns"]:
+    """A projection's weight, fetched first where the model is larger than the GPU (`load_model`)."""
+    with align_module_device(projection):
+        return projection.weight.detach()
+
+
 def check_model(model: PreTrainedModel, values: bool = True) -> None:
     """Refuse what cannot be pruned, before any work.
 
@@ -79,7 +86,7 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
     owner = block.get_submodule(name.rpartition(".")[0])
     if parameter.is_meta:
-        return "the weights are on the meta device; load the model with its weights"
+        return "the weights are not in memory (meta device); load the whole model, or take `besa.prune_checkpoint`"
     if not parameter.is_floating_point() or parameter.element_size() < 2:
         return f"quantized weights ({parameter.dtype}); load the model in bfloat16, float16 or float32"
     if parameter.ndim > 2:
@@ -117,8 +124,8 @@ def _context(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def record_calls(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"]) -> list[BlockCall]:
-    """How the model calls each of its blocks for a window; it depends on the window's length, not on its tokens.
+def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> list[BlockCall]:
+    """How the model calls each of its blocks for windows; it depends on their number and length, not on their tokens.
 
     Raises:
         ValueError: the model did not call every block once.
@@ -134,7 +141,7 @@ def record_calls(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"]) -> 
         return (hidden,) if returns_tuple else hidden
 
     with _stubbed(blocks, stub):
-        model.base_model(window.to(model.device), use_cache=False)
+        model.base_model(windows.to(model.device), use_cache=False)
     if len(calls) != len(blocks):
         raise ValueError(f"{type(model).__name__} made {len(calls)} calls to its {len(blocks)} blocks: not supported")
     return calls
@@ -142,8 +149,8 @@ def record_calls(model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"]) -> 
 
 @torch.no_grad()
 def embed(
-    model: PreTrainedModel, window: Int64[Tensor, "1 seq_len"], returns_tuple: bool
-) -> Float[Tensor, "1 seq_len hidden"]:
+    model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"], returns_tuple: bool
+) -> Float[Tensor, "batch seq_len hidden"]:
     """The hidden states that enter the first block."""
     entered: list[Tensor] = []
 
@@ -152,7 +159,7 @@ def embed(
         return (hidden,) if returns_tuple else hidden
 
     with _stubbed(find_blocks(model), stub):
-        model.base_model(window.to(model.device), use_cache=False)
+        model.base_model(windows.to(model.device), use_cache=False)
     return entered[0]
 
 

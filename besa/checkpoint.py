@@ -87,15 +87,11 @@ def _dtypes(path: Path) -> dict[str, str]:
     return {dtype: name for dtype, name in found.items() if dtype not in ("BOOL", "U8", "I8", "I32", "I64")}
 
 
-def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A checkpoint's model on the CPU, its weights left in their files (memory-mapped).
-
-    Args:
-        trust_remote_code: run the Python code that comes with the checkpoint, where it has any.
+def precision_of(folder: Path) -> torch.dtype:
+    """What all tensors of a checkpoint are stored in.
 
     Raises:
-        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some, or
-            transformers cannot load it.
+        ValueError: they differ, or it is none of bfloat16, float16 and float32.
     """
     dtypes: dict[str, str] = {}
     for path in shard_paths(folder):
@@ -106,7 +102,20 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
             f"{folder} holds tensors of {kinds}; besa takes one of {', '.join(_DTYPES)} for all. Load it in one of "
             "them and save it: AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16').save_pretrained('FOLDER')"
         )
-    dtype = _DTYPES[next(iter(dtypes))]
+    return _DTYPES[next(iter(dtypes))]
+
+
+def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A checkpoint's model on the CPU, its weights left in their files (memory-mapped).
+
+    Args:
+        trust_remote_code: run the Python code that comes with the checkpoint, where it has any.
+
+    Raises:
+        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some, or
+            transformers cannot load it.
+    """
+    dtype = precision_of(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -17,6 +17,8 @@ from besa.parallel import n_ranks, rank, sum_
 
 LOGITS_AT_ONCE = 2**24
 """64 MiB in float32."""
+SPREAD_AT_ONCE = 8
+"""Segments that run together where a model's weights do not all fit on the GPU, and come anew for every run."""
 
 
 @torch.no_grad()
@@ -40,12 +42,17 @@ def perplexity(
     if n_segments == 0:
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
-    mine = segments.split(1)[rank() :: n_ranks()]
-    bar = tqdm(mine, desc="perplexity", unit="segment", leave=False, disable=not progress)
-    with _evaluating(model):
-        calls = record_calls(model, segments[:1])
-        total = sum(_negative_log_likelihood(model, segment, calls) for segment in bar)
-    total = float(sum_(torch.tensor(total, dtype=torch.float64)))
+    mine = segments[rank() :: n_ranks()]
+    together = SPREAD_AT_ONCE if any(parameter.is_meta for parameter in model.parameters()) else 1
+    total = torch.zeros((), dtype=torch.float64)
+    options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress}
+    with _evaluating(model), tqdm(total=len(mine), **options) as bar:
+        batches = mine.split(together)
+        calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
+        for batch in batches:
+            total += _negative_log_likelihood(model, batch, calls[len(batch)])
+            bar.update(len(batch))
+    total = float(sum_(total))
     return math.exp(total / (n_segments * (seq_len - 1)))
 
 
@@ -61,16 +68,17 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _negative_log_likelihood(
-    model: PreTrainedModel, segment: Int64[Tensor, "1 seq_len"], calls: list[BlockCall]
+    model: PreTrainedModel, segments: Int64[Tensor, "batch seq_len"], calls: list[BlockCall]
 ) -> float:
-    """Summed over the segment's predicted tokens, in nats."""
-    hidden = embed(model, segment, calls[0].returns_tuple)
+    """Summed over the segments' predicted tokens, in nats."""
+    hidden = embed(model, segments, calls[0].returns_tuple)
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
-    labels = segment[0, 1:].to(hidden.device)
-    step = max(1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings)
+    hidden, labels = hidden[:, :-1].flatten(0, 1)[None], segments[:, 1:].flatten().to(hidden.device)
+    # never more at once than a segment has, which is what the model can place
+    step = max(1, min(segments.shape[1] - 1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings))
     total = 0.0
-    for part, targets in zip(hidden[:, :-1].split(step, dim=1), labels.split(step), strict=True):
+    for part, targets in zip(hidden.split(step, dim=1), labels.split(step), strict=True):
         logits = run_head(model, part, calls[0].returns_tuple)[0].float()  # (step, vocab)
         total += F.cross_entropy(logits, targets, reduction="sum").double()
     return float(total)

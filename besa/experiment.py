@@ -1,6 +1,9 @@
 """What the reproduce notebooks run: a model and its texts, prepared once; a record per row, finished rows skipped."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa import results
 from besa.blocks import find_blocks
+from besa.checkpoint import find_checkpoint, precision_of
 from besa.data import Sampler, calibration_windows, test_tokens
 from besa.evaluate import hidden_state_errors, perplexity
 from besa.files import tensor_sha256
-from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype
-from besa.provenance import measure
+from besa.memory import free_device
+from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype, weight_bytes
+from besa.provenance import Cost, measure
 from besa.prune import Method, prune
+from besa.quantize import read_quantized
 from besa.report import Report
 from besa.results import Profile, Record
+from besa.resume import STATE
+from besa.shards import prune_checkpoint
+
+WHOLE = 0.5
+"""Of what is free on the device: a model whose weights take more is pruned from checkpoint to checkpoint."""
 
 Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
 """(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""
@@ -129,9 +140,11 @@ class Experiment:
         """Refuse methods that do not fit the model's shapes, before any work.
 
         Raises:
-            ValueError: as the method's own check.
+            ValueError: as the method's own check, or `is_too_large`.
         """
-        shapes = load_shapes(self.model)
+        shapes, methods = load_shapes(self.model), list(methods)
+        if any(methods):
+            self.is_too_large()
         for method in methods:
             if method:
                 method.check(shapes)
@@ -167,22 +180,58 @@ class Experiment:
         config = self.row_config(row, method)
         record = results.find_record(self.folder, config)
         if record is None:
+            with self._pruned(row, method) as (network, report, cost):
+                with measure() as evaluation:
+                    measured = (evaluate or self.perplexities)(network, report)
+                outcome = {
+                    "sparsity": report.sparsity if report else 0.0,
+                    "seconds": report.seconds if report else 0.0,
+                    "peak_bytes": cost.peak_bytes,
+                    "projections": report.rows if report else [],
+                    "evaluation_seconds": evaluation.seconds,
+                    **measured,
+                }
+                record = results.save_record(self.folder, config, outcome)
+        print(row, {name: round(value, 4) for name, value in record["metrics"].items()}, flush=True)
+        return record
+
+    @contextlib.contextmanager
+    def _pruned(self, row: str, method: Method | None) -> Iterator[tuple[PreTrainedModel, Report | None, Cost]]:
+        """The model after pruning, what pruning did, and its peak memory.
+
+        Beyond WHOLE, a checkpoint in the folder for temporary files is pruned block by block and kept until the row is
+        recorded, so that an interrupted row continues there.
+        """
+        if method is None or not self.is_too_large():
             network, _ = load_model(self.model, self.dtype, str(self.device))
             with measure() as cost:
                 report = prune(network, self.windows, method) if method else None
-            with measure() as evaluation:
-                measured = (evaluate or self.perplexities)(network, report)
-            outcome = {
-                "sparsity": report.sparsity if report else 0.0,
-                "seconds": cost.seconds,
-                "peak_bytes": cost.peak_bytes,
-                "projections": report.rows if report else [],
-                "evaluation_seconds": evaluation.seconds,
-                **measured,
-            }
-            record = results.save_record(self.folder, config, outcome)
-        print(row, {name: round(value, 4) for name, value in record["metrics"].items()}, flush=True)
-        return record
+            yield network, report, cost
+            return
+        name = f"besa-{self.item}-{row}-{results.config_hash(self.row_config(row, method))}"
+        work = Path(tempfile.gettempdir()) / name
+        with measure() as cost:
+            report = prune_checkpoint(self.model, work, self.windows, method, device=str(self.device))
+        for path in sorted((work / STATE).glob("codes-*.safetensors")):
+            report.quantized |= read_quantized(path)
+        yield load_model(str(work), self.dtype, str(self.device))[0], report, cost
+        shutil.rmtree(work)
+
+    def is_too_large(self) -> bool:
+        """Whether the model is pruned from checkpoint to checkpoint instead of in memory.
+
+        Raises:
+            ValueError: it is, and is stored in another precision.
+        """
+        if weight_bytes(self.model, self.dtype) <= WHOLE * free_device(self.device):
+            return False
+        stored = precision_of(find_checkpoint(self.model))
+        if stored != self.dtype:
+            raise ValueError(
+                f"{self.model} is stored in {stored} and too large to be converted to {self.dtype} in the memory of "
+                f"{self.device}; give dtype={str(stored).removeprefix('torch.')}, or take a larger machine"
+            )
+        return True
 
     def perplexities(self, network: PreTrainedModel, report: Report | None) -> dict[str, Any]:
         """Perplexity by text, in exp(nats per token)."""

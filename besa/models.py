@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -16,6 +17,8 @@ from transformers import (
 )
 
 from besa import assets
+from besa.memory import USABLE, free_device, free_host, neighbours
+from besa.parallel import n_ranks
 
 EMBEDDED = "smollm2-135m"
 
@@ -57,11 +60,17 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 """Published shapes, for checkpoints of random weights: what a run costs does not depend on the weights' values."""
 
+ON_GPU = 0.8
+"""Of what is free on a GPU, at most so much goes to a model's weights; the rest is for what they compute."""
+
 
 def load_model(
     name: str, dtype: torch.dtype | str | None = None, device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode and its tokenizer.
+
+    A model that is larger than the GPU is spread over all there are, host memory and its own files (by accelerate): it
+    can be evaluated, slowly, and `prune_checkpoint` prunes it.
 
     Args:
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` (embedded), a hub id or a local folder.
@@ -75,8 +84,28 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     source = source_of(name)
     with _explained(source):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=dtype), load_tokenizer(name)
-    return model.to(device).eval(), tokenizer
+        spread = _spread(name, dtype, device)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **spread)
+        tokenizer = load_tokenizer(name)
+    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def _spread(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How a model that is larger than the GPU is loaded; nothing for one that fits."""
+    if device.type != "cuda" or weight_bytes(name, dtype) <= ON_GPU * free_device(device):
+        return {}
+    gpus = range(torch.cuda.device_count()) if n_ranks() == 1 else [device.index]
+    memory: dict[int | str, int] = {gpu: int(ON_GPU * free_device(torch.device("cuda", gpu))) for gpu in gpus}
+    return {"device_map": "auto", "max_memory": memory | {"cpu": int(USABLE * free_host() / neighbours())}}
+
+
+def weight_bytes(name: str, dtype: torch.dtype) -> int:
+    """What the weights of a model take.
+
+    Raises:
+        ValueError: neither hub nor folder has it.
+    """
+    return sum(parameter.numel() for parameter in load_shapes(name).parameters()) * dtype.itemsize
 
 
 def load_shapes(name: str) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections
+from besa.blocks import find_blocks, projections, weight_of
 from besa.files import replacing
 
 CLIPPING_START = 4.0
@@ -163,6 +163,14 @@ def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str 
     return 8 * stored / sum(weight.codes.numel() for weight in quantized.values())
 
 
+def read_quantized(path: str | Path) -> dict[tuple[int, str], QuantizedWeight]:
+    """What `save_quantized` wrote, by block and projection."""
+    with safetensors.safe_open(path, "pt") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        loaded = {key.partition("."): _unpack(file, key, *shape) for key, shape in sorted(shapes.items())}
+    return {(int(block), name): weight for (block, _, name), weight in loaded.items()}
+
+
 @torch.no_grad()
 def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
     """Overwrite a model's projections by those of a file that `save_quantized` wrote, in the model's precision.
@@ -170,24 +178,19 @@ def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model lacks one of the projections, or has it in another shape; nothing is changed then.
     """
-    blocks = find_blocks(model)
-    with safetensors.safe_open(path, "pt") as file:
-        shapes = json.loads(file.metadata()["shapes"])
-        loaded = {key: _unpack(file, key, *shape) for key, shape in sorted(shapes.items())}
-    for key, weight in loaded.items():
-        index, _, name = key.partition(".")
-        found = projections(blocks[int(index)]).get(name) if int(index) < len(blocks) else None
+    blocks, loaded = find_blocks(model), read_quantized(path)
+    for (index, name), weight in loaded.items():
+        found = projections(blocks[index]).get(name) if index < len(blocks) else None
         if found is None or found.weight.shape != weight.codes.shape:
             shape = tuple(weight.codes.shape)
             raise ValueError(f"{path}: block {index}, {name} of shape {shape} is not in this {type(model).__name__}")
-    for key, weight in loaded.items():
-        index, _, name = key.partition(".")
-        projection = projections(blocks[int(index)])[name]
+    for (index, name), weight in loaded.items():
+        projection = projections(blocks[index])[name]
         projection.weight.copy_(weight.dequantize(projection.weight.dtype))
 
 
 def packed_record(model: PreTrainedModel, quantized: dict[tuple[int, str], QuantizedWeight] | None) -> dict[str, Any]:
-    """What a record keeps: bits per weight as stored, having read the stored bits back into the model.
+    """What a record keeps: bits per weight as stored, having compared the stored bits with the model's weights.
 
     Args:
         quantized: `Report.quantized`; None for a model that was not quantized.
@@ -195,15 +198,16 @@ def packed_record(model: PreTrainedModel, quantized: dict[tuple[int, str], Quant
     Raises:
         RuntimeError: they are not the model's weights, to the bit.
     """
-    weights = [projection.weight for block in find_blocks(model) for projection in projections(block).values()]
     if not quantized:
-        return {"bits_per_weight": 8.0 * weights[0].element_size()}
-    before = [weight.detach().clone() for weight in weights]
+        return {"bits_per_weight": 8.0 * model.dtype.itemsize}
+    blocks = find_blocks(model)
     with tempfile.TemporaryDirectory() as folder:
-        bits_per_weight = save_quantized(quantized, Path(folder) / "packed.safetensors")
-        load_quantized(Path(folder) / "packed.safetensors", model)
-    if not all(map(torch.equal, before, weights)):
-        raise RuntimeError("codes, scales and zero-points do not reproduce the model's weights")
+        path = Path(folder) / "packed.safetensors"
+        bits_per_weight = save_quantized(quantized, path)
+        for (index, name), packed in read_quantized(path).items():
+            weight = weight_of(projections(blocks[index])[name])
+            if not torch.equal(packed.dequantize(weight.dtype), weight.cpu()):
+                raise RuntimeError(f"block {index}, {name}: what is stored does not reproduce the model's weights")
     return {"bits_per_weight": bits_per_weight}
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections
+from besa.blocks import find_blocks, projections, weight_of
 
 PE_ROWS, PE_COLUMNS = 64, 64
 """Processing elements (PEs); each multiplies one weight per cycle."""
@@ -119,7 +119,7 @@ def simulate_model(model: PreTrainedModel, patched: tuple[str, ...] = ("down_pro
     table = []
     for index, block in enumerate(find_blocks(model)):
         for name, projection in projections(block).items():
-            keep_mask, kind = projection.weight != 0, name.rpartition(".")[2]
+            keep_mask, kind = weight_of(projection) != 0, name.rpartition(".")[2]
             rows, columns = keep_mask.shape
             patches = keep_mask.split(rows, dim=1) if kind in patched else [keep_mask]
             runs = [simulate_cycles(patch) for patch in patches]

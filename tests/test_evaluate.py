@@ -3,8 +3,10 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import besa
+from besa.blocks import projections, weight_of
 from besa.evaluate import hidden_state_errors
 
 
@@ -68,3 +70,25 @@ def test_hidden_states_of_the_dense_model_have_no_error_and_other_models_are_ref
 def test_bad_tokens_are_refused(tiny_llama, tokens, seq_len, message):
     with pytest.raises(ValueError, match=message):
         besa.perplexity(tiny_llama, tokens, seq_len, progress=False)
+
+
+@pytest.fixture
+def spread(tiny_llama, tmp_path):
+    """The tiny model as one that is larger than the GPU is loaded: two blocks and the head stay in their file."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    parts |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=parts)
+
+
+def test_a_spread_model_is_measured_as_a_whole_one(tiny_llama, spread, windows):
+    assert spread.model.layers[2].mlp.up_proj.weight.is_meta
+    for n in (5, 8, 19):  # one batch, whole batches only, a rest
+        tokens = torch.randint(0, 97, (n * 24,), generator=torch.Generator().manual_seed(n))
+        whole = besa.perplexity(tiny_llama, tokens, 24, progress=False)
+        assert besa.perplexity(spread, tokens, 24, progress=False) == pytest.approx(whole, rel=1e-6)
+    for name, projection in projections(spread.model.layers[2]).items():
+        assert torch.equal(weight_of(projection), tiny_llama.model.layers[2].get_submodule(name).weight)
+    assert max(row["error"] for row in hidden_state_errors(spread, tiny_llama, windows, progress=False)) < 1e-6
+    with pytest.raises(ValueError, match=r"block 1, .*not in memory \(meta device\).*`besa.prune_checkpoint`"):
+        besa.prune(spread, windows, besa.Wanda(), progress=False)

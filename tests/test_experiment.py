@@ -1,16 +1,22 @@
+import shutil
+import tempfile
+from dataclasses import replace
+
 import pytest
 import torch
+from test_shards import save
 
 import besa
-from besa import results
+from besa import results, shards
 from besa.baselines import named_methods
 from besa.experiment import Experiment
+from besa.models import load_tokenizer
+from besa.quantize import packed_record
 
 
 @pytest.fixture
-def experiment(tiny_llama, windows, tmp_path, smollm2):
-    tiny_llama.save_pretrained(tmp_path / "tiny")
-    smollm2[1].save_pretrained(tmp_path / "tiny")
+def experiment(tiny_llama, windows, tmp_path):
+    save(tiny_llama, tmp_path / "tiny")
     return Experiment(
         item="table1",
         model=str(tmp_path / "tiny"),
@@ -18,7 +24,7 @@ def experiment(tiny_llama, windows, tmp_path, smollm2):
         folder=results.open_folder("table1", str(tmp_path / "results")),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        tokenizer=smollm2[1],
+        tokenizer=load_tokenizer(str(tmp_path / "tiny")),
         windows=windows,
         texts={"text": windows.flatten()},
         config={"calibration": "random", "seed": 0},
@@ -34,6 +40,50 @@ def test_a_finished_row_is_read_back_and_another_configuration_is_another_row(ex
     assert len({record["config_hash"] for record in [first, *others]}) == 4
     assert len(list((experiment.folder / "records").iterdir())) == 4
     assert others[1]["sparsity"] == 0 and others[1]["config"]["method"] is None
+
+
+@pytest.fixture
+def too_large(monkeypatch, tmp_path):
+    """No model fits; temporary files go to a folder of their own."""
+    monkeypatch.setattr("besa.experiment.WHOLE", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    assert not list(tmp_path.glob("besa-*"))
+
+
+METHODS = {"wanda": besa.Wanda(), "besa": besa.Besa(), "4 bits": besa.Besa(quantize=besa.Quantize(bits=4))}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_too_large_for_memory_leaves_the_same_record(experiment, request, name):
+    def measured(network, report):
+        return packed_record(network, report.quantized) | experiment.perplexities(network, report)
+
+    numbers = lambda record: [record[key] for key in ("config", "metrics", "sparsity", "bits_per_weight")]
+    rows = lambda record: [{k: v for k, v in row.items() if k != "block_seconds"} for row in record["projections"]]
+    whole = experiment.record("row", METHODS[name], measured)
+    shutil.rmtree(experiment.folder / "records")
+    (experiment.folder / "records").mkdir()
+    request.getfixturevalue("too_large")
+    by_block = experiment.record("row", METHODS[name], measured)
+    assert numbers(by_block) == numbers(whole) and rows(by_block) == rows(whole)
+
+
+def test_an_interrupted_row_of_a_large_model_continues_behind_its_last_block(experiment, too_large, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        experiment.record("wanda", besa.Wanda(), lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert len(list(too_large.glob("besa-table1-wanda-*/model-block-*.safetensors"))) == 3
+    monkeypatch.setattr(shards, "prune_blocks", lambda *_: pytest.fail("pruned again"))
+    record = experiment.record("wanda", besa.Wanda())
+    assert record["sparsity"] == 0.5 and record["seconds"] > 0
+
+
+def test_a_large_model_is_not_converted(experiment, too_large):
+    other = replace(experiment, dtype=torch.bfloat16)
+    other.check([None])
+    with pytest.raises(ValueError, match=r"stored in torch.float32 and too large to be converted .*give dtype=float32"):
+        other.check([None, besa.Wanda()])
+    experiment.check([besa.Wanda()])
 
 
 def test_fewer_windows_are_the_first_ones_and_more_are_refused(experiment, windows):

@@ -7,6 +7,7 @@ import torch
 from test_shards import assert_same, save, weights
 
 import besa
+from besa import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -34,3 +35,14 @@ def test_where_the_hidden_states_lie_changes_no_bit(tiny_llama, windows, tmp_pat
         report = besa.prune_checkpoint(source, tmp_path / place, windows, besa.Besa(), **options)
         assert report.sparsity == pytest.approx(0.5, abs=0.05)
     assert weights(tmp_path / "device") == weights(tmp_path / "host") == weights(tmp_path / "file")
+
+
+def test_a_model_larger_than_the_gpu_is_measured_as_one_that_fits(monkeypatch):
+    whole, tokenizer = besa.load_model("smollm2-135m", "float32", "cuda")
+    monkeypatch.setattr(models, "free_device", lambda _: 200 * 2**20)
+    spread, _ = besa.load_model("smollm2-135m", "float32", "cuda")
+    assert {parameter.device.type for parameter in spread.parameters()} == {"cuda", "meta"}
+    tokens = besa.test_tokens("wiki", tokenizer)[: 10 * 512]
+    expected, found = (besa.perplexity(model, tokens, 512, progress=False) for model in (whole, spread))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert besa.zero_shot(spread, tokenizer, ["piqa"], limit=4, progress=False).rows[0]["n"] == 4

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import besa
+from besa import models
 from besa.models import resolve_device, resolve_dtype
 
 
@@ -29,3 +30,21 @@ def test_dtype_defaults_to_what_the_processor_computes_in():
     cpu = resolve_device("cpu")
     assert resolve_dtype(None, cpu) in (torch.bfloat16, torch.float32)
     assert resolve_dtype("float16", cpu) == torch.float16
+
+
+def test_a_model_larger_than_the_gpu_is_spread_over_all_gpus_and_the_host(tiny_llama, monkeypatch, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    n_bytes = models.weight_bytes(str(tmp_path), torch.float32)
+    assert n_bytes == sum(parameter.nbytes for parameter in tiny_llama.parameters())
+    first, free = torch.device("cuda", 0), {0: n_bytes, 1: 200}
+    monkeypatch.setattr(models, "free_device", lambda device: free[device.index])
+    monkeypatch.setattr(models, "free_host", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    memory = {0: int(0.8 * n_bytes), 1: 160, "cpu": 900}
+    assert models._spread(str(tmp_path), torch.float32, first) == {"device_map": "auto", "max_memory": memory}
+    assert models._spread(str(tmp_path), torch.bfloat16, first) == {}
+    assert models._spread(str(tmp_path), torch.float32, torch.device("cpu")) == {}
+    monkeypatch.setattr(models, "n_ranks", lambda: 2)  # another rank has the other GPU
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    memory = {0: int(0.8 * n_bytes), "cpu": 450}
+    assert models._spread(str(tmp_path), torch.float32, first)["max_memory"] == memory

@@ -179,6 +179,16 @@ def test_a_limit_takes_the_subset_of_its_seed_and_says_so(model, tokenizer):
     assert frame.loc["winogrande", "questions"] != other.to_frame().loc["winogrande", "questions"]
 
 
+def test_a_model_larger_than_the_gpu_answers_as_one_that_fits(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    parts = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    options = {"device_map": parts | {"model.layers.1": "disk"}, "dtype": "float32"}
+    spread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert spread.model.layers[1].mlp.up_proj.weight.is_meta
+    whole, found = (besa.zero_shot(m, tokenizer, ["arc_easy"], limit=6, progress=False) for m in (model, spread))
+    assert found.answers == whole.answers
+
+
 def test_model_and_tokenizer_are_left_as_they_were(tokenizer):
     model = build("Llama").train()
     before = tokenizer.pad_token, tokenizer.padding_side
