@@ -51,6 +51,12 @@ def importance_features(
     Columns: `row norm` ||W_i||_2; `importance` sum_j s_ij; `kurtosis` mean_j z_ij^4 - 3 of the standardized
     importances z_ij (outliers raise it); `lost at half`, the share of the sum that the C // 2 least important hold.
     """
+    step = max(1, 2**25 // importance.shape[1])  # sorting a 70B projection at once takes 10 GB
+    slices = zip(weight.split(step), importance.split(step), strict=True)
+    return pd.concat([_features(*rows) for rows in slices], ignore_index=True)
+
+
+def _features(weight: Float[Tensor, "rows columns"], importance: Float[Tensor, "rows columns"]) -> pd.DataFrame:
     total = importance.sum(1)
     z = (importance - importance.mean(1, keepdim=True)) / importance.std(1, keepdim=True, correction=0)
     half = importance.sort(dim=1).values[:, : importance.shape[1] // 2].sum(1)

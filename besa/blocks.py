@@ -60,7 +60,7 @@ def projections(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def weight_of(projection: nn.Linear) -> Float[Tensor, "rows columns"]:
-    """A projection's weight, fetched first where the model is larger than the GPU (`load_model`)."""
+    """A projection's weight, to read; where the model is larger than the GPU (`load_model`) a copy, fetched for it."""
     with align_module_device(projection):
         return projection.weight.detach()
 
@@ -86,7 +86,7 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
     owner = block.get_submodule(name.rpartition(".")[0])
     if parameter.is_meta:
-        return "the weights are not in memory (meta device); load the whole model, or take `besa.prune_checkpoint`"
+        return "the weights are not in memory (meta device); `besa.prune_checkpoint` takes the model by its name"
     if not parameter.is_floating_point() or parameter.element_size() < 2:
         return f"quantized weights ({parameter.dtype}); load the model in bfloat16, float16 or float32"
     if parameter.ndim > 2:

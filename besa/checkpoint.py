@@ -22,7 +22,7 @@ from besa.models import SHAPES, load_tokenizer, resolve_dtype, source_of
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
+_CARRIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*")
 """Files beside the weights that belong to a checkpoint: configuration, tokenizer, its own code, licence."""
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from besa.blocks import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
 from besa.parallel import n_ranks, rank, sum_
 
-LOGITS_AT_ONCE = 2**24
-"""64 MiB in float32."""
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
+"""64 and 512 MiB in float32."""
 SPREAD_AT_ONCE = 8
 """Segments that run together where a model's weights do not all fit on the GPU, and come anew for every run."""
 
@@ -47,7 +47,7 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64)
     options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress}
     with _evaluating(model), tqdm(total=len(mine), **options) as bar:
-        batches = mine.split(together)
+        batches = mine.split(together) if len(mine) else ()  # more ranks than segments
         calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
         for batch in batches:
             total += _negative_log_likelihood(model, batch, calls[len(batch)])
@@ -76,7 +76,8 @@ def _negative_log_likelihood(
         hidden = run_block(block, hidden, call)
     hidden, labels = hidden[:, :-1].flatten(0, 1)[None], segments[:, 1:].flatten().to(hidden.device)
     # never more at once than a segment has, which is what the model can place
-    step = max(1, min(segments.shape[1] - 1, LOGITS_AT_ONCE // model.get_input_embeddings().num_embeddings))
+    at_once = LOGITS_AT_ONCE["cpu" if hidden.device.type == "cpu" else "cuda"]
+    step = max(1, min(segments.shape[1] - 1, at_once // model.get_input_embeddings().num_embeddings))
     total = 0.0
     for part, targets in zip(hidden.split(step, dim=1), labels.split(step), strict=True):
         logits = run_head(model, part, calls[0].returns_tuple)[0].float()  # (step, vocab)

@@ -1,9 +1,7 @@
 """What the reproduce notebooks run: a model and its texts, prepared once; a record per row, finished rows skipped."""
 
-import contextlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,13 @@ from besa.checkpoint import find_checkpoint, precision_of
 from besa.data import Sampler, calibration_windows, test_tokens
 from besa.evaluate import hidden_state_errors, perplexity
 from besa.files import tensor_sha256
-from besa.memory import free_device
+from besa.memory import USABLE, free_device
 from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype, weight_bytes
 from besa.provenance import Cost, measure
 from besa.prune import Method, prune
-from besa.quantize import read_quantized
 from besa.report import Report
 from besa.results import Profile, Record
-from besa.resume import STATE
 from besa.shards import prune_checkpoint
-
-WHOLE = 0.5
-"""Of what is free on the device: a model whose weights take more is pruned from checkpoint to checkpoint."""
 
 Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
 """(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""
@@ -140,11 +133,19 @@ class Experiment:
         """Refuse methods that do not fit the model's shapes, before any work.
 
         Raises:
-            ValueError: as the method's own check, or `is_too_large`.
+            ValueError: as the method's own check; the model is too large for memory and stored in another precision,
+                or there is no room on the disk for a pruned one.
         """
         shapes, methods = load_shapes(self.model), list(methods)
-        if any(methods):
-            self.is_too_large()
+        if any(methods) and self._is_too_large():
+            self._check_stored(shapes.config.dtype)
+            needed, free = weight_bytes(self.model, self.dtype), shutil.disk_usage(self.folder).free
+            free += sum(path.stat().st_size for path in self.folder.glob(".*/*.safetensors"))  # of interrupted rows
+            if needed > USABLE * free:
+                raise ValueError(
+                    f"{self.model} is too large for the memory of {self.device}; pruned it takes {needed / 1e9:.0f} GB "
+                    f"of disk, and {free / 1e9:.0f} GB are free in {self.folder}; name another results folder"
+                )
         for method in methods:
             if method:
                 method.check(shapes)
@@ -176,62 +177,67 @@ class Experiment:
             row: the row's name, unique in the table and fit for a file name.
             method: None leaves the model dense.
             evaluate: what is measured; None takes the perplexity of every text.
+
+        Returns:
+            The record. `seconds` are the blocks', from what enters them to what leaves them; `resumed` says whether an
+            earlier call did a part of the work, whose peak memory is lost.
         """
         config = self.row_config(row, method)
-        record = results.find_record(self.folder, config)
+        record, work = results.find_record(self.folder, config), self._work(config)
         if record is None:
-            with self._pruned(row, method) as (network, report, cost):
-                with measure() as evaluation:
-                    measured = (evaluate or self.perplexities)(network, report)
-                outcome = {
-                    "sparsity": report.sparsity if report else 0.0,
-                    "seconds": report.seconds if report else 0.0,
-                    "peak_bytes": cost.peak_bytes,
-                    "projections": report.rows if report else [],
-                    "evaluation_seconds": evaluation.seconds,
-                    **measured,
-                }
-                record = results.save_record(self.folder, config, outcome)
+            resumed = work.exists()
+            network, report, cost = self._prune(method, work)
+            with measure() as evaluation:
+                measured = (evaluate or self.perplexities)(network, report)
+            outcome = {
+                "sparsity": report.sparsity if report else 0.0,
+                "seconds": report.seconds if report else 0.0,
+                "peak_bytes": cost.peak_bytes,
+                "resumed": resumed,
+                "projections": report.rows if report else [],
+                "evaluation_seconds": evaluation.seconds,
+                **measured,
+            }
+            record = results.save_record(self.folder, config, outcome)
+        shutil.rmtree(work, ignore_errors=True)
         print(row, {name: round(value, 4) for name, value in record["metrics"].items()}, flush=True)
         return record
 
-    @contextlib.contextmanager
-    def _pruned(self, row: str, method: Method | None) -> Iterator[tuple[PreTrainedModel, Report | None, Cost]]:
-        """The model after pruning, what pruning did, and its peak memory.
+    def _work(self, config: dict[str, Any]) -> Path:
+        """Where the pruned checkpoint of a row lies until the row is recorded, if its model is too large for memory."""
+        return self.folder / f".{config['row']}-{results.config_hash(config)}"
 
-        Beyond WHOLE, a checkpoint in the folder for temporary files is pruned block by block and kept until the row is
-        recorded, so that an interrupted row continues there.
-        """
-        if method is None or not self.is_too_large():
+    def _prune(self, method: Method | None, work: Path) -> tuple[PreTrainedModel, Report | None, Cost]:
+        """The model after pruning, what pruning did, and what it cost."""
+        if method and (work.exists() or self._is_too_large()):
+            self._check_stored(precision_of(find_checkpoint(self.model)))
+            with measure() as cost:
+                report = prune_checkpoint(self.model, work, self.windows, method, device=str(self.device))
+            network, _ = load_model(str(work), self.dtype, str(self.device))
+        else:
             network, _ = load_model(self.model, self.dtype, str(self.device))
             with measure() as cost:
                 report = prune(network, self.windows, method) if method else None
-            yield network, report, cost
-            return
-        name = f"besa-{self.item}-{row}-{results.config_hash(self.row_config(row, method))}"
-        work = Path(tempfile.gettempdir()) / name
-        with measure() as cost:
-            report = prune_checkpoint(self.model, work, self.windows, method, device=str(self.device))
-        for path in sorted((work / STATE).glob("codes-*.safetensors")):
-            report.quantized |= read_quantized(path)
-        yield load_model(str(work), self.dtype, str(self.device))[0], report, cost
-        shutil.rmtree(work)
+        return network, report, cost
 
-    def is_too_large(self) -> bool:
-        """Whether the model is pruned from checkpoint to checkpoint instead of in memory.
+    def _is_too_large(self) -> bool:
+        """Whether pruning the model as a whole would take more memory than there is.
 
-        Raises:
-            ValueError: it is, and is stored in another precision.
+        Counted are its weights, the hidden states of all windows twice, and 8 bytes for each weight of a block.
         """
-        if weight_bytes(self.model, self.dtype) <= WHOLE * free_device(self.device):
-            return False
-        stored = precision_of(find_checkpoint(self.model))
-        if stored != self.dtype:
+        shapes = load_shapes(self.model)
+        hidden_size, block = shapes.config.get_text_config().hidden_size, find_blocks(shapes)[0]
+        streams = 2 * self.windows.numel() * hidden_size * self.dtype.itemsize
+        working = 8 * sum(parameter.numel() for parameter in block.parameters())
+        return weight_bytes(self.model, self.dtype) + streams + working > USABLE * free_device(self.device)
+
+    def _check_stored(self, stored: torch.dtype | None) -> None:
+        """A model too large for memory is pruned in the precision that it is stored in."""
+        if stored not in (None, self.dtype):
             raise ValueError(
                 f"{self.model} is stored in {stored} and too large to be converted to {self.dtype} in the memory of "
                 f"{self.device}; give dtype={str(stored).removeprefix('torch.')}, or take a larger machine"
             )
-        return True
 
     def perplexities(self, network: PreTrainedModel, report: Report | None) -> dict[str, Any]:
         """Perplexity by text, in exp(nats per token)."""

@@ -17,11 +17,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.memory import total_device
 from besa.parallel import from_all, n_ranks, rank
 from besa.tasks import quiet
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**29}
 """Tokens of a batch times vocabulary: at most 64 MiB and 2 GiB of logits in float32. Larger batches pad more."""
+CACHED_AT_ONCE = 0.1
+"""Of the device's memory, at most so much goes to the keys and values of a batch."""
 _NO_TOKEN = -100
 
 Request = tuple[Any, list[int], list[int]]
@@ -78,7 +81,8 @@ class SharedContexts(HFLM):
         for alternatives in alike.values():
             alternatives.sort(reverse=True)
             while alternatives:
-                size = self._contexts_at_once(alternatives[0][0])
+                n_tokens, _, members = alternatives[0]
+                size = self._contexts_at_once(n_tokens, len(members))
                 yield [(context, members) for _, context, members in alternatives[:size]]
                 del alternatives[:size]
 
@@ -88,11 +92,14 @@ class SharedContexts(HFLM):
             raise ValueError(f"a choice of {len(continuation)} tokens exceeds the model's {self.max_length}")
         return self.max_length + 1 - len(continuation)
 
-    def _contexts_at_once(self, tokens: int) -> int:
+    def _contexts_at_once(self, n_tokens: int, n_choices: int) -> int:
+        """How many contexts of so many tokens, with those of their choices, make a batch."""
         if self.batch_size != "auto":
             return self.batch_size
         at_once = LOGITS_AT_ONCE["cpu" if self.device.type == "cpu" else "cuda"]
-        return max(1, at_once // (tokens * self.model.get_input_embeddings().num_embeddings))
+        by_logits = at_once // (n_tokens * self.model.get_input_embeddings().num_embeddings)
+        cached = n_choices * n_tokens * _cache_bytes(self.model)  # every choice gets a copy of its context's
+        return max(1, min(by_logits, int(CACHED_AT_ONCE * total_device(self.device)) // cached))
 
     def _score(self, contexts: Sequence[tuple[int, ...]], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         """Of each continuation; as many belong to each context."""
@@ -118,6 +125,16 @@ class SharedContexts(HFLM):
     def _pad(self, rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
         parts = [torch.tensor(row) for row in rows]
         return pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side).to(self.device)
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Of the keys and values of one token."""
+    config = model.config.get_text_config()
+    n_heads = config.num_attention_heads
+    width = (getattr(config, "num_key_value_heads", None) or n_heads) * (
+        getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    )
+    return 2 * config.num_hidden_layers * width * model.dtype.itemsize
 
 
 def _sum_scores(

@@ -1,5 +1,6 @@
 """Memory that can be had, on the host and on a GPU."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,8 +15,16 @@ def free_device(device: torch.device) -> int:
     """Free memory of the device that computes, in bytes; what torch keeps there for later counts as free."""
     if device.type != "cuda":
         return free_host()
+    gc.collect()  # a model spread by accelerate refers to itself
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+def total_device(device: torch.device) -> int:
+    """All memory of the device that computes, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def free_host() -> int:

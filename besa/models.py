@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, int]] = {
 """Published shapes, for checkpoints of random weights: what a run costs does not depend on the weights' values."""
 
 ON_GPU = 0.8
-"""Of what is free on a GPU, at most so much goes to a model's weights; the rest is for what they compute."""
+"""Of what is free on a GPU, so much goes to the weights of a model that is larger; the rest to what they compute."""
 
 
 def load_model(
@@ -69,8 +69,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode and its tokenizer.
 
-    A model that is larger than the GPU is spread over all there are, host memory and its own files (by accelerate): it
-    can be evaluated, slowly, and `prune_checkpoint` prunes it.
+    A model that is larger than the GPU is spread over all GPUs, host memory and its own files (by accelerate), for
+    evaluation: `prune` refuses it, `prune_checkpoint` takes its name.
 
     Args:
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` (embedded), a hub id or a local folder.
@@ -78,21 +78,26 @@ def load_model(
         device: where the model goes; "auto" takes the GPU where there is one.
 
     Raises:
-        ValueError: the name, dtype or device is unknown, or neither hub nor folder has the model.
+        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, or the GPU has no room
+            for any of it.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    source = source_of(name)
+    source, spread = source_of(name), _spread(name, dtype, device)
     with _explained(source):
-        spread = _spread(name, dtype, device)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **spread)
         tokenizer = load_tokenizer(name)
+    if spread and model.device.type != "cuda":
+        raise ValueError(
+            f"{name}: {free_device(device) / 2**30:.1f} GiB are free on {device}, too little for any part of the "
+            "model; make room there, or take device='cpu'"
+        )
     return (model if spread else model.to(device)).eval(), tokenizer
 
 
 def _spread(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """How a model that is larger than the GPU is loaded; nothing for one that fits."""
-    if device.type != "cuda" or weight_bytes(name, dtype) <= ON_GPU * free_device(device):
+    if device.type != "cuda" or weight_bytes(name, dtype) <= USABLE * free_device(device):
         return {}
     gpus = range(torch.cuda.device_count()) if n_ranks() == 1 else [device.index]
     memory: dict[int | str, int] = {gpu: int(ON_GPU * free_device(torch.device("cuda", gpu))) for gpu in gpus}

@@ -35,6 +35,7 @@ class Cost:
 def measure() -> Iterator[Cost]:
     """Time a piece of work and take its peak memory."""
     cost = Cost()
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     _reset_peak_resident()
@@ -46,7 +47,6 @@ def measure() -> Iterator[Cost]:
 
 
 def _reset_peak_resident() -> None:
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what earlier work freed, unless asked
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's

@@ -198,7 +198,7 @@ def prune_span(
     for name, projection in projections(block).items():
         projection.weight.data = pruned.weights[name].detach()  # no copy: the old ones may be mapped from a file
     report = Report(method.name, n_samples=n_samples, seq_len=streams.hidden.shape[1])
-    report.quantized.update({locate(index, block, name): value.cpu() for name, value in pruned.quantized.items()})
+    report.quantized = {locate(index, block, name): value.cpu() for name, value in pruned.quantized.items()}
     report.add(index, block, pruned.notes, pruned.steps, error, projection_errors, time.perf_counter() - start)
     return report
 

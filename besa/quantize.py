@@ -9,6 +9,7 @@ quantized first and pruned then: a pruned weight has the code z and is exactly 0
 
 import json
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,27 @@ def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str 
     return 8 * stored / sum(weight.codes.numel() for weight in quantized.values())
 
 
-def read_quantized(path: str | Path) -> dict[tuple[int, str], QuantizedWeight]:
-    """What `save_quantized` wrote, by block and projection."""
-    with safetensors.safe_open(path, "pt") as file:
-        shapes = json.loads(file.metadata()["shapes"])
-        loaded = {key.partition("."): _unpack(file, key, *shape) for key, shape in sorted(shapes.items())}
-    return {(int(block), name): weight for (block, _, name), weight in loaded.items()}
+class QuantizedFiles(Mapping[tuple[int, str], QuantizedWeight]):
+    """What `save_quantized` wrote into some files, by block and projection; read when it is asked for."""
+
+    def __init__(self, *paths: str | Path) -> None:
+        self._found: dict[tuple[int, str], tuple[str | Path, list[int]]] = {}
+        for path in paths:
+            with safetensors.safe_open(path, "pt") as file:
+                for key, shape in json.loads(file.metadata()["shapes"]).items():
+                    block, _, name = key.partition(".")
+                    self._found[int(block), name] = path, shape
+
+    def __getitem__(self, key: tuple[int, str]) -> QuantizedWeight:
+        path, shape = self._found[key]
+        with safetensors.safe_open(path, "pt") as file:
+            return _unpack(file, f"{key[0]}.{key[1]}", *shape)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(sorted(self._found))
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 @torch.no_grad()
@@ -176,20 +192,25 @@ def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
     """Overwrite a model's projections by those of a file that `save_quantized` wrote, in the model's precision.
 
     Raises:
-        ValueError: the model lacks one of the projections, or has it in another shape; nothing is changed then.
+        ValueError: the model lacks one of the projections, has it in another shape or not in memory; nothing is
+            changed then.
     """
-    blocks, loaded = find_blocks(model), read_quantized(path)
+    blocks, loaded = find_blocks(model), dict(QuantizedFiles(path))
     for (index, name), weight in loaded.items():
         found = projections(blocks[index]).get(name) if index < len(blocks) else None
         if found is None or found.weight.shape != weight.codes.shape:
             shape = tuple(weight.codes.shape)
             raise ValueError(f"{path}: block {index}, {name} of shape {shape} is not in this {type(model).__name__}")
+        if found.weight.is_meta:
+            raise ValueError(f"block {index}, {name}: its weights are not in memory; load the model where it fits")
     for (index, name), weight in loaded.items():
         projection = projections(blocks[index])[name]
         projection.weight.copy_(weight.dequantize(projection.weight.dtype))
 
 
-def packed_record(model: PreTrainedModel, quantized: dict[tuple[int, str], QuantizedWeight] | None) -> dict[str, Any]:
+def packed_record(
+    model: PreTrainedModel, quantized: Mapping[tuple[int, str], QuantizedWeight] | None
+) -> dict[str, Any]:
     """What a record keeps: bits per weight as stored, having compared the stored bits with the model's weights.
 
     Args:
@@ -200,15 +221,16 @@ def packed_record(model: PreTrainedModel, quantized: dict[tuple[int, str], Quant
     """
     if not quantized:
         return {"bits_per_weight": 8.0 * model.dtype.itemsize}
-    blocks = find_blocks(model)
+    blocks, bits, total = find_blocks(model), 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
-        bits_per_weight = save_quantized(quantized, path)
-        for (index, name), packed in read_quantized(path).items():
+        for index, name in quantized:  # one at a time: all codes may be more than fits
             weight = weight_of(projections(blocks[index])[name])
-            if not torch.equal(packed.dequantize(weight.dtype), weight.cpu()):
+            bits += weight.numel() * save_quantized({(index, name): quantized[index, name]}, path)
+            total += weight.numel()
+            if not torch.equal(QuantizedFiles(path)[index, name].dequantize(weight.dtype), weight.cpu()):
                 raise RuntimeError(f"block {index}, {name}: what is stored does not reproduce the model's weights")
-    return {"bits_per_weight": bits_per_weight}
+    return {"bits_per_weight": bits / total}
 
 
 def _pack(weight: QuantizedWeight) -> dict[str, Tensor]:

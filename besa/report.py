@@ -1,5 +1,6 @@
 """What pruning did: one row per block and projection, one entry per training step."""
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
-    quantized: dict[tuple[int, str], QuantizedWeight] = field(default_factory=dict, repr=False)
+    quantized: Mapping[tuple[int, str], QuantizedWeight] = field(default_factory=dict, repr=False)
     """Where the method quantized: codes, scales and zero-points by block and projection."""
 
     def add(
@@ -60,7 +61,7 @@ class Report:
         """Append the report of further blocks."""
         self.rows += part.rows
         self.steps += part.steps
-        self.quantized |= part.quantized
+        self.quantized = {**self.quantized, **part.quantized}
 
     @property
     def sparsity(self) -> float:

@@ -44,7 +44,7 @@ from besa.parallel import from_all, from_rank_0, n_ranks, rank
 from besa.plan import HiddenStates, Plan, Trial, make_plan, try_out
 from besa.provenance import provenance
 from besa.prune import InModel, Method, check_request, prune_blocks
-from besa.quantize import save_quantized
+from besa.quantize import QuantizedFiles, save_quantized
 from besa.report import Report
 from besa.resume import STATE, finished_blocks, identity_of, make_folder, open_run, remove_half_written
 
@@ -78,7 +78,7 @@ def prune_checkpoint(
         progress: show the plan, and bars over blocks and windows.
 
     Returns:
-        What pruning did, now or earlier. `quantized` is empty: its codes lie packed in `output/besa/`.
+        What pruning did, now or earlier. `quantized` reads from `output/besa/` what is asked of it.
 
     Raises:
         ValueError: source, output, windows and method do not go together, or do not fit; before any long work.
@@ -199,6 +199,7 @@ class Shards(InModel):
         for index in sorted(self.notes):
             report.extend(self._report_of(index))
         report.seconds = sum(note["seconds"] for note in self.notes.values())
+        report.quantized = QuantizedFiles(*sorted((self.output / STATE).glob("codes-*.safetensors")))
         return report
 
     def _empty_report(self) -> Report:
@@ -334,7 +335,7 @@ class Shards(InModel):
             if rank() == 0:
                 self._write(note, member, report)
             self.notes[number] = note
-        report.quantized.clear()  # on disk now; a whole model's codes would fill the memory
+        report.quantized = {}  # on disk now; a whole model's codes would fill the memory
 
     def _stop_here(self, index: int) -> None:
         """Before a block, where a rank was asked to; all of them wait here for rank 0, which may still be writing."""

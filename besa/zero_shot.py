@@ -77,7 +77,7 @@ def zero_shot(
     Args:
         tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.
         limit: questions per task, drawn by `seed`, the same for every model; None asks all.
-        batch_size: contexts per batch; "auto" takes what fits (`besa.likelihood.LOGITS_AT_ONCE`).
+        batch_size: contexts per batch; "auto" bounds their logits and their keys and values (`besa.likelihood`).
 
     Raises:
         ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context.

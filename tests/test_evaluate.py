@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import besa
+from besa import evaluate
 from besa.blocks import projections, weight_of
 from besa.evaluate import hidden_state_errors
 
@@ -26,7 +27,7 @@ def test_perplexity_equals_the_naive_loop_over_full_logits(tiny_llama, seq_len):
 def test_perplexity_does_not_depend_on_how_the_head_is_cut(tiny_llama, monkeypatch):
     tokens = torch.arange(64) % 97
     whole = besa.perplexity(tiny_llama, tokens, 64, progress=False)
-    monkeypatch.setattr("besa.evaluate.LOGITS_AT_ONCE", 97 * 5)
+    monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, "cpu", 97 * 5)
     assert besa.perplexity(tiny_llama, tokens, 64, progress=False) == pytest.approx(whole, rel=1e-6)
 
 
@@ -72,6 +73,17 @@ def test_bad_tokens_are_refused(tiny_llama, tokens, seq_len, message):
         besa.perplexity(tiny_llama, tokens, seq_len, progress=False)
 
 
+def test_ranks_sum_to_one_process_even_where_there_are_more_than_segments(tiny_llama, monkeypatch):
+    tokens = torch.randint(0, 97, (3 * 24,), generator=torch.Generator().manual_seed(0))
+    whole = besa.perplexity(tiny_llama, tokens, 24, progress=False)
+    shares = []
+    monkeypatch.setattr(evaluate, "n_ranks", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
+        shares.append(math.log(besa.perplexity(tiny_llama, tokens, 24, progress=False)))
+    assert sum(shares) == pytest.approx(math.log(whole)) and shares[3] == 0
+
+
 @pytest.fixture
 def spread(tiny_llama, tmp_path):
     """The tiny model as one that is larger than the GPU is loaded: two blocks and the head stay in their file."""
@@ -90,5 +102,5 @@ def test_a_spread_model_is_measured_as_a_whole_one(tiny_llama, spread, windows):
     for name, projection in projections(spread.model.layers[2]).items():
         assert torch.equal(weight_of(projection), tiny_llama.model.layers[2].get_submodule(name).weight)
     assert max(row["error"] for row in hidden_state_errors(spread, tiny_llama, windows, progress=False)) < 1e-6
-    with pytest.raises(ValueError, match=r"block 1, .*not in memory \(meta device\).*`besa.prune_checkpoint`"):
+    with pytest.raises(ValueError, match=r"block 1, .*not in memory \(meta device\).*`besa.prune_checkpoint` takes"):
         besa.prune(spread, windows, besa.Wanda(), progress=False)

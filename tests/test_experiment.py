@@ -1,5 +1,4 @@
 import shutil
-import tempfile
 from dataclasses import replace
 
 import pytest
@@ -43,12 +42,11 @@ def test_a_finished_row_is_read_back_and_another_configuration_is_another_row(ex
 
 
 @pytest.fixture
-def too_large(monkeypatch, tmp_path):
-    """No model fits; temporary files go to a folder of their own."""
-    monkeypatch.setattr("besa.experiment.WHOLE", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yield tmp_path
-    assert not list(tmp_path.glob("besa-*"))
+def too_large(monkeypatch, experiment):
+    """No model fits; where one was pruned, nothing of it stays."""
+    monkeypatch.setattr("besa.experiment.free_device", lambda _: 1000)
+    yield
+    assert [path.name for path in experiment.folder.iterdir()] == ["records"]
 
 
 METHODS = {"wanda": besa.Wanda(), "besa": besa.Besa(), "4 bits": besa.Besa(quantize=besa.Quantize(bits=4))}
@@ -72,18 +70,24 @@ def test_a_model_too_large_for_memory_leaves_the_same_record(experiment, request
 def test_an_interrupted_row_of_a_large_model_continues_behind_its_last_block(experiment, too_large, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         experiment.record("wanda", besa.Wanda(), lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert len(list(too_large.glob("besa-table1-wanda-*/model-block-*.safetensors"))) == 3
+    assert len(list(experiment.folder.glob(".wanda-*/model-block-*.safetensors"))) == 3
     monkeypatch.setattr(shards, "prune_blocks", lambda *_: pytest.fail("pruned again"))
+    monkeypatch.setattr("besa.experiment.free_device", lambda _: 10**12)  # it goes on as it began
     record = experiment.record("wanda", besa.Wanda())
-    assert record["sparsity"] == 0.5 and record["seconds"] > 0
+    assert record["sparsity"] == 0.5 and record["seconds"] > 0 and record["resumed"]
 
 
-def test_a_large_model_is_not_converted(experiment, too_large):
+def test_a_large_model_is_not_converted_and_needs_room_on_the_disk(experiment, too_large, monkeypatch):
     other = replace(experiment, dtype=torch.bfloat16)
     other.check([None])
     with pytest.raises(ValueError, match=r"stored in torch.float32 and too large to be converted .*give dtype=float32"):
         other.check([None, besa.Wanda()])
+    with pytest.raises(ValueError, match=r"stored in torch.float32"):
+        other.record("wanda", besa.Wanda())
     experiment.check([besa.Wanda()])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(ValueError, match=r"too large for the memory of cpu; pruned it takes .* name another results"):
+        experiment.check([besa.Wanda()])
 
 
 def test_fewer_windows_are_the_first_ones_and_more_are_refused(experiment, windows):

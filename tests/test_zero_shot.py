@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import besa
-from besa import assets, tasks
+from besa import assets, likelihood, tasks
 from besa.likelihood import SharedContexts
 
 
@@ -177,6 +177,15 @@ def test_a_limit_takes_the_subset_of_its_seed_and_says_so(model, tokenizer):
     assert frame.loc["average", "acc"] == pytest.approx(frame["acc"].iloc[:2].mean())
     assert frame.loc["average", "stderr"] == pytest.approx(math.hypot(*frame["stderr"].iloc[:2]) / 2)
     assert frame.loc["winogrande", "questions"] != other.to_frame().loc["winogrande", "questions"]
+
+
+def test_batches_are_bounded_by_their_logits_and_by_their_keys_and_values(model, tokenizer, monkeypatch):
+    lm = SharedContexts(model, tokenizer, "auto", False)
+    assert lm._contexts_at_once(n_tokens=10, n_choices=4) == 2**24 // (10 * 49152)
+    per_token = 2 * 2 * 2 * 8 * 4  # keys and values, blocks, heads, their width, float32
+    monkeypatch.setattr(likelihood, "total_device", lambda _: 10 * 7 * 40 * per_token)
+    assert lm._contexts_at_once(n_tokens=10, n_choices=4) == 7
+    assert lm._contexts_at_once(n_tokens=100, n_choices=4) == 1
 
 
 def test_a_model_larger_than_the_gpu_answers_as_one_that_fits(model, tokenizer, tmp_path):
