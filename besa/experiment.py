@@ -1,5 +1,6 @@
 """What the reproduce notebooks run: a model and its texts, prepared once; a record per row, finished rows skipped."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -136,10 +137,10 @@ class Experiment:
             ValueError: as the method's own check; the model is too large for memory and stored in another precision,
                 or there is no room on the disk for a pruned one.
         """
-        shapes, methods = load_shapes(self.model), list(methods)
+        methods = list(methods)
         if any(methods) and self._is_too_large():
-            self._check_stored(shapes.config.dtype)
-            needed, free = weight_bytes(self.model, self.dtype), shutil.disk_usage(self.folder).free
+            self._check_stored(self.shapes.config.dtype)
+            needed, free = weight_bytes(self.shapes, self.dtype), shutil.disk_usage(self.folder).free
             free += sum(path.stat().st_size for path in self.folder.glob(".*/*.safetensors"))  # of interrupted rows
             if needed > USABLE * free:
                 raise ValueError(
@@ -148,12 +149,17 @@ class Experiment:
                 )
         for method in methods:
             if method:
-                method.check(shapes)
+                method.check(self.shapes)
+
+    @functools.cached_property
+    def shapes(self) -> PreTrainedModel:
+        """The model without its weights."""
+        return load_shapes(self.model)
 
     @property
     def n_blocks(self) -> int:
         """Blocks of the model."""
-        return len(find_blocks(load_shapes(self.model)))
+        return len(find_blocks(self.shapes))
 
     def row_config(self, row: str, method: Method | None) -> dict[str, Any]:
         """Everything that a row's numbers depend on, beside the code and the machine."""
@@ -179,8 +185,8 @@ class Experiment:
             evaluate: what is measured; None takes the perplexity of every text.
 
         Returns:
-            The record. `seconds` are the blocks', from what enters them to what leaves them; `resumed` says whether an
-            earlier call did a part of the work, whose peak memory is lost.
+            The record. `seconds` are pruning's: in memory of the whole loop, from checkpoint to checkpoint the blocks'
+            sum. `resumed` says whether an earlier call did a part of the work, whose peak memory is lost.
         """
         config = self.row_config(row, method)
         record, work = results.find_record(self.folder, config), self._work(config)
@@ -225,11 +231,10 @@ class Experiment:
 
         Counted are its weights, the hidden states of all windows twice, and 8 bytes for each weight of a block.
         """
-        shapes = load_shapes(self.model)
-        hidden_size, block = shapes.config.get_text_config().hidden_size, find_blocks(shapes)[0]
+        hidden_size = self.shapes.config.get_text_config().hidden_size
         streams = 2 * self.windows.numel() * hidden_size * self.dtype.itemsize
-        working = 8 * sum(parameter.numel() for parameter in block.parameters())
-        return weight_bytes(self.model, self.dtype) + streams + working > USABLE * free_device(self.device)
+        working = 8 * sum(parameter.numel() for parameter in find_blocks(self.shapes)[0].parameters())
+        return weight_bytes(self.shapes, self.dtype) + streams + working > USABLE * free_device(self.device)
 
     def _check_stored(self, stored: torch.dtype | None) -> None:
         """A model too large for memory is pruned in the precision that it is stored in."""

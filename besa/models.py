@@ -97,20 +97,16 @@ def load_model(
 
 def _spread(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """How a model that is larger than the GPU is loaded; nothing for one that fits."""
-    if device.type != "cuda" or weight_bytes(name, dtype) <= USABLE * free_device(device):
+    if device.type != "cuda" or weight_bytes(load_shapes(name), dtype) <= USABLE * free_device(device):
         return {}
     gpus = range(torch.cuda.device_count()) if n_ranks() == 1 else [device.index]
     memory: dict[int | str, int] = {gpu: int(ON_GPU * free_device(torch.device("cuda", gpu))) for gpu in gpus}
     return {"device_map": "auto", "max_memory": memory | {"cpu": int(USABLE * free_host() / neighbours())}}
 
 
-def weight_bytes(name: str, dtype: torch.dtype) -> int:
-    """What the weights of a model take.
-
-    Raises:
-        ValueError: neither hub nor folder has it.
-    """
-    return sum(parameter.numel() for parameter in load_shapes(name).parameters()) * dtype.itemsize
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """What the weights of a model take in a precision."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def load_shapes(name: str) -> PreTrainedModel:

@@ -1,8 +1,10 @@
 """Before long work: what it will need, in memory, disk and time, and where the hidden states go."""
 
+import contextlib
 import itertools
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -150,19 +152,12 @@ def try_out(
             torch.cuda.synchronize(store.device)
         ticks.append(time.perf_counter())
 
-    try:
-        with repeatable(store.device):
-            streams = enter(model, few, returns_tuple, InModel(store.device))
-            with measure() as cost:
-                before = anonymous_bytes()
-                block, call = store.load(together, 0)
-                prune_span(0, block, call, streams, method, n_ranks() * len(few), tick)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"a block and {len(few)} windows of {few.shape[1]} tokens do not fit on {store.device} "
-            f"({_gib(free_device(store.device))} are free now): {str(error).splitlines()[0]}. Take shorter windows, a "
-            "method without batch_size > 1 or reconstruct > 1, or a larger device"
-        ) from error
+    with _fitting(few, store.device), repeatable(store.device):
+        streams = enter(model, few, returns_tuple, InModel(store.device))
+        with measure() as cost:
+            before = anonymous_bytes()
+            block, call = store.load(together, 0)
+            prune_span(0, block, call, streams, method, n_ranks() * len(few), tick)
     # Observing, every pass of training and advancing tick once per window. The first tick of a phase comes after its
     # preparation; what lies between the others, every further window will take.
     n = len(few)
@@ -170,3 +165,16 @@ def try_out(
     per_window = sum(between) / (n - 1) if n > 1 else cost.seconds
     used = cost.peak_bytes if store.device.type == "cuda" else cost.peak_anonymous_bytes - before
     return Trial(max(0.0, cost.seconds - n * per_window), per_window, max(0, used))
+
+
+@contextlib.contextmanager
+def _fitting(windows: Tensor, device: torch.device) -> Iterator[None]:
+    """Turn too little memory into an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a block and {len(windows)} windows of {windows.shape[1]} tokens do not fit on {device} "
+            f"({_gib(free_device(device))} are free now): {str(error).splitlines()[0]}. Take shorter windows, a method "
+            "without batch_size > 1 or reconstruct > 1, or a larger device"
+        ) from error

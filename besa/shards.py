@@ -199,7 +199,8 @@ class Shards(InModel):
         for index in sorted(self.notes):
             report.extend(self._report_of(index))
         report.seconds = sum(note["seconds"] for note in self.notes.values())
-        report.quantized = QuantizedFiles(*sorted((self.output / STATE).glob("codes-*.safetensors")))
+        if self.method.quantize:
+            report.quantized = QuantizedFiles(*(self._codes(index) for index in sorted(self.notes)))
         return report
 
     def _empty_report(self) -> Report:
@@ -348,13 +349,17 @@ class Shards(InModel):
         stored = stored_names(self.model, {prefix + name: tensor for name, tensor in block.state_dict().items()})
         return {name.removeprefix(prefix): other for name, other in stored.items()}
 
+    def _codes(self, number: int) -> Path:
+        """Where a block's codes lie packed."""
+        return self.output / STATE / f"codes-{number:05d}.safetensors"
+
     def _write(self, note: dict[str, Any], block: nn.Module, report: Report) -> None:
         """Shard first, note last: a shard without its note was never finished."""
         number, paths, state = note["block"], [self.output / note["shard"]], block.state_dict()
         write_shard({stored: state[name].cpu() for name, stored in self._names(number, block).items()}, paths[0])
         codes = {key: value for key, value in report.quantized.items() if key[0] == number}
         if codes:
-            paths.append(self.output / STATE / f"codes-{number:05d}.safetensors")
+            paths.append(self._codes(number))
             with room_for(sum(weight.codes.nbytes for weight in codes.values()), paths[1]):
                 save_quantized(codes, paths[1])
         sums = {str(path.relative_to(self.output)): sha256(path) for path in paths}

@@ -34,7 +34,7 @@ def test_dtype_defaults_to_what_the_processor_computes_in():
 
 def test_a_model_larger_than_the_gpu_is_spread_over_all_gpus_and_the_host(tiny_llama, monkeypatch, tmp_path):
     tiny_llama.save_pretrained(tmp_path)
-    n_bytes = models.weight_bytes(str(tmp_path), torch.float32)
+    n_bytes = models.weight_bytes(models.load_shapes(str(tmp_path)), torch.float32)
     assert n_bytes == sum(parameter.nbytes for parameter in tiny_llama.parameters())
     first, free = torch.device("cuda", 0), {0: n_bytes, 1: 200}
     monkeypatch.setattr(models, "free_device", lambda device: free[device.index])

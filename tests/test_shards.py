@@ -180,6 +180,15 @@ def test_damaged_codes_are_made_again(source, tmp_path, windows):
     assert codes() == before and len(before) == 3
 
 
+def test_codes_that_another_run_left_are_not_this_ones(source, tmp_path, windows):
+    codes = tmp_path / "out" / "besa" / "codes-00000.safetensors"
+    codes.parent.mkdir(parents=True)
+    codes.write_bytes(b"of a run that was killed before it noted its first block")
+    assert not prune(source, tmp_path / "out", windows, METHODS["wanda"]).quantized
+    report = prune(source, tmp_path / "four", windows, METHODS["besa in 4 bits"])
+    assert [block for block, _ in report.quantized] == [0] * 7 + [1] * 7 + [2] * 7
+
+
 def test_another_run_in_the_same_output_is_refused_by_what_differs(source, tmp_path, windows, tiny_llama):
     out = tmp_path / "out"
     prune(source, out, windows)
@@ -399,12 +408,8 @@ def make_plan(tmp_path, monkeypatch, device_gib, host_gib, disk_gib, wanted="aut
     monkeypatch.setattr(plan, "free_device", lambda _: int(device_gib * 2**30))
     monkeypatch.setattr(plan, "free_host", lambda: int(host_gib * 2**30))
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, int(disk_gib * 2**30)))
-    sizes = {
-        "n_windows": n_windows,
-        "window_bytes": 2**25,
-        "shard_bytes": 10 * 2**30,
-        "n_blocks": 80,
-    }  # 8 GiB of streams
+    # 8 GiB of streams for 128 windows
+    sizes = {"n_windows": n_windows, "window_bytes": 2**25, "shard_bytes": 10 * 2**30, "n_blocks": 80}
     return plan.make_plan(TRIAL, **sizes, device=torch.device(device), output=tmp_path, wanted=wanted)
 
 
@@ -412,9 +417,8 @@ def test_hidden_states_go_to_the_first_place_that_holds_them(tmp_path, monkeypat
     assert make_plan(tmp_path, monkeypatch, 13, 0, 12).hidden_states == "device"
     assert make_plan(tmp_path, monkeypatch, 12, 9, 12).hidden_states == "host"  # 0.9 * 12 - 3 < 8 <= 0.9 * 9
     assert make_plan(tmp_path, monkeypatch, 12, 8, 20.1).hidden_states == "file"
-    assert (
-        make_plan(tmp_path, monkeypatch, 7, 8.5, 20.1, n_windows=96).hidden_states == "file"
-    )  # 2 x 3 GiB, pinned 2 x 4
+    few = make_plan(tmp_path, monkeypatch, 7, 8.5, 20.1, n_windows=96)  # 2 x 3 GiB, pinned 2 x 4
+    assert few.hidden_states == "file"
     assert make_plan(tmp_path, monkeypatch, 99, 99, 99, wanted="file").hidden_states == "file"
     assert make_plan(tmp_path, monkeypatch, 99, 99, 99).seconds == 80 * (2 + 128 * 0.5)
     assert make_plan(tmp_path, monkeypatch, 12, 12, 99, device="cpu").hidden_states == "file"
