@@ -8,16 +8,16 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: with it, sums repeat to the bit
 
 from besa.baselines import Magnitude, SparseGPT, Wanda, named_method
-from besa.data import calibration_windows, test_tokens
-from besa.evaluate import perplexity
-from besa.learn import Besa
-from besa.models import load_model
+from besa.besa import Besa
+from besa.checkpoint.run import plan_checkpoint, prune_checkpoint
+from besa.evaluate.cycles import simulate_cycles
+from besa.evaluate.perplexity import perplexity
+from besa.evaluate.zero_shot import ZeroShot, zero_shot
+from besa.inputs.models import load_model
+from besa.inputs.text import calibration_windows, test_tokens
 from besa.prune import prune
 from besa.quantize import Quantize
 from besa.report import Report
-from besa.shards import plan_checkpoint, prune_checkpoint
-from besa.simulate import simulate_cycles
-from besa.zero_shot import ZeroShot, zero_shot
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from torch.distributed import DistError
 
-from besa import parallel
+from besa.machine import processes
 
 app = typer.Typer(
     add_completion=False,
@@ -27,7 +27,7 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Pytho
 def _plainly() -> Iterator[None]:
     """What a user can mend is one line, not a traceback."""
     try:
-        with parallel.joined():
+        with processes.joined():
             yield
     except KeyboardInterrupt as error:
         typer.echo(f"besa: {str(error) or 'interrupted'}", err=True)
@@ -73,12 +73,12 @@ def prune(
     Interrupted (Ctrl-C, a kill, a full disk), the same command continues. `torchrun --nproc-per-node N -m besa prune
     ...` shares the windows out.
     """
-    from besa.checkpoint import find_checkpoint
-    from besa.data import calibration_windows
-    from besa.models import load_tokenizer
-    from besa.shards import plan_checkpoint, prune_checkpoint
+    from besa.checkpoint.format import find_checkpoint
+    from besa.checkpoint.run import plan_checkpoint, prune_checkpoint
+    from besa.inputs.models import load_tokenizer
+    from besa.inputs.text import calibration_windows
 
-    batch_size = batch_size or (parallel.n_ranks() if method.startswith("besa") else None)
+    batch_size = batch_size or (processes.n_ranks() if method.startswith("besa") else None)
     chosen = _method(method, sparsity, bits, group_size, d_coef=d_coef, epochs=epochs, batch_size=batch_size)
     tokenizer = load_tokenizer(str(find_checkpoint(source)), trust_remote_code)
     windows = calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
@@ -105,12 +105,12 @@ def evaluate(
 ) -> None:
     """Perplexity and zero-shot accuracy of a model; `torchrun ... -m besa evaluate` shares the segments out."""
     import besa
-    from besa.zero_shot import check_request
+    from besa.evaluate.zero_shot import check_request
 
     if tasks:
         check_request(tasks.split(","), limit)
     model, tokenizer = besa.load_model(source, dtype, device)
-    quiet = parallel.rank() > 0
+    quiet = processes.rank() > 0
     for text in filter(None, texts.split(",")):
         tokens = besa.test_tokens(text, tokenizer)[: max_segments and max_segments * seq_len]
         value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
@@ -128,7 +128,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's by default")] = None,
 ) -> None:
     """Write a model, such as the embedded one, as an ordinary checkpoint."""
-    from besa import checkpoint
+    from besa.checkpoint import format as checkpoint
 
     checkpoint.export(name, folder, dtype)
     _say(f"wrote {folder}")
@@ -143,7 +143,7 @@ def random(
     seed: Annotated[int, typer.Option(help="of the weights")] = 0,
 ) -> None:
     """Write a checkpoint of random weights in a published shape, to measure what pruning it takes."""
-    from besa import checkpoint
+    from besa.checkpoint import format as checkpoint
 
     checkpoint.write_random(shape, folder, blocks, seed)
     _say(f"wrote {folder}")
@@ -167,7 +167,7 @@ def _method(name: str, sparsity: float, bits: int | None, group_size: int | None
 
 
 def _say(text: str) -> None:
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         typer.echo(text)
 
 

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections
+from besa.besa import Besa
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
-from besa.learn import Besa
 from besa.prune import BlockTask, Method, PrunedBlock
 from besa.quantize import Quantize
+from besa.walk import find_blocks, projections
 
 
 @dataclass(frozen=True, kw_only=True)

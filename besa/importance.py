@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa.parallel import sum_
+from besa.machine.processes import sum_
 
 Importance = Literal["magnitude", "wanda", "sparsegpt"]
 

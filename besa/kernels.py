@@ -4,10 +4,8 @@ numba compiles them for the processor by itself at first use and keeps the resul
 on other devices and in other precisions, plain torch computes the same.
 """
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import no_type_check
@@ -16,25 +14,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from besa.machine.device import deterministic
+
 try:
     import numba
     import numpy as np
 except ImportError:  # numba trails new Python releases
     numba = None
-
-
-@contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """For a while, torch's algorithms that give the same bits every time, or those that may not."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @dataclass(frozen=True)

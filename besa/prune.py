@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa.blocks import (
+from besa.importance import InputStatistics, collect_statistics
+from besa.machine.device import deterministic
+from besa.machine.processes import check_share, mean_, n_ranks, rank, sum_
+from besa.quantize import Quantize, QuantizedWeight
+from besa.report import Report
+from besa.walk import (
     BlockCall,
     Spans,
     check_model,
@@ -30,11 +35,6 @@ from besa.blocks import (
     spans,
     to_device_of,
 )
-from besa.importance import InputStatistics, collect_statistics
-from besa.kernels import deterministic
-from besa.parallel import check_share, mean_, n_ranks, rank, sum_
-from besa.quantize import Quantize, QuantizedWeight
-from besa.report import Report
 
 
 def prune(
@@ -46,7 +46,7 @@ def prune(
     block's output moves on to the next.
 
     Args:
-        model: any Hugging Face decoder whose blocks `besa.blocks` finds; its weights are overwritten with zeros.
+        model: any Hugging Face decoder whose blocks `besa.walk` finds; its weights are overwritten with zeros.
         windows: calibration token ids, from `calibration_windows`; under torchrun the same on every rank.
         method: `Besa`, `Magnitude`, `Wanda` or `SparseGPT`.
         progress: show bars over blocks and windows.
@@ -76,7 +76,7 @@ def check_request(model: PreTrainedModel, windows: Tensor, method: "Method") -> 
 class InModel:
     """Where the loop takes blocks from and leaves them: here the model itself, which is whole in memory.
 
-    `besa.shards.Shards` does the same for a checkpoint of which only one block at a time is in memory.
+    `besa.checkpoint.run.Shards` does the same for a checkpoint of which only one block at a time is in memory.
     """
 
     def __init__(self, device: torch.device) -> None:

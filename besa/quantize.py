@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections, weight_of
-from besa.files import replacing
+from besa.machine.files import replacing
+from besa.walk import find_blocks, projections, weight_of
 
 CLIPPING_START = 4.0
 """Clipping logits before training: gamma = sigmoid(4) = 0.98."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
-from besa.blocks import locate, projections
 from besa.quantize import QuantizedWeight
+from besa.walk import locate, projections
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -78,10 +78,23 @@ class Report:
 
     def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
         """Heat map of the sparsity, blocks x projections."""
-        from besa import figures  # matplotlib is slow to import
-
-        return figures.allocation(self.to_frame(), ax)
+        return allocation(self.to_frame(), ax)
 
     def __str__(self) -> str:
         blocks = len({row["block"] for row in self.rows})
         return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s"
+
+
+def allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
+    """Heat map of `sparsity` over `block` and `projection`, the columns of `Report.to_frame()`."""
+    import matplotlib.pyplot as plt  # slow to import
+
+    names = list(dict.fromkeys(frame["projection"]))
+    grid = frame.pivot(index="projection", columns="block", values="sparsity").loc[names]
+    if ax is None:
+        _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
+    image = ax.imshow(grid, aspect="auto", cmap="viridis")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel("block")
+    ax.figure.colorbar(image, ax=ax, label="sparsity (fraction of zeros)")
+    return ax

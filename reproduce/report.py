@@ -19,9 +19,9 @@ import mistune
 import nbformat
 import pandas as pd
 
-from besa.files import write_text
-from besa.provenance import ROOT
-from besa.results import PAPER_BIBTEX, citation, slug
+from besa.machine.files import write_text
+from besa.machine.provenance import ROOT
+from besa.paper.results import PAPER_BIBTEX, citation, slug
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
 
@@ -128,7 +128,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table as `besa.results.write_table` wrote it: rounded, as text, its caption in `attrs`."""
+    """A table as `besa.paper.results.write_table` wrote it: rounded, as text, its caption in `attrs`."""
     caption, _, table = path.read_text(encoding="utf-8").partition("\n\n")
     if not caption.startswith("**"):
         raise ValueError("not a table with its caption")
@@ -176,7 +176,7 @@ def build(reproduce: Path, results: Path) -> tuple[dict[Path, str], list[str]]:
     """
     items = [read_notebook(path) for path in reproduce.glob("*.ipynb")]
     items.sort(key=lambda item: (not item.title.startswith("Table"), item.title))
-    items = [read_item(item, results / item.name, reproduce / "published.csv") for item in items]
+    items = [read_item(item, results / item.name, ROOT / "besa" / "paper" / "published.csv") for item in items]
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": mistune.create_markdown(), "alignment": alignment}

@@ -19,8 +19,8 @@ import typer
 import yaml
 from tqdm.auto import tqdm
 
-from besa.provenance import ROOT
-from besa.results import slug
+from besa.machine.provenance import ROOT
+from besa.paper.results import slug
 
 HERE = Path(__file__).resolve().parent
 

@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from besa import assets
+from besa.inputs import assets
 
 CONTENT = b"the file inside the wheel"
 

@@ -3,8 +3,8 @@ import torch
 import transformers
 from torch import nn
 
-from besa.blocks import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
 from besa.importance import collect_statistics
+from besa.walk import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
 
 SMALL = {
     "vocab_size": 97,

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import besa
-from besa.data import load_documents
+from besa.inputs.text import load_documents
 
 
 def word_tokenizer():

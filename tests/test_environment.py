@@ -1,4 +1,4 @@
-import re
+import ast
 import tomllib
 from pathlib import Path
 
@@ -15,12 +15,20 @@ def test_environment_yml_and_pyproject_name_the_same_requirements():
     assert sorted(listed[-1]["pip"]) == sorted([*wanted, "--editable ."])
 
 
-def test_a_file_of_the_module_imports_only_from_those_above_it_in_the_readme():
-    tree = re.search(r"^    besa/ .*?^    notebooks/", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    order = re.findall(r"^ {6}(\w+)\.py ", tree.group(), re.MULTILINE)
-    files = {path.stem: path.read_text() for path in (ROOT / "besa").glob("*.py") if path.stem != "__init__"}
-    assert sorted(order) == sorted(files)
-    for name, text in files.items():
-        found = re.findall(r"^ *(?:from besa\.(\w+) import|from besa import (.+))", text, re.MULTILINE)
-        imported = {part for one, several in found for part in (one or several).split(", ")} & files.keys()
-        assert imported <= set(order[: order.index(name)]), name
+def imports(path):
+    """What a file of the package imports from it, as (room or file, ...) below `besa`."""
+    tree = ast.parse(path.read_text())
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("besa.")}
+
+
+def test_the_root_imports_machine_and_itself_only():
+    files = [path for path in (ROOT / "besa").glob("*.py") if path.stem not in ("__init__", "__main__")]  # the doors
+    for path in files:
+        assert imports(path) <= {"machine", *(other.stem for other in files)}, path.name
+
+
+def test_only_notebooks_and_reproduce_import_paper():
+    for path in (ROOT / "besa").rglob("*.py"):
+        assert path.parent.name == "paper" or "paper" not in imports(path), path

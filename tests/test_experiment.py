@@ -6,10 +6,11 @@ import torch
 from test_shards import save
 
 import besa
-from besa import results, shards
 from besa.baselines import named_methods
-from besa.experiment import Experiment
-from besa.models import load_tokenizer
+from besa.checkpoint import run as shards
+from besa.inputs.models import load_tokenizer
+from besa.paper import results
+from besa.paper.experiment import Experiment
 from besa.quantize import packed_record
 
 
@@ -44,7 +45,7 @@ def test_a_finished_row_is_read_back_and_another_configuration_is_another_row(ex
 @pytest.fixture
 def too_large(monkeypatch, experiment):
     """No model fits; where one was pruned, nothing of it stays."""
-    monkeypatch.setattr("besa.experiment.free_device", lambda _: 1000)
+    monkeypatch.setattr("besa.paper.experiment.free_device", lambda _: 1000)
     yield
     assert [path.name for path in experiment.folder.iterdir()] == ["records"]
 
@@ -72,7 +73,7 @@ def test_an_interrupted_row_of_a_large_model_continues_behind_its_last_block(exp
         experiment.record("wanda", besa.Wanda(), lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert len(list(experiment.folder.glob(".wanda-*/model-block-*.safetensors"))) == 3
     monkeypatch.setattr(shards, "prune_blocks", lambda *_: pytest.fail("pruned again"))
-    monkeypatch.setattr("besa.experiment.free_device", lambda _: 10**12)  # it goes on as it began
+    monkeypatch.setattr("besa.paper.experiment.free_device", lambda _: 10**12)  # it goes on as it began
     record = experiment.record("wanda", besa.Wanda())
     assert record["sparsity"] == 0.5 and record["seconds"] > 0 and record["resumed"]
 

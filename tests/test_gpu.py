@@ -7,7 +7,7 @@ import torch
 from test_shards import assert_same, save, weights
 
 import besa
-from besa import models
+from besa.inputs import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import besa
-from besa import models
-from besa.models import resolve_device, resolve_dtype
+from besa.inputs import models
+from besa.machine.device import resolve_device, resolve_dtype
 
 
 def test_a_local_folder_loads(tiny_llama, smollm2, tmp_path):

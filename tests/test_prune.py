@@ -5,8 +5,8 @@ import torch
 
 import besa
 from besa.baselines import WandaOneKind, _keep_largest
-from besa.blocks import projections
 from besa.importance import InputStatistics, inverse_cholesky
+from besa.walk import projections
 
 METHODS = {
     "besa": besa.Besa(),

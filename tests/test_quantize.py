@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import besa
-from besa.blocks import find_blocks, projections
 from besa.quantize import QuantizedFiles, load_quantized, packed_record, save_quantized
+from besa.walk import find_blocks, projections
 
 BITS = [2, 3, 4, 8]
 

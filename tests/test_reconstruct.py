@@ -7,8 +7,8 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import besa
-from besa.blocks import embed, find_blocks, projections, record_calls, record_part, run_block
 from besa.prune import reconstruction_error
+from besa.walk import embed, find_blocks, projections, record_calls, record_part, run_block
 
 
 def last_hidden(model, window):

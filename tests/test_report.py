@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from matplotlib.figure import Figure
 
-from besa import results
-from besa.provenance import ROOT
+from besa.machine.provenance import ROOT
+from besa.paper import results
 
 build = runpy.run_path(str(ROOT / "reproduce" / "report.py"))["build"]
 
@@ -22,7 +22,7 @@ def folders(tmp_path):
     reproduce = tmp_path / "reproduce"
     reproduce.mkdir()
     (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "reproduce" / "published.csv", reproduce)
+    shutil.copy(ROOT / "besa" / "paper" / "published.csv", reproduce)
     write_notebook(reproduce / "cost.ipynb", "# Cost, <measured>\n\n**Claim**: little.\n\n**Here**: all.")
     write_notebook(reproduce / "table1.ipynb", "# Table 1\n\n**Claim**: `-f`\n\n`-f reproduce/params/llama-7b.yaml`")
     return reproduce, tmp_path / "results"

@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from besa import files, provenance, results
+from besa.machine import files, memory
+from besa.paper import results
 
 CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
 OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
@@ -97,11 +98,11 @@ def test_profiles_by_name(monkeypatch):
 
 
 def test_measured_peak_covers_what_was_allocated_and_freed():
-    with provenance.measure() as little:
+    with memory.measure() as little:
         pass
-    with provenance.measure() as much:
+    with memory.measure() as much:
         torch.ones(2**27).sum()  # 512 MiB
-    with provenance.measure() as after:
+    with memory.measure() as after:
         pass
     assert much.seconds > 0 and much.peak_bytes - little.peak_bytes > 2**28
     assert much.peak_bytes - after.peak_bytes > 2**28

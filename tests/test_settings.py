@@ -1,7 +1,7 @@
 import pytest
 
 from besa import Besa
-from besa.settings import ablations, fractions, granularities, scale_runs
+from besa.paper.settings import ablations, fractions, granularities, scale_runs
 
 
 def test_the_released_recipes_keep_their_names_and_step_sizes():

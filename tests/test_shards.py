@@ -21,8 +21,11 @@ from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import besa
-from besa import checkpoint, memory, plan, shards
-from besa.files import sha256
+from besa.checkpoint import format as checkpoint
+from besa.checkpoint import plan
+from besa.checkpoint import run as shards
+from besa.machine import memory
+from besa.machine.files import sha256
 
 METHODS = {
     "besa": besa.Besa(),

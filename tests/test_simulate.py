@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import besa
-from besa.simulate import _run, simulate_model
+from besa.evaluate.cycles import _run, simulate_model
 
 
 def literal(mask):

@@ -3,8 +3,9 @@ import json
 import pandas as pd
 import pytest
 
-from besa import assets, tasks
-from besa.provenance import ROOT
+from besa.evaluate import tasks
+from besa.inputs import assets
+from besa.machine.provenance import ROOT
 
 SIZES = {
     "piqa": 1838,
@@ -39,7 +40,7 @@ def test_boolq_has_superglues_titles_and_both_answers():
 @pytest.mark.parametrize("name", ["piqa", "boolq", "winogrande", "arc_easy", "arc_challenge"])
 def test_published_accuracies_are_whole_questions_of_these_sets(name):
     """ARC's would not be of its validation split; one number of the 140 is not (53.38, LLaMA-65B, ARC-Challenge)."""
-    published = pd.read_csv(ROOT / "reproduce" / "published.csv")
+    published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv")
     values = published[(published["item"] == "table2") & (published["task"] == name)]["value"].astype(float)
     count = {n: whole(values, n) for n in (SIZES[name], 570, 299)}
     assert len(values) == 28 and count[SIZES[name]] == 28 - (name == "arc_challenge")

@@ -10,8 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import besa
-from besa import assets, likelihood, tasks
-from besa.likelihood import SharedContexts
+from besa.evaluate import likelihood, tasks
+from besa.evaluate.likelihood import SharedContexts
+from besa.inputs import assets
 
 
 @pytest.fixture(scope="module")

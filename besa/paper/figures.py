@@ -10,18 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from besa.report import allocation
 
-def allocation(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Heat map of `sparsity` over `block` and `projection`, the columns of `Report.to_frame()`."""
-    names = list(dict.fromkeys(frame["projection"]))
-    grid = frame.pivot(index="projection", columns="block", values="sparsity").loc[names]
-    if ax is None:
-        _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
-    image = ax.imshow(grid, aspect="auto", cmap="viridis")
-    ax.set_yticks(range(len(names)), names)
-    ax.set_xlabel("block")
-    ax.figure.colorbar(image, ax=ax, label="sparsity (fraction of zeros)")
-    return ax
+__all__ = ["allocation"]
 
 
 def perplexity(frame: pd.DataFrame) -> Figure:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.tasks import TASKS, check_tasks, load_task
+from besa.evaluate.tasks import TASKS, check_tasks, load_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def zero_shot(
     Args:
         tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.
         limit: questions per task, drawn by `seed`, the same for every model; None asks all.
-        batch_size: contexts per batch; "auto" bounds their logits and their keys and values (`besa.likelihood`).
+        batch_size: contexts per batch; "auto" bounds their logits and their keys and values (`likelihood`).
 
     Raises:
         ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context.
@@ -85,7 +85,7 @@ def zero_shot(
     """
     import lm_eval.evaluator  # slow to import, and only here needed
 
-    from besa.likelihood import SharedContexts
+    from besa.evaluate.likelihood import SharedContexts
 
     check_request(tasks, limit, batch_size)
     loaded = {name: load_task(name) for name in tasks}

@@ -1,5 +1,6 @@
 """What a run leaves in its output for the next call: what it is, which blocks are finished, what is half-written."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from besa.checkpoint import shard_paths
-from besa.files import sha256, tensor_sha256, write_text
-from besa.parallel import n_ranks
+from besa.checkpoint.format import shard_paths
+from besa.machine.files import sha256, tensor_sha256, write_text
+from besa.machine.processes import n_ranks
 from besa.prune import Method
 
 STATE = "besa"
 """Folder in the output for what is no part of the checkpoint."""
+_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", "__init__.py", "__main__.py")
+"""Of the package: what decides no byte of a pruned checkpoint (its windows and its source are summed themselves)."""
 _HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|\.tmp\w{6}|hidden-\d+-\d+\.bin")
 """Temporary names: ours, those of safetensors, and hidden states."""
 
@@ -91,13 +94,28 @@ def identity_of(source: Path, output: Path, windows: Tensor, method: Method, dev
 def _versions() -> dict[str, str | None]:
     from besa import __version__  # the package imports this file
 
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    found: dict[str, str | None] = {"besa": f"{__version__}+{code.hexdigest()[:12]}"}
+    found: dict[str, str | None] = {"besa": f"{__version__}+{code_hash(Path(__file__).parents[1])}"}
     for package in ("torch", "transformers", "prodigyopt", "numba"):
         found[package] = None
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def code_hash(package: Path) -> str:
+    """Twelve hexadecimal digits that change with any code that decides the output's bytes, in whatever folder it lies.
+
+    What measures, draws or reports does not (`_BESIDE_THE_BYTES`), nor do comments and docstrings.
+    """
+    total = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] not in _BESIDE_THE_BYTES:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # docstrings, also of fields
+                    node.value = ast.Constant(None)
+            total.update(ast.dump(tree).encode())
+    return total.hexdigest()[:12]
 
 
 def _source_sums(source: Path, output: Path) -> dict[str, str]:

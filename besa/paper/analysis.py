@@ -10,11 +10,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections, weight_of
-from besa.experiment import Experiment
 from besa.importance import collect_statistics, wanda
-from besa.models import load_model
+from besa.inputs.models import load_model
+from besa.paper.experiment import Experiment
 from besa.report import Report
+from besa.walk import find_blocks, projections, weight_of
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """Of the rows' sparsities, by projection."""

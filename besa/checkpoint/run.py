@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa.blocks import BlockCall, Spans, check_model, find_blocks, members, projections, record_calls, spans
-from besa.checkpoint import (
+from besa.checkpoint.format import (
     INDEX,
     carry_over,
     check_apart,
@@ -38,15 +37,16 @@ from besa.checkpoint import (
     write_index,
     write_shard,
 )
-from besa.files import sha256, write_text
-from besa.models import resolve_device
-from besa.parallel import from_all, from_rank_0, n_ranks, rank
-from besa.plan import HiddenStates, Plan, Trial, make_plan, try_out
-from besa.provenance import provenance
+from besa.checkpoint.plan import HiddenStates, Plan, Trial, make_plan, try_out
+from besa.checkpoint.resume import STATE, finished_blocks, identity_of, make_folder, open_run, remove_half_written
+from besa.machine.device import resolve_device
+from besa.machine.files import sha256, write_text
+from besa.machine.processes import from_all, from_rank_0, n_ranks, rank
+from besa.machine.provenance import provenance
 from besa.prune import InModel, Method, check_request, prune_blocks
 from besa.quantize import QuantizedFiles, save_quantized
 from besa.report import Report
-from besa.resume import STATE, finished_blocks, identity_of, make_folder, open_run, remove_half_written
+from besa.walk import BlockCall, Spans, check_model, find_blocks, members, projections, record_calls, spans
 
 
 def prune_checkpoint(

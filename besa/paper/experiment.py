@@ -14,19 +14,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa import results
-from besa.blocks import find_blocks
-from besa.checkpoint import find_checkpoint, precision_of
-from besa.data import Sampler, calibration_windows, test_tokens
-from besa.evaluate import hidden_state_errors, perplexity
-from besa.files import tensor_sha256
-from besa.memory import USABLE, free_device
-from besa.models import load_model, load_shapes, load_tokenizer, resolve_device, resolve_dtype, weight_bytes
-from besa.provenance import Cost, measure
+from besa.checkpoint.format import find_checkpoint, precision_of
+from besa.checkpoint.run import prune_checkpoint
+from besa.evaluate.perplexity import hidden_state_errors, perplexity
+from besa.inputs.models import load_model, load_shapes, load_tokenizer, weight_bytes
+from besa.inputs.text import Sampler, calibration_windows, test_tokens
+from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.files import tensor_sha256
+from besa.machine.memory import USABLE, Cost, free_device, measure
+from besa.paper import results
+from besa.paper.results import Profile, Record
 from besa.prune import Method, prune
 from besa.report import Report
-from besa.results import Profile, Record
-from besa.shards import prune_checkpoint
+from besa.walk import find_blocks
 
 Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
 """(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""

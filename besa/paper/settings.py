@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from besa.learn import Besa
-from besa.models import SHAPES
+from besa.besa import Besa
+from besa.inputs.models import SHAPES
 
 PUBLISHED_ROWS = {("row", "pruned"): "besa-row-wise", ("layer", "dense"): "besa-layer-wise"}
 """(row_group, targets) of the two released recipes -> the row's name in every table."""

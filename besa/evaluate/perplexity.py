@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa.blocks import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
-from besa.parallel import n_ranks, rank, sum_
+from besa.machine.processes import n_ranks, rank, sum_
+from besa.walk import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 """64 and 512 MiB in float32."""

@@ -14,11 +14,10 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import Spans
-from besa.memory import USABLE, free_device, free_host, neighbours
-from besa.parallel import n_ranks
-from besa.provenance import anonymous_bytes, measure
+from besa.machine.memory import USABLE, anonymous_bytes, free_device, free_host, measure, neighbours
+from besa.machine.processes import n_ranks
 from besa.prune import InModel, Method, enter, prune_span, repeatable
+from besa.walk import Spans
 
 HiddenStates = Literal["device", "host", "file"]
 

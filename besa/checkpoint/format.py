@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from besa import assets
-from besa.files import replacing, write_text
-from besa.models import SHAPES, load_tokenizer, resolve_dtype, source_of
+from besa.inputs import assets
+from besa.inputs.models import SHAPES, load_tokenizer, source_of
+from besa.machine.device import resolve_dtype
+from besa.machine.files import replacing, write_text
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -267,7 +268,7 @@ def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None
     """Write a bfloat16 checkpoint of random weights, one block in memory at a time, to measure on what is not at hand.
 
     Args:
-        shape: one of `besa.models.SHAPES`.
+        shape: one of `besa.inputs.models.SHAPES`.
         n_blocks: how many of its blocks.
 
     Raises:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.blocks import find_blocks, projections, weight_of
+from besa.walk import find_blocks, projections, weight_of
 
 PE_ROWS, PE_COLUMNS = 64, 64
 """Processing elements (PEs); each multiplies one weight per cycle."""
@@ -108,7 +108,7 @@ def simulate_model(model: PreTrainedModel, patched: tuple[str, ...] = ("down_pro
     """`simulate_cycles` of every projection of a model, from its weights: what is exactly 0 is pruned.
 
     Args:
-        model: any decoder whose blocks `besa.blocks` finds.
+        model: any decoder whose blocks `besa.walk` finds.
         patched: last parts of the names of projections that the accelerator gets in square patches, cut along their
             columns (the last one as wide as what is left); their cycles add up.
 

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from besa.files import replacing, write_text
-from besa.provenance import ROOT, provenance
+from besa.machine.files import replacing, write_text
+from besa.machine.provenance import ROOT, provenance
 
 Record = dict[str, Any]
 
@@ -143,7 +143,7 @@ def compare(records: list[Record], item: str, metric: str = "perplexity") -> pd.
     follow the published protocol (another profile, sparsity, calibration or number of bits, a part of the questions)
     are shown and not judged, and so are printed cycles that cannot be.
     """
-    published = pd.read_csv(ROOT / "reproduce" / "published.csv")
+    published = pd.read_csv(Path(__file__).with_name("published.csv"))
     names = {"besa": "besa-row-wise"}
     rows = []
     for record in records:

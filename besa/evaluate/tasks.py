@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow
 
-from besa import assets
+from besa.inputs import assets
 
 if TYPE_CHECKING:
     import lm_eval.api.task

@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from besa import assets
+from besa.inputs import assets
 
 Sampler = Literal["crop", "pack"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from besa.allocation import Allocation, candidate_rates, reachable_sparsity
-from besa.blocks import device_of, find_blocks, projections, record_part, run_block
 from besa.importance import Importance, importance
-from besa.parallel import mean_, n_ranks
+from besa.machine.processes import mean_, n_ranks
 from besa.prune import BlockTask, Method, PrunedBlock, reconstruction_error
 from besa.quantize import CLIPPING_START, Quantize
+from besa.walk import device_of, find_blocks, projections, record_part, run_block
 
 
 @dataclass(frozen=True, kw_only=True)

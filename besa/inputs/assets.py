@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from besa.files import sha256
+from besa.machine.files import sha256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,62 @@
-"""Who computed a number, and at what cost: versions, commit, hardware, seconds, peak memory."""
+"""Memory that can be had, on the host and on a GPU, and what a piece of work takes of it and of time."""
 
 import contextlib
 import ctypes
-import datetime
 import gc
-import importlib.metadata
 import os
-import platform
-import resource
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+USABLE = 0.9
+"""Of what is free: the rest is for what nobody counted."""
+
+
+def free_device(device: torch.device) -> int:
+    """Free memory of the device that computes, in bytes; what torch keeps there for later counts as free."""
+    if device.type != "cuda":
+        return free_host()
+    gc.collect()  # a model spread by accelerate refers to itself
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def total_device(device: torch.device) -> int:
+    """All memory of the device that computes, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def free_host() -> int:
+    """Host memory that can be had, in bytes, within the limits of the control groups around this process."""
+    free = psutil.virtual_memory().available
+    for group in _control_groups():
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
+        if limit != "max":
+            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(used["inactive_file"]) + int(used["active_file"])  # files that were read: dropped at need
+            free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
+    return free
+
+
+def neighbours() -> int:
+    """Processes of the same run that share this host's memory, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _control_groups() -> list[Path]:
+    """This process's (version 2) and those around it, any of which may have a limit."""
+    own, top = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+    names = [line.split("::/", 1)[1] for line in own.read_text().split("\n") if "::/" in line] if own.is_file() else []
+    innermost = top / names[0] if names else top
+    return [group for group in (innermost, *innermost.parents) if group == top or top in group.parents]
 
 
 @dataclass
@@ -57,6 +94,8 @@ def _peak_resident() -> int:
     status = Path("/proc/self/status")
     if status.is_file():
         return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -84,37 +123,3 @@ def anonymous_bytes() -> int:
     if status.is_file():
         return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("RssAnon"))
     return 0
-
-
-def provenance() -> dict[str, Any]:
-    """Who computed: versions, commit, processor or GPU, date."""
-    packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
-    installed = {package: _version(package) for package in packages}
-    return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        # Not the README there: `make report` writes it from the records.
-        "modified": bool(_git("status", "--porcelain", "--", "besa", "reproduce", ":!reproduce/README.md")),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{k: v for k, v in installed.items() if v}},
-        "platform": platform.platform(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-
-
-def _git(*arguments: str) -> str:
-    with contextlib.suppress(OSError):
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return "" if result.returncode else result.stdout.strip()
-    return ""
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.is_file() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

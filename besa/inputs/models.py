@@ -16,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from besa import assets
-from besa.memory import USABLE, free_device, free_host, neighbours
-from besa.parallel import n_ranks
+from besa.inputs import assets
+from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.memory import USABLE, free_device, free_host, neighbours
+from besa.machine.processes import n_ranks
 
 EMBEDDED = "smollm2-135m"
 
@@ -134,45 +135,6 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def source_of(name: str) -> str:
     """Hub id or folder of a model by a name that `load_model` takes."""
     return str(assets.derive(EMBEDDED, _convert)) if name == EMBEDDED else PAPER_MODELS.get(name, name)
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies matrices in bfloat16 natively (elsewhere it is slower than float32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    units = torch.cpu.get_capabilities()
-    return any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def resolve_device(device: str) -> torch.device:
-    """A device by name; "auto" takes the GPU where there is one.
-
-    Raises:
-        ValueError: it cannot be used here.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.empty(0, device=device).device  # with its number, for threads that start with another one
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({error}); take 'auto', 'cpu' or 'cuda'") from error
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    return place
-
-
-def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """A precision by name; None takes bfloat16 where the device computes in it natively, else float32.
-
-    Raises:
-        ValueError: not one of bfloat16, float16, float32.
-    """
-    if dtype is None:
-        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32")
-    return getattr(torch, name)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

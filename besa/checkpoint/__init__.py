@@ -1,0 +1,1 @@
+"""The same loop from folder to folder: one block in memory, resumable."""

@@ -1,0 +1,1 @@
+"""What a pruned model is worth: perplexity, zero-shot accuracy, accelerator cycles."""

@@ -1,0 +1,1 @@
+"""Name -> model, text, embedded assets."""

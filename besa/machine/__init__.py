@@ -1,0 +1,1 @@
+"""Device and memory, processes under torchrun, files: nothing here knows of pruning."""

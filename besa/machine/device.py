@@ -1,0 +1,59 @@
+"""The device that computes and the precision it computes in, by name; results that repeat to the bit."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies matrices in bfloat16 natively (elsewhere it is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities()
+    return any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def resolve_device(device: str) -> torch.device:
+    """A device by name; "auto" takes the GPU where there is one.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.empty(0, device=device).device  # with its number, for threads that start with another one
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here ({error}); take 'auto', 'cpu' or 'cuda'") from error
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return place
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A precision by name; None takes bfloat16 where the device computes in it natively, else float32.
+
+    Raises:
+        ValueError: not one of bfloat16, float16, float32.
+    """
+    if dtype is None:
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32")
+    return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """For a while, torch's algorithms that give the same bits every time, or those that may not."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -1,0 +1,1 @@
+"""What only notebooks and reproduce/ need: records, tables, figures, analysis, provenance."""

@@ -1,0 +1,46 @@
+"""What a run's identity depends on: the code that decides the bytes, and no other."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from besa.checkpoint.resume import code_hash
+
+PACKAGE = Path(__file__).parents[1] / "besa"
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "besa", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "besa"
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_figures_label_a_comment_and_a_docstring_change_no_identity(copied):
+    before = code_hash(copied)
+    assert before == code_hash(PACKAGE)
+    edit(copied / "report.py", '"block"', '"decoder block"')
+    edit(copied / "allocation.py", "Rank 0 is the least important", "Rank 0 matters least")
+    (copied / "besa.py").write_text("# a remark\n" + (copied / "besa.py").read_text())
+    (copied / "paper" / "more.py").write_text("x = 1\n")
+    assert code_hash(copied) == before
+
+
+@pytest.mark.parametrize("place", ["allocation.py", "machine/processes.py", "checkpoint/format.py"])
+def test_code_that_decides_the_bytes_changes_it_in_whatever_folder(copied, place):
+    before = code_hash(copied)
+    (copied / place).write_text((copied / place).read_text() + "\nx = 1\n")
+    assert code_hash(copied) != before
+
+
+def test_a_new_room_counts(copied):
+    before = code_hash(copied)
+    (copied / "new").mkdir()
+    (copied / "new" / "code.py").write_text("x = 1\n")
+    assert code_hash(copied) != before
