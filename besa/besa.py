@@ -156,21 +156,24 @@ class Besa(Method):
             clipping = _Flat(shapes, CLIPPING_START, device)
             optimizers.append(torch.optim.Adam([clipping.values], lr=self.quantize.lr))
         learned = [logits.values] + ([clipping.values] if clipping else [])
-        log = []
+        # In float16 the gradient of an unscaled loss underflows to 0; a step whose scaled gradient overflows is skipped.
+        scaler = torch.amp.GradScaler(device.type, enabled=task.inputs.dtype == torch.float16)
+        log, skipped = [], []
         for step in self._steps(len(task.inputs)):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             for window in step:
-                log.append(self._gradient(task, allocations, logits, clipping, window, len(step)))
+                log.append(self._gradient(task, allocations, logits, clipping, window, len(step), scaler))
                 tick()
             for values in learned:
                 mean_(values.grad)
+            scale = scaler.get_scale()
             for optimizer in optimizers:
-                optimizer.step()
+                scaler.step(optimizer)
+            scaler.update()
+            skipped.append(scaler.get_scale() < scale)
         entries = mean_(torch.stack(log).view(-1, len(step), 3).mean(1))
-        keys = ("loss", "reconstruction_error", "sparsity")
-        steps = [dict(zip(keys, values, strict=True)) for values in entries.tolist()]
-        return logits.learned(), clipping.learned() if clipping else {}, steps
+        return logits.learned(), clipping.learned() if clipping else {}, _steps_log(task.index, entries, skipped)
 
     @torch.enable_grad()
     def _gradient(
@@ -181,11 +184,12 @@ class Besa(Method):
         clipping: "_Flat | None",
         window: int,
         n_windows: int,
+        scaler: torch.amp.GradScaler,
     ) -> Float32[Tensor, "3"]:
         """Add one window's share in the gradient of a step; returns its loss, reconstruction error and sparsity."""
         error, sparsity = self._forward(task, allocations, logits, clipping, window)
         loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2
-        (loss / n_windows).backward()
+        scaler.scale(loss / n_windows).backward()
         return torch.stack([loss, error, sparsity]).detach()
 
     def _forward(
@@ -230,6 +234,24 @@ class Besa(Method):
         for _ in range(self.epochs):
             order = range(len(steps)) if generator is None else torch.randperm(len(steps), generator=generator).tolist()
             yield from (steps[number] for number in order)
+
+
+def _steps_log(index: int, entries: Float32[Tensor, "steps 3"], skipped: list[bool]) -> list[dict[str, float]]:
+    """The training log of a block; `skipped` is noted only where a step was.
+
+    Raises:
+        ValueError: a loss is not finite: what was learned from it is nothing.
+    """
+    finite = torch.isfinite(entries).all(dim=1)
+    if not finite.all():
+        step = int(finite.int().argmin())
+        raise ValueError(
+            f"block {index}, training step {step}: the loss is {float(entries[step, 0])}, for the masked block's output "
+            "overflows; try dtype bfloat16 or float32"
+        )
+    keys = ("loss", "reconstruction_error", "sparsity")
+    steps = [dict(zip(keys, values, strict=True)) for values in entries.tolist()]
+    return [step | {"skipped": True} if skip else step for step, skip in zip(steps, skipped, strict=True)]
 
 
 def _part_of(task: BlockTask, part: str, weights: dict[str, Tensor]) -> BlockTask:

@@ -82,7 +82,9 @@ class Report:
 
     def __str__(self) -> str:
         blocks = len({row["block"] for row in self.rows})
-        return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s"
+        skipped = sum("skipped" in step for step in self.steps)
+        note = f", {skipped} of {len(self.steps)} steps skipped (float16 overflow)" if skipped else ""
+        return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s{note}"
 
 
 def allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":

@@ -26,10 +26,12 @@ def test_bad_dtype_and_device_are_refused():
         besa.load_model("smollm2-135m", device="tpu")
 
 
-def test_dtype_defaults_to_what_the_processor_computes_in():
-    cpu = resolve_device("cpu")
-    assert resolve_dtype(None, cpu) in (torch.bfloat16, torch.float32)
-    assert resolve_dtype("float16", cpu) == torch.float16
+@pytest.mark.parametrize("native, on_cpu, on_gpu", [(True, "bfloat16", "bfloat16"), (False, "float32", "float16")])
+def test_dtype_defaults_to_what_the_device_computes_in(monkeypatch, native, on_cpu, on_gpu):
+    monkeypatch.setattr("besa.machine.device.computes_bfloat16", lambda device: native)
+    assert resolve_dtype(None, torch.device("cpu")) == getattr(torch, on_cpu)
+    assert resolve_dtype(None, torch.device("cuda")) == getattr(torch, on_gpu)
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
 
 
 def test_a_model_larger_than_the_gpu_is_spread_over_all_gpus_and_the_host(tiny_llama, monkeypatch, tmp_path):

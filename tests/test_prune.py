@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa.baselines import WandaOneKind, _keep_largest
@@ -249,3 +250,46 @@ def test_plot_allocation_draws_blocks_by_projections(tiny_llama, windows):
     ax = besa.prune(tiny_llama, windows, besa.Besa(), progress=False).plot_allocation()
     assert ax.images[0].get_array().shape == (7, 3)
     assert ax.get_xlabel() == "block"
+
+
+def block_of_llamas_scale(dtype):
+    """One block whose loss has gradients as small as LLaMA's (hidden size times length): below what float16 holds."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, num_key_value_heads=2, initializer_range=0.1, **shape)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 1000
+    return model.to(dtype)
+
+
+def test_float16_learns_what_float32_learns_where_gradients_are_as_small_as_llamas():
+    windows = torch.randint(0, 97, (16, 64), generator=torch.Generator().manual_seed(1))
+    method, learned = besa.Besa(epochs=3, penalty=0.001), {}
+    for dtype in (torch.float32, torch.float16):
+        report = besa.prune(block_of_llamas_scale(dtype), windows, method, progress=False)
+        learned[dtype] = torch.tensor([row["sparsity"] for row in report.rows])
+        assert report.rows[0]["block_error"] > 0 and len(report.steps) == 3 * 16
+    # with an unscaled loss they differ by 0.0035, more than the projections do among each other
+    assert (learned[torch.float16] - learned[torch.float32]).abs().max() < 1e-3
+    assert learned[torch.float32].max() - learned[torch.float32].min() > 3e-3
+
+
+def test_steps_that_overflow_in_float16_are_skipped_and_counted(tiny_llama, windows, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, enabled: scaler(*a, init_scale=2.0**40, enabled=enabled))
+    report = besa.prune(tiny_llama.half(), windows, besa.Besa(epochs=8), progress=False)
+    skipped = [step.get("skipped", False) for step in report.steps if step["block"] == 0]
+    assert skipped[0] and not skipped[-1]
+    assert f"{sum('skipped' in step for step in report.steps)} of {3 * 8 * 6} steps skipped" in str(report)
+    assert report.sparsity == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_masked_output_that_overflows_is_an_error_that_names_block_and_step(windows):
+    model = block_of_llamas_scale(torch.float16)
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():  # what the two halves of down_proj's columns add cancels, until one half is pruned
+        mlp.gate_proj.weight.copy_(mlp.gate_proj.weight[:1].clone())
+        mlp.up_proj.weight.copy_(mlp.up_proj.weight[:1].clone() * 400)
+        mlp.down_proj.weight.copy_(torch.tensor([30.0, -30.0]).repeat_interleave(128))
+    with pytest.raises(ValueError, match=r"block 0, training step \d+: the loss is (nan|inf).*bfloat16"):
+        besa.prune(model, windows, besa.Besa(epochs=3), progress=False)

@@ -32,13 +32,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """A precision by name; None takes bfloat16 where the device computes in it natively, else float32.
+    """A precision by name; None takes bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU).
 
     Raises:
         ValueError: not one of bfloat16, float16, float32.
     """
     if dtype is None:
-        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+        other = torch.float16 if device.type == "cuda" else torch.float32  # a CPU is slow in float16
+        return torch.bfloat16 if computes_bfloat16(device) else other
     name = str(dtype).removeprefix("torch.")
     if name not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32")
