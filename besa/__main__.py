@@ -30,7 +30,7 @@ def _plainly() -> Iterator[None]:
         with processes.joined():
             yield
     except KeyboardInterrupt as error:
-        typer.echo(f"besa: {str(error) or 'interrupted'}", err=True)
+        typer.echo("besa: interrupted; the same command continues", err=True)
         raise typer.Exit(130) from error
     except (ValueError, OSError) as error:
         typer.echo(f"besa: {error}", err=True)

@@ -1,6 +1,5 @@
 """Magnitude, Wanda and SparseGPT as block methods of the same loop, and every method by name."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,10 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.besa import Besa
+from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
-from besa.prune import BlockTask, Method, PrunedBlock
+from besa.masks import keep_largest
+from besa.prune import Method
 from besa.quantize import Quantize
-from besa.walk import find_blocks, projections
+from besa.walk import Block, PrunedBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +23,13 @@ class Magnitude(Method):
 
     name: ClassVar[str] = "magnitude"
 
-    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        weights = {}
-        for name, projection in projections(task.block).items():
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned = PrunedBlock()
+        for name, projection in block.projections.items():
             scores = magnitude(projection.weight).flatten()[None]
-            weights[name] = projection.weight * _keep_largest(scores, self.sparsity).view_as(projection.weight)
-        return PrunedBlock(weights)
+            pruned.keep_masks[name] = keep_largest(scores, self.sparsity).view_as(projection.weight)
+            pruned.weights[name] = projection.weight * pruned.keep_masks[name]
+        return pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,13 @@ class Wanda(Method):
         if self.quantize:
             self.quantize.check(model)
 
-    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        pruned = PrunedBlock({})
-        for name, projection in projections(task.block).items():
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned, statistics = PrunedBlock(), block.statistics()
+        for name, projection in block.projections.items():
             weight = projection.weight
             codes = self.quantize.codes(weight) if self.quantize else None
-            scores = wanda(codes.dequantize(weight.dtype) if codes else weight, task.statistics[name])
-            keep_mask = _keep_largest(scores, self.sparsity)
+            scores = wanda(codes.dequantize(weight.dtype) if codes else weight, statistics[name])
+            keep_mask = pruned.keep_masks[name] = keep_largest(scores, self.sparsity)
             if codes:
                 pruned.quantized[name] = codes.pruned(keep_mask)
             pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
@@ -70,12 +72,13 @@ class WandaOneKind(Method):
         if self.kind not in kinds:
             raise ValueError(f"unknown kind of projection {self.kind!r}; this model has {', '.join(kinds)}")
 
-    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        weights = {name: projection.weight for name, projection in projections(task.block).items()}
-        for name in [name for name in weights if name.rpartition(".")[2] == self.kind]:
-            scores = wanda(weights[name], task.statistics[name])
-            weights[name] = weights[name] * _keep_largest(scores, self.sparsity)
-        return PrunedBlock(weights)
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned, statistics = PrunedBlock(), block.statistics()
+        for name, projection in block.projections.items():
+            sparsity = self.sparsity if name.rpartition(".")[2] == self.kind else 0.0
+            pruned.keep_masks[name] = keep_largest(wanda(projection.weight, statistics[name]), sparsity)
+            pruned.weights[name] = projection.weight * pruned.keep_masks[name]
+        return pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,33 +91,34 @@ class SparseGPT(Method):
     """Columns that share one selection of what is pruned."""
 
     name: ClassVar[str] = "sparsegpt"
-    needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.damping <= 0 or self.block_columns < 1:
             raise ValueError(f"damping ({self.damping}) and block_columns ({self.block_columns}) must be positive")
 
-    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        weights, notes = {}, {}
-        for name, projection in projections(task.block).items():
-            weights[name], notes[name] = self._prune_projection(projection.weight, task.statistics[name])
-        return PrunedBlock(weights, notes=notes)
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned, statistics = PrunedBlock(), block.statistics(hessian=True)
+        for name, projection in block.projections.items():
+            weight, keep_mask, note = self._prune_projection(projection.weight, statistics[name])
+            pruned.weights[name], pruned.keep_masks[name], pruned.notes[name] = weight, keep_mask, note
+        return pruned
 
     def _prune_projection(
         self, weight: Float[Tensor, "rows columns"], statistics: InputStatistics
-    ) -> tuple[Float[Tensor, "rows columns"], str]:
+    ) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"], str]:
         factor = inverse_cholesky(statistics.hessian, self.damping)
         new = weight.float().masked_fill(statistics.hessian.diag() == 0, 0.0)
+        keep_mask = torch.empty_like(weight, dtype=torch.bool)
         for start in range(0, weight.shape[1], self.block_columns):
             columns = slice(start, start + self.block_columns)
             upper = factor.upper[columns, columns]
             scores = new[:, columns].square() / upper.diag().square()  # OBS saliency
-            keep = _keep_largest(scores.flatten()[None], self.sparsity).view_as(scores)
+            keep = keep_mask[:, columns] = keep_largest(scores.flatten()[None], self.sparsity).view_as(scores)
             new[:, columns], errors = _prune_columns(new[:, columns], keep, upper)
             new[:, start + self.block_columns :] -= errors @ factor.upper[columns, start + self.block_columns :]
         note = f"damping {factor.damping:g}, {str(factor.dtype).removeprefix('torch.')}"
-        return new.to(weight.dtype), note
+        return new.to(weight.dtype), keep_mask, note
 
 
 def _prune_columns(
@@ -126,24 +130,6 @@ def _prune_columns(
         errors[:, j] = weight[:, j] * ~keep[:, j] / upper[j, j]
         weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
     return weight * keep, errors
-
-
-def _keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
-    """False for the floor(sparsity * columns) lowest scores of each row; of equals, the first go."""
-    n_pruned = int(sparsity * scores.shape[1])
-    if n_pruned == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = _nth_lowest(scores, n_pruned)
-    lower, equal = scores < threshold, scores == threshold
-    n_equal = n_pruned - lower.sum(dim=1, keepdim=True)  # that go; at least one does
-    return ~(lower | equal & (equal.cumsum(dim=1, dtype=torch.int32) <= n_equal))
-
-
-def _nth_lowest(scores: Float[Tensor, "rows columns"], n: int) -> Float[Tensor, "rows 1"]:
-    """Of each row, counted from 1."""
-    if scores.device.type == "cpu":
-        return scores.kthvalue(n, dim=1, keepdim=True).values
-    return scores.sort(dim=1).values[:, n - 1 : n]  # on one long row 20 times as fast as kthvalue (pytorch #75599)
 
 
 def named_method(name: str, sparsity: float = 0.5, **fields) -> Method:

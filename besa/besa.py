@@ -1,9 +1,9 @@
 """BESA: learn the sparsity allocation of one block by gradient descent on its reconstruction error (Eqn. 1-2)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import prodigyopt
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from besa.allocation import Allocation, candidate_rates, reachable_sparsity
-from besa.importance import Importance, importance
+from besa.decoder import find_blocks, projections
+from besa.importance import Importance, InputStatistics, importance
 from besa.machine.processes import mean_, n_ranks
-from besa.prune import BlockTask, Method, PrunedBlock, reconstruction_error
+from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
-from besa.walk import device_of, find_blocks, projections, record_part, run_block
+from besa.walk import Block, PrunedBlock, reconstruction_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +83,9 @@ class Besa(Method):
                 f"with smooth={self.smooth} can reach" + ("; smooth=False lifts the limit" if self.smooth else "")
             )
 
-    def config(self) -> dict[str, Any]:
-        """Name and fields; `batch_size` only where it is not the published one, so that older records stay valid."""
-        fields = super().config()
-        if self.batch_size == 1:
-            del fields["batch_size"]
-        return fields
-
-    @property
-    def needs_hessian(self) -> bool:
-        return self.importance == "sparsegpt"
-
     @property
     def span(self) -> int:
         return self.reconstruct if isinstance(self.reconstruct, int) else 1
-
-    def passes(self, block: nn.Module) -> int:
-        parts = self._parts(block)
-        return self.epochs * len(parts)
 
     def check(self, model: PreTrainedModel) -> None:
         for index, block in enumerate(find_blocks(model)):
@@ -112,115 +98,47 @@ class Besa(Method):
         if self.quantize:
             self.quantize.check(model)
 
-    def prune_block(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
+    def prune_block(self, block: Block) -> PrunedBlock:
         """Learn the allocation of the block, or of each of its parts in turn, then mask its weights with it."""
-        whole = PrunedBlock({})
-        for part in self._parts(task.block):
-            learned = self._prune_part(_part_of(task, part, whole.weights) if part else task, tick)
-            whole.weights.update({f"{part}.{name}".strip("."): w for name, w in learned.weights.items()})
-            whole.quantized.update({f"{part}.{name}".strip("."): q for name, q in learned.quantized.items()})
+        statistics = block.statistics(hessian=self.importance == "sparsegpt")
+        whole = PrunedBlock()
+        for name in self._parts(block):
+            part = block.part(name, whole.weights) if name else block
+            learned = self._learn(_Learner(self, part, name, statistics), part)
+            for pruned, of_part in (
+                (whole.weights, learned.weights),
+                (whole.keep_masks, learned.keep_masks),
+                (whole.quantized, learned.quantized),
+            ):
+                pruned.update({_joined(name, within): value for within, value in of_part.items()})
             whole.steps.extend(learned.steps)
         return whole
 
-    def _parts(self, block: nn.Module) -> list[str]:
+    def _parts(self, block: Block) -> list[str]:
         """Names of the submodules that are learned one after the other; the block's own name is empty."""
         if self.reconstruct == "projection":
-            return list(projections(block))
+            return list(block.projections)
         if self.reconstruct == "sublayer":
-            return [name for name, child in block.named_children() if projections(child)]
+            return [name for name, child in block.module.named_children() if projections(child)]
         return [""]
 
-    def _prune_part(self, task: BlockTask, tick: Callable[[], Any]) -> PrunedBlock:
-        allocations = self._allocations(task)
-        logits, clipping, steps = self._learn(task, allocations, tick)
-        if not self.quantize:
-            return PrunedBlock({name: allocations[name](theta)[0] for name, theta in logits.items()}, steps)
-        quantized = {
-            name: self.quantize.codes(allocation.weight, clipping[name]).pruned(allocation.keep_mask(logits[name]))
-            for name, allocation in allocations.items()
-        }
-        weights = {name: value.dequantize(allocations[name].weight.dtype) for name, value in quantized.items()}
-        return PrunedBlock(weights, steps, quantized=quantized)
-
-    def _learn(
-        self, task: BlockTask, allocations: dict[str, Allocation], tick: Callable[[], Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, float]]]:
-        """Minimize Eqn. 2 over the windows; returns logits, clipping and the log."""
-        device = device_of(task.block)
-        # Starting at 0, every candidate is equally likely: sparsity one half.
-        logits = _Flat({name: (a.groups, self.candidates) for name, a in allocations.items()}, 0.0, device)
-        optimizers = [prodigyopt.Prodigy([logits.values], lr=1.0, d_coef=self.d_coef, weight_decay=0.0)]
-        clipping = None
-        if self.quantize:
-            shapes = {name: self.quantize.clipping_shape(a.weight) for name, a in allocations.items()}
-            clipping = _Flat(shapes, CLIPPING_START, device)
-            optimizers.append(torch.optim.Adam([clipping.values], lr=self.quantize.lr))
-        learned = [logits.values] + ([clipping.values] if clipping else [])
-        # In float16 the gradient of an unscaled loss underflows to 0; a step whose scaled gradient overflows is skipped.
-        scaler = torch.amp.GradScaler(device.type, enabled=task.inputs.dtype == torch.float16)
-        log, skipped = [], []
-        for step in self._steps(len(task.inputs)):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            for window in step:
-                log.append(self._gradient(task, allocations, logits, clipping, window, len(step), scaler))
-                tick()
-            for values in learned:
-                mean_(values.grad)
-            scale = scaler.get_scale()
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            skipped.append(scaler.get_scale() < scale)
-        entries = mean_(torch.stack(log).view(-1, len(step), 3).mean(1))
-        return logits.learned(), clipping.learned() if clipping else {}, _steps_log(task.index, entries, skipped)
-
     @torch.enable_grad()
-    def _gradient(
-        self,
-        task: BlockTask,
-        allocations: dict[str, Allocation],
-        logits: "_Flat",
-        clipping: "_Flat | None",
-        window: int,
-        n_windows: int,
-        scaler: torch.amp.GradScaler,
-    ) -> Float32[Tensor, "3"]:
-        """Add one window's share in the gradient of a step; returns its loss, reconstruction error and sparsity."""
-        error, sparsity = self._forward(task, allocations, logits, clipping, window)
-        loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2
-        scaler.scale(loss / n_windows).backward()
-        return torch.stack([loss, error, sparsity]).detach()
-
-    def _forward(
-        self,
-        task: BlockTask,
-        allocations: dict[str, Allocation],
-        logits: "_Flat",
-        clipping: "_Flat | None",
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Reconstruction error of one window and the block's sparsity, weighted by the projections' sizes."""
-        thetas, clips = logits.by_name(), clipping.by_name() if clipping else {}
-        masked, zeros = {}, 0.0
-        for name, allocation in allocations.items():
-            weight = self.quantize.fake(allocation.weight, clips[name]) if self.quantize else None
-            masked[name], alpha = allocation(thetas[name], weight)
-            zeros = zeros + alpha.mean() * allocation.weight.numel()
-        inputs, targets = task.window(window)
-        error = reconstruction_error(run_block(task.block, inputs, task.call, masked), targets)
-        return error, zeros / sum(allocation.weight.numel() for allocation in allocations.values())
-
-    def _allocations(self, task: BlockTask) -> dict[str, Allocation]:
-        rates = candidate_rates(self.candidates).to(device_of(task.block))
-        allocations = {}
-        for name, projection in projections(task.block).items():
-            weight = projection.weight.detach()
-            ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
-            scores = importance(self.importance, ranked, task.statistics[name])
-            groups = len(weight) // self._group_rows(weight)
-            allocations[name] = Allocation.create(weight, scores, rates, groups, self.smooth)
-        return allocations
+    def _learn(self, learner: "_Learner", block: Block) -> PrunedBlock:
+        """Minimize the block's loss (Eqn. 2) over the windows, a step at a time."""
+        # In float16 the gradient of an unscaled loss underflows to 0; a step whose scaled one overflows is skipped.
+        scaler = torch.amp.GradScaler(learner.logits.values.device.type, enabled=block.inputs.dtype == torch.float16)
+        log, skipped = [], []
+        for step in block.bar(list(self._steps(len(block.inputs))), "learn"):
+            learner.zero_grad()
+            for window in step:
+                masked, sparsity = learner()
+                error = reconstruction_error(block.run(window, masked), block.target(window))  # Eqn. 1
+                loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2  # Eqn. 2
+                scaler.scale(loss / len(step)).backward()  # Eqn. 6
+                log.append(torch.stack([loss, error, sparsity]).detach())
+            skipped.append(learner.step(scaler))
+        entries = mean_(torch.stack(log).view(-1, len(step), 3).mean(1))
+        return learner.pruned(_steps_log(block.index, entries, skipped))
 
     def _group_rows(self, weight: Tensor) -> int:
         return {"row": 1, "layer": len(weight)}.get(self.row_group, self.row_group)
@@ -236,6 +154,77 @@ class Besa(Method):
             yield from (steps[number] for number in order)
 
 
+class _Learner:
+    """What is learned of one block: the logits of every projection's rows, and the clipping where it is quantized."""
+
+    def __init__(self, method: Besa, block: Block, part: str, statistics: dict[str, InputStatistics]) -> None:
+        """
+        Args:
+            part: what `block` is called in the block that the statistics are of.
+        """
+        self.quantize, candidates = method.quantize, method.candidates
+        self.allocations: dict[str, Allocation] = {}
+        for name, projection in block.projections.items():
+            weight = projection.weight.detach()
+            rates = candidate_rates(candidates).to(weight.device)
+            ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
+            scores = importance(method.importance, ranked, statistics[_joined(part, name)])
+            groups = len(weight) // method._group_rows(weight)
+            self.allocations[name] = Allocation.create(weight, scores, rates, groups, method.smooth)
+        # Starting at 0, every candidate is equally likely: sparsity one half.
+        self.logits = _Flat({name: (a.groups, candidates) for name, a in self.allocations.items()}, 0.0, weight.device)
+        self.learned = [self.logits]
+        self.optimizers = [prodigyopt.Prodigy([self.logits.values], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
+        if self.quantize:
+            shapes = {name: self.quantize.clipping_shape(a.weight) for name, a in self.allocations.items()}
+            self.clipping = _Flat(shapes, CLIPPING_START, weight.device)
+            self.learned.append(self.clipping)
+            self.optimizers.append(torch.optim.Adam([self.clipping.values], lr=self.quantize.lr))
+
+    def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
+        """Masked weights by projection and the block's sparsity, weighted by their sizes; both differentiable."""
+        logits, clipping = self.logits.by_name(), self.clipping.by_name() if self.quantize else {}
+        masked, zeros = {}, 0.0
+        for name, allocation in self.allocations.items():
+            weight = self.quantize.fake(allocation.weight, clipping[name]) if self.quantize else None
+            masked[name], alpha = allocation(logits[name], weight)
+            zeros = zeros + alpha.mean() * allocation.weight.numel()
+        return masked, zeros / sum(allocation.weight.numel() for allocation in self.allocations.values())
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self, scaler: torch.amp.GradScaler) -> bool:
+        """Take the step that the gradients of all ranks ask for; whether it was skipped, for they overflowed."""
+        for flat in self.learned:
+            mean_(flat.values.grad)
+        scale = scaler.get_scale()
+        for optimizer in self.optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale() < scale
+
+    @torch.no_grad()
+    def pruned(self, steps: list[dict[str, float]]) -> PrunedBlock:
+        """Weights and keep-masks as they are learned by now."""
+        pruned, logits = PrunedBlock(steps=steps), self.logits.by_name()
+        for name, allocation in self.allocations.items():
+            pruned.keep_masks[name] = allocation.keep_mask(logits[name])
+            if self.quantize:
+                codes = self.quantize.codes(allocation.weight, self.clipping.by_name()[name])
+                pruned.quantized[name] = codes.pruned(pruned.keep_masks[name])
+                pruned.weights[name] = pruned.quantized[name].dequantize(allocation.weight.dtype)
+            else:
+                pruned.weights[name] = allocation(logits[name])[0]
+        return pruned
+
+
+def _joined(part: str, name: str) -> str:
+    """A projection's name in the block, given its name in a part of it."""
+    return f"{part}.{name}".strip(".")
+
+
 def _steps_log(index: int, entries: Float32[Tensor, "steps 3"], skipped: list[bool]) -> list[dict[str, float]]:
     """The training log of a block; `skipped` is noted only where a step was.
 
@@ -246,20 +235,12 @@ def _steps_log(index: int, entries: Float32[Tensor, "steps 3"], skipped: list[bo
     if not finite.all():
         step = int(finite.int().argmin())
         raise ValueError(
-            f"block {index}, training step {step}: the loss is {float(entries[step, 0])}, for the masked block's output "
-            "overflows; try dtype bfloat16 or float32"
+            f"block {index}, training step {step}: the loss is {float(entries[step, 0])}, for the masked block puts "
+            "out what overflows; try dtype bfloat16 or float32"
         )
     keys = ("loss", "reconstruction_error", "sparsity")
     steps = [dict(zip(keys, values, strict=True)) for values in entries.tolist()]
     return [step | {"skipped": True} if skip else step for step, skip in zip(steps, skipped, strict=True)]
-
-
-def _part_of(task: BlockTask, part: str, weights: dict[str, Tensor]) -> BlockTask:
-    """The same task for a submodule: fed by the block as it is pruned so far, it must reproduce its own output."""
-    inputs, call, targets = record_part(task.block, part, task.inputs, task.call, weights)
-    within = [name for name in task.statistics if f"{name}.".startswith(f"{part}.")]
-    statistics = {name[len(part) :].lstrip("."): task.statistics[name] for name in within}
-    return BlockTask(task.index, task.block.get_submodule(part), call, inputs, targets, statistics)
 
 
 class _Flat:
@@ -272,6 +253,3 @@ class _Flat:
     def by_name(self) -> dict[str, Tensor]:
         parts = self.values.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts, strict=True)}
-
-    def learned(self) -> dict[str, Tensor]:
-        return {name: part.detach() for name, part in self.by_name().items()}

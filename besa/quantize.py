@@ -10,7 +10,7 @@ quantized first and pruned then: a pruned weight has the code z and is exactly 0
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from besa.decoder import find_blocks, projections, weight_of
 from besa.machine.files import replacing
-from besa.walk import find_blocks, projections, weight_of
+from besa.masks import pack_bits, unpack_bits
 
 CLIPPING_START = 4.0
 """Clipping logits before training: gamma = sigmoid(4) = 0.98."""
@@ -39,6 +40,8 @@ class QuantizedWeight:
     zero_point: UInt8[Tensor, "rows groups"]
     """z, a code."""
     bits: int
+    keep_mask: Bool[Tensor, "rows columns"] | None = None
+    """True = keep; None where nothing is pruned. A kept weight may have the code z too, and then is 0 by rounding."""
 
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """h (Q - z), computed in float32 and rounded once to `dtype`."""
@@ -47,12 +50,15 @@ class QuantizedWeight:
 
     def pruned(self, keep_mask: Bool[Tensor, "rows columns"]) -> "QuantizedWeight":
         """The same with zeros where nothing is kept."""
+        if keep_mask.all():
+            return self
         zeros = self.zero_point.repeat_interleave(self.codes.shape[1] // self.scale.shape[1], dim=1)
-        return QuantizedWeight(torch.where(keep_mask, self.codes, zeros), self.scale, self.zero_point, self.bits)
+        return replace(self, codes=torch.where(keep_mask, self.codes, zeros), keep_mask=keep_mask)
 
     def cpu(self) -> "QuantizedWeight":
         """The same in host memory."""
-        return QuantizedWeight(self.codes.cpu(), self.scale.cpu(), self.zero_point.cpu(), self.bits)
+        keep_mask = None if self.keep_mask is None else self.keep_mask.cpu()
+        return QuantizedWeight(self.codes.cpu(), self.scale.cpu(), self.zero_point.cpu(), self.bits, keep_mask)
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.view(*self.scale.shape, -1)  # (rows, groups, columns of a group)
@@ -150,8 +156,8 @@ def _round(x: Tensor) -> Tensor:
 def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str | Path) -> float:
     """Write what `Report.quantized` holds as one safetensors file of packed bits; returns bits per weight.
 
-    By projection (`3.self_attn.q_proj`): a bit per weight that says whether it is not 0, the codes of those that are
-    not, N bits each, scales and zero-points. Bits per weight counts all of them, as stored.
+    By projection (`3.self_attn.q_proj`): where something is pruned the keep-mask, a bit per weight; the codes of the
+    kept weights, N bits each; scales and zero-points. Bits per weight counts all of them, as stored.
     """
     tensors, shapes = {}, {}
     for (block, name), weight in quantized.items():
@@ -234,20 +240,23 @@ def packed_record(
 
 
 def _pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    kept = weight.codes != weight.zero_point.repeat_interleave(weight.codes.shape[1] // weight.scale.shape[1], dim=1)
-    bits = np.unpackbits(weight.codes[kept].numpy()[:, None], axis=1)[:, 8 - weight.bits :]
-    packed = {"kept": np.packbits(kept.numpy()), "codes": np.packbits(bits)}
-    return {name: torch.from_numpy(value) for name, value in packed.items()} | {
+    kept = {} if weight.keep_mask is None else {"kept": pack_bits(weight.keep_mask)}
+    codes = weight.codes.flatten() if weight.keep_mask is None else weight.codes[weight.keep_mask]
+    bits = np.unpackbits(codes.numpy()[:, None], axis=1)[:, 8 - weight.bits :]
+    return kept | {
+        "codes": torch.from_numpy(np.packbits(bits)),
         "scale": weight.scale,
         "zero_point": weight.zero_point,
     }
 
 
 def _unpack(file: safetensors.safe_open, key: str, rows: int, columns: int, bits: int) -> QuantizedWeight:
-    part = {name: file.get_tensor(f"{key}.{name}") for name in ("kept", "codes", "scale", "zero_point")}
-    kept = torch.from_numpy(np.unpackbits(part["kept"].numpy(), count=rows * columns)).view(rows, columns).bool()
-    n_kept = int(kept.sum())
-    codes = np.unpackbits(part["codes"].numpy(), count=n_kept * bits).reshape(n_kept, bits)
-    zeros = part["zero_point"].repeat_interleave(columns // part["scale"].shape[1], dim=1)
-    values = torch.from_numpy(np.packbits(np.pad(codes, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
-    return QuantizedWeight(zeros.masked_scatter(kept, values), part["scale"], part["zero_point"], bits)
+    read = lambda part: file.get_tensor(f"{key}.{part}")
+    scale, zero_point = read("scale"), read("zero_point")
+    keep_mask = unpack_bits(read("kept"), rows, columns) if f"{key}.kept" in file.keys() else None  # noqa: SIM118
+    n_kept = rows * columns if keep_mask is None else int(keep_mask.sum())
+    unpacked = np.unpackbits(read("codes").numpy(), count=n_kept * bits).reshape(n_kept, bits)
+    values = torch.from_numpy(np.packbits(np.pad(unpacked, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
+    codes = zero_point.repeat_interleave(columns // scale.shape[1], dim=1)
+    codes = values.view(rows, columns) if keep_mask is None else codes.masked_scatter(keep_mask, values)
+    return QuantizedWeight(codes, scale, zero_point, bits, keep_mask)

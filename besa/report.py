@@ -1,4 +1,4 @@
-"""What pruning did: one row per block and projection, one entry per training step."""
+"""What pruning did: one row per block and projection, one entry per training step, and the keep-masks."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
+from besa.decoder import locate, projections
+from besa.masks import KeepMasks
 from besa.quantize import QuantizedWeight
-from besa.walk import locate, projections
 
 if TYPE_CHECKING:
     import matplotlib.axes
 
+    from besa.walk import PrunedBlock
 
-@dataclass
+
+@dataclass(repr=False)
 class Report:
-    """Rows by block and projection, training steps by block, and the time pruning took."""
+    """Rows by block and projection, training steps by block, masks, and what pruning took."""
 
     method: str
     _: KW_ONLY
@@ -25,56 +28,72 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
-    quantized: Mapping[tuple[int, str], QuantizedWeight] = field(default_factory=dict, repr=False)
+    peak_bytes: int = 0
+    """Highest resident memory of the process, or highest allocation on the GPU, while it was pruned."""
+    keep_masks: KeepMasks = field(default_factory=KeepMasks)
+    """True = kept, by block and projection; sparsity is counted from them."""
+    quantized: Mapping[tuple[int, str], QuantizedWeight] = field(default_factory=dict)
     """Where the method quantized: codes, scales and zero-points by block and projection."""
 
-    def add(
-        self,
+    @classmethod
+    def of_block(
+        cls,
         index: int,
-        block: nn.Module,
-        notes: dict[str, str],
-        steps: list[dict[str, float]],
+        module: nn.Module,
+        pruned: "PrunedBlock",
         error: float,
         projection_errors: dict[str, float],
         seconds: float,
-    ) -> None:
-        """Note the result of one block, or of a span of blocks that starts with block `index`."""
-        for name, projection in projections(block).items():
-            weight, (number, within) = projection.weight, locate(index, block, name)
-            self.rows.append(
-                {
-                    "block": number,
-                    "projection": within,
-                    "rows": weight.shape[0],
-                    "columns": weight.shape[1],
-                    "zeros": int((weight == 0).sum()),
-                    "sparsity": float((weight == 0).sum() / weight.numel()),
-                    "projection_error": projection_errors[name],
-                    "block_error": error,
-                    "block_seconds": seconds,
-                    "note": notes.get(name, ""),
-                }
-            )
-        self.steps += [{"block": index, "step": number, **step} for number, step in enumerate(steps)]
+    ) -> "Report":
+        """What was done to one block, or to a span of blocks that starts with block `index`."""
+        report = cls("", n_samples=0, seq_len=0)
+        for name in projections(module):
+            keep_mask, key = pruned.keep_masks[name], locate(index, module, name)
+            rows, columns = keep_mask.shape
+            zeros = rows * columns - int(keep_mask.sum())
+            row = {"block": key[0], "projection": key[1], "rows": rows, "columns": columns, "zeros": zeros}
+            row |= {"sparsity": zeros / (rows * columns), "projection_error": projection_errors[name]}
+            row |= {"block_error": error, "block_seconds": seconds, "note": pruned.notes.get(name, "")}
+            report.rows.append(row)
+            report.keep_masks[key] = keep_mask
+        report.steps = [{"block": index, "step": number, **step} for number, step in enumerate(pruned.steps)]
+        report.quantized = {locate(index, module, name): weight.cpu() for name, weight in pruned.quantized.items()}
+        return report
 
     def extend(self, part: "Report") -> None:
         """Append the report of further blocks."""
         self.rows += part.rows
         self.steps += part.steps
+        self.keep_masks.take(part.keep_masks)
         self.quantized = {**self.quantized, **part.quantized}
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the projections' weights that are 0."""
+        """Fraction of the projections' weights that are pruned, counted from the keep-masks."""
         return sum(row["zeros"] for row in self.rows) / sum(row["rows"] * row["columns"] for row in self.rows)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per block and projection.
 
-        `sparsity` is counted in the weights. `block_error` is the mean of Eqn. 1 over the windows; `projection_error`
-        is ||(W - W')x||^2 / ||Wx||^2 over the first window, x being the projection's input in the pruned block.
+        `sparsity` and `zeros` are counted from the keep-masks. `block_error` is the mean of Eqn. 1 over the windows;
+        `projection_error` is ||(W - W')x||^2 / ||Wx||^2 over the first window, x being the projection's input in the
+        pruned block.
         """
         return pd.DataFrame(self.rows)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per kind of projection: its sparsity over all blocks, lowest and highest, and its mean error."""
+        frame = self.to_frame()
+        kinds = frame.groupby("projection", sort=False)
+        low_high = kinds["sparsity"].agg(["min", "max"])
+        weights = frame["rows"] * frame["columns"]
+        sparsity = (
+            frame["zeros"].groupby(frame["projection"], sort=False).sum()
+            / weights.groupby(frame["projection"], sort=False).sum()
+        )
+        return low_high.assign(projection_error=kinds["projection_error"].mean()).assign(sparsity=sparsity)[
+            ["sparsity", "min", "max", "projection_error"]
+        ]
 
     def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
         """Heat map of the sparsity, blocks x projections."""
@@ -82,9 +101,17 @@ class Report:
 
     def __str__(self) -> str:
         blocks = len({row["block"] for row in self.rows})
+        if not blocks:
+            return f"{self.method}: nothing pruned yet"
         skipped = sum("skipped" in step for step in self.steps)
         note = f", {skipped} of {len(self.steps)} steps skipped (float16 overflow)" if skipped else ""
         return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s{note}"
+
+    def __repr__(self) -> str:
+        return f"{self}\n{self.summary().to_string(float_format='{:.4f}'.format)}" if self.rows else str(self)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self}</p>{self.summary().to_html(float_format='{:.4f}'.format)}" if self.rows else f"<p>{self}</p>"
 
 
 def allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":

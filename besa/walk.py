@@ -1,279 +1,307 @@
-"""Find the blocks and projections of any decoder, record what every block is called with, run one block.
+"""The blocks of a decoder one after the other, with what enters each and what must leave it.
 
-Nothing here names an argument of a block: the calls that the model makes are recorded once and replayed verbatim.
+    for block in walk(model, windows):
+        block.finish(method.prune_block(block))
+
+Every block sees what the already pruned blocks before it put out. One at a time is in memory where `load` copies it.
 """
 
 import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from accelerate.utils import align_module_device
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from besa.decoder import (
+    BlockCall,
+    device_of,
+    embed,
+    find_blocks,
+    projections,
+    record_calls,
+    record_part,
+    run_block,
+    spans,
+)
+from besa.importance import InputStatistics, collect_statistics
+from besa.machine.device import deterministic
+from besa.machine.processes import mean_, n_ranks, rank, sum_
+from besa.quantize import QuantizedWeight
+from besa.report import Report
+
+Targets = Literal["pruned", "dense"]
 
 
 @dataclass(frozen=True)
-class BlockCall:
-    """What the model passes to a block beside the hidden states, and whether the block answers with a tuple."""
+class PrunedBlock:
+    """What a method makes of a block: by projection, its new weight and which of its weights are kept."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    returns_tuple: bool
-
-    def to(self, device: torch.device) -> "BlockCall":
-        """The same with every tensor on a device."""
-        move = lambda value: value.to(device) if isinstance(value, Tensor | BlockCall) else value
-        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.returns_tuple)
-
-
-Spans = dict[int, tuple[nn.Module, BlockCall]]
-"""Blocks, or spans of blocks that run as one, with their calls, by the index of the first."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    keep_masks: dict[str, Bool[Tensor, "rows columns"]] = field(default_factory=dict)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    """Loss, reconstruction error and expected sparsity of each training step."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """A remark by projection."""
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    """Where weights were quantized: what reproduces them."""
 
 
-def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a model, in order.
+def walk(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "n_samples seq_len"],
+    targets: Targets = "pruned",
+    span: int = 1,
+    *,
+    load: Callable[[nn.Module], nn.Module] = lambda block: block,
+    room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+    progress: bool = True,
+) -> Iterator["Block"]:
+    """Yield every block, or every `span` of blocks as one; each must be finished before the next comes.
 
-    Raises:
-        ValueError: no list of `num_hidden_layers` modules of a class that the model declares unsplittable.
-    """
-    n_blocks = model.config.get_text_config().num_hidden_layers
-    unsplittable = set(model._no_split_modules or [])
-    for module in model.modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == n_blocks
-        if is_list and {type(block).__name__ for block in module} <= unsplittable:
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {n_blocks} blocks of a class in {sorted(unsplittable)}: "
-        "not a decoder that besa knows how to walk through"
-    )
-
-
-def projections(block: nn.Module) -> dict[str, nn.Linear]:
-    """The prunable linear maps of a block by their name in it (`self_attn.q_proj`); weights are (rows, columns)."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-
-
-def weight_of(projection: nn.Linear) -> Float[Tensor, "rows columns"]:
-    """A projection's weight, to read; where the model is larger than the GPU (`load_model`) a copy, fetched for it."""
-    with align_module_device(projection):
-        return projection.weight.detach()
-
-
-def check_model(model: PreTrainedModel, values: bool = True) -> None:
-    """Refuse what cannot be pruned, before any work.
+    Under torchrun every rank walks with its share of the windows. Call it within `frozen(model)`.
 
     Args:
-        values: look at the weights too, which reads all of them.
-
-    Raises:
-        ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, or part
-            of a mixture of experts; the message names it.
+        windows: token ids, the same on every rank.
+        targets: what a pruned block must reproduce: "pruned", the unpruned block's output on the same inputs, which the
+            pruned blocks before it made; or "dense", the dense model's own hidden states.
+        load: what to work on in a block's stead, such as a copy of it on another device.
+        room: makes room for the hidden states of all windows, given shape and precision; by default where the model is.
     """
-    for index, block in enumerate(find_blocks(model)):
-        # Fused experts first: the router beside them would be named instead.
-        for name, parameter in sorted(block.named_parameters(), key=lambda item: -item[1].ndim):
-            problem = _problem(block, name, parameter, values)
-            if problem:
-                raise ValueError(f"block {index}, {name}: {problem}")
+    mine = windows[rank() :: n_ranks()]
+    calls = record_calls(model, mine[:1])
+    inputs = _enter(model, mine, room)
+    outputs = (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)
+    if targets == "dense":
+        outputs.copy_(inputs)
+    together = spans(find_blocks(model), calls, span)
+    for index, (module, call) in tqdm(together.items(), desc="prune", unit="block", disable=not progress):
+        module = load(module)
+        block = Block(index, module, call.to(device_of(module)), inputs, outputs, targets, len(windows), progress)
+        del module  # the block alone holds it, and gives it up before the next one comes
+        yield block
+        block.leave()
 
 
-def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
-    owner = block.get_submodule(name.rpartition(".")[0])
-    if parameter.is_meta:
-        return "the weights are not in memory (meta device); `besa.prune_checkpoint` takes the model by its name"
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
-        return f"quantized weights ({parameter.dtype}); load the model in bfloat16, float16 or float32"
-    if parameter.ndim > 2:
-        return f"a parameter of shape {tuple(parameter.shape)}: mixture-of-experts and convolutions are not supported"
-    if parameter.ndim == 2 and not isinstance(owner, nn.Linear):
-        return f"a {type(owner).__name__} is not a torch.nn.Linear and cannot be pruned; convert it first"
-    if values and not torch.isfinite(parameter).all():
-        return "the weights hold NaN or infinity"
-    return None
+def _enter(model: PreTrainedModel, windows: Tensor, room: Callable[..., Tensor] | None) -> Tensor:
+    """What enters the first block, for every window."""
+    first = embed(model, windows[:1])
+    inputs = (room or first.new_empty)((len(windows), *first.shape[1:]), dtype=first.dtype)
+    for number, window in enumerate(windows.split(1)):
+        inputs[number] = embed(model, window)[0]
+    return inputs
 
 
-def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: int) -> None:
-    """Refuse token ids that the model cannot take, before any work.
+class Block:
+    """A block, a span of blocks, or a part of a block, to be pruned: its module, what enters and what must leave it."""
 
-    Raises:
-        ValueError: not int64, empty, sequences shorter than 2 or longer than the model's context, unknown ids.
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        call: BlockCall,
+        inputs: Float[Tensor, "n_samples seq_len n_in"],
+        outputs: Float[Tensor, "n_samples seq_len n_out"],
+        targets: Targets | None,
+        n_samples: int,
+        progress: bool,
+    ) -> None:
+        """
+        Args:
+            index: of the block in the model, of a span's first.
+            inputs: hidden states of this rank's windows; they move on in place.
+            outputs: room for the targets; for dense ones, the dense model's hidden states that enter the block.
+            targets: None where `outputs` holds them already.
+            n_samples: windows on all ranks.
+        """
+        self.index, self.module, self.call, self.inputs, self._outputs = index, module, call, inputs, outputs
+        self._targets, self.n_samples, self.progress = targets, n_samples, progress
+        self._missing = targets  # which targets are still to be made
+        self._finished, self._start = False, time.perf_counter()
+
+    @property
+    def projections(self) -> dict[str, nn.Linear]:
+        """The prunable linear maps by name; their weights stay dense until `finish`."""
+        return projections(self.module)
+
+    @torch.no_grad()
+    def statistics(self, hessian: bool = False) -> dict[str, InputStatistics]:
+        """Of what enters the unpruned block's projections, by name, over the windows of all ranks.
+
+        Args:
+            hessian: gather second moments too, and not only norms.
+
+        Raises:
+            ValueError: a projection is never called, or what enters it or leaves the block is not finite.
+        """
+        with collect_statistics(self.projections, self.n_samples, hessian) as statistics:
+            broken = self._run_unpruned()
+        for name in self.projections:
+            if name not in statistics:
+                raise ValueError(f"{self._named(name)}: never called; conditional projections are not supported")
+        for shared in {id(statistic): statistic for statistic in statistics.values()}.values():
+            shared.sum_over_ranks()
+        for name, statistic in statistics.items():
+            if not statistic.is_finite():
+                raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
+        self._refuse(broken)
+        return statistics
+
+    @property
+    def targets(self) -> Float[Tensor, "n_samples seq_len n_out"]:
+        """What the pruned block must put out, for every window."""
+        if self._missing == "pruned":
+            self._refuse(self._run_unpruned())
+        if self._missing == "dense":
+            self._advance(self._outputs)
+            self._missing = None
+        return self._outputs
+
+    @torch.no_grad()
+    def _run_unpruned(self) -> Tensor:
+        """Run the unpruned block over all windows, as targets where they are its outputs; counts those not finite."""
+        broken = torch.zeros((), dtype=torch.int32, device=device_of(self.module))
+        for number in self.bar(range(len(self.inputs)), "observe"):
+            output = self.run(number)
+            broken += ~torch.isfinite(output).all()
+            if self._targets == "pruned":
+                self._outputs[number] = output[0]
+        if self._targets == "pruned":
+            self._missing = None
+        return broken
+
+    def _refuse(self, broken: Tensor) -> None:
+        if sum_(broken):
+            raise ValueError(f"block {self.index}: its output holds NaN or infinity; try dtype float32")
+
+    def _named(self, name: str) -> str:
+        return f"block {self.index}, {name}"
+
+    def run(self, number: int, weights: dict[str, Tensor] | None = None) -> Float[Tensor, "1 seq_len n_out"]:
+        """What the block makes of one window, with some projections' weights replaced for this once."""
+        return run_block(self.module, self._here(self.inputs, number), self.call, weights)
+
+    def target(self, number: int) -> Float[Tensor, "1 seq_len n_out"]:
+        """What it must make of it."""
+        return self._here(self.targets, number)
+
+    def _here(self, stream: Tensor, number: int) -> Tensor:
+        """One window where the block computes; no copy where it is there already."""
+        return stream[number : number + 1].to(device_of(self.module), non_blocking=True)
+
+    def bar(self, steps: Iterable[Any], what: str) -> Iterable[Any]:
+        """The same with a progress bar, where it takes longer than a second."""
+        return tqdm(steps, desc=what, leave=False, delay=1, disable=not self.progress)
+
+    @torch.no_grad()
+    def part(self, name: str, weights: dict[str, Tensor]) -> "Block":
+        """A submodule as a block: fed by this block with `weights` in it, it must reproduce its own output."""
+        inputs, call, outputs = record_part(self.module, name, self.inputs, self.call, weights)
+        module = self.module.get_submodule(name)
+        return Block(self.index, module, call, inputs, outputs, None, self.n_samples, self.progress)
+
+    @torch.no_grad()
+    def finish(self, pruned: PrunedBlock) -> Report:
+        """Take the pruned weights; the hidden states move on to what the pruned block makes of them.
+
+        Returns:
+            What this did to the block.
+        """
+        assert self.targets is not None  # made by the unpruned block
+        errors = []
+        with _projection_errors(self.projections, pruned.weights) as projection_errors:
+            for number in self.bar(range(len(self.inputs)), "advance"):
+                output = self.run(number, pruned.weights)
+                errors.append(reconstruction_error(output, self.target(number)))
+                self.inputs[number] = output[0]
+        error = float(mean_(torch.stack(errors).mean()))
+        for name, projection in self.projections.items():
+            projection.weight.data = pruned.weights[name].detach()  # no copy: the old ones may be mapped from a file
+        self._finished = True
+        seconds = time.perf_counter() - self._start
+        return Report.of_block(self.index, self.module, pruned, error, projection_errors, seconds)
+
+    @torch.no_grad()
+    def skip(self, state: dict[str, Tensor]) -> None:
+        """Take the tensors that an earlier run left, by their names in the module, and move on."""
+        if self._targets == "dense":
+            assert self.targets is not None
+        self.module.load_state_dict(state, assign=True)
+        self._advance(self.inputs)
+        self._finished = True
+
+    @torch.no_grad()
+    def _advance(self, stream: Tensor) -> None:
+        """Hidden states move on to the block's output in place."""
+        for number in self.bar(range(len(stream)), "advance"):
+            stream[number] = run_block(self.module, self._here(stream, number), self.call)[0]
+
+    def leave(self) -> None:
+        """Give up the module and the hidden states.
+
+        Raises:
+            RuntimeError: the block was not finished: the next one would see the wrong inputs.
+        """
+        if not self._finished:
+            raise RuntimeError(f"block {self.index} was not finished: call block.finish(method.prune_block(block))")
+        del self.module, self.call, self.inputs, self._outputs
+
+
+def reconstruction_error(
+    output: Float[Tensor, "1 seq_len hidden"], target: Float[Tensor, "1 seq_len hidden"]
+) -> Float32[Tensor, ""]:
+    """Block loss of one window (Eqn. 1): sum(((target - output) / ||target||_2)^2) / hidden, no unit.
+
+    The norm is taken per channel over the window's tokens, as in the released code; the paper writes the plain
+    squared norm of the difference.
     """
-    if tokens.dtype != torch.int64:
-        raise ValueError(f"token ids must be int64, not {tokens.dtype}")
-    context = _context(model)
-    if not 2 <= seq_len <= context:
-        raise ValueError(f"seq_len {seq_len} is outside [2, {context}], what the model's context allows")
-    if not tokens.numel():
-        raise ValueError(f"no token ids: shape {tuple(tokens.shape)}")
-    n_ids = model.get_input_embeddings().num_embeddings
-    if tokens.min() < 0 or tokens.max() >= n_ids:
-        raise ValueError(
-            f"token ids from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_ids}: "
-            "were they made with another model's tokenizer?"
-        )
-
-
-def _context(model: PreTrainedModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
-@torch.no_grad()
-def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> list[BlockCall]:
-    """How the model calls each of its blocks for windows; it depends on their number and length, not on their tokens.
-
-    Raises:
-        ValueError: the model did not call every block once.
-    """
-    blocks = find_blocks(model)
-    calls: list[BlockCall] = []
-    run_first = blocks[0].forward
-
-    def stub(index: int, hidden: Tensor, *args, **kwargs):
-        # Whether blocks return a tuple differs between families: the first one is run to find out.
-        returns_tuple = calls[0].returns_tuple if calls else isinstance(run_first(hidden, *args, **kwargs), tuple)
-        calls.append(BlockCall(args, kwargs, returns_tuple))
-        return (hidden,) if returns_tuple else hidden
-
-    with _stubbed(blocks, stub):
-        model.base_model(windows.to(model.device), use_cache=False)
-    if len(calls) != len(blocks):
-        raise ValueError(f"{type(model).__name__} made {len(calls)} calls to its {len(blocks)} blocks: not supported")
-    return calls
-
-
-@torch.no_grad()
-def embed(
-    model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"], returns_tuple: bool
-) -> Float[Tensor, "batch seq_len hidden"]:
-    """The hidden states that enter the first block."""
-    entered: list[Tensor] = []
-
-    def stub(index: int, hidden: Tensor, *args, **kwargs):
-        entered.append(hidden)
-        return (hidden,) if returns_tuple else hidden
-
-    with _stubbed(find_blocks(model), stub):
-        model.base_model(windows.to(model.device), use_cache=False)
-    return entered[0]
+    target = target.float()
+    norm = target.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (1, 1, hidden)
+    return ((target - output.float()) / norm).square().sum() / target.shape[-1]
 
 
 @contextlib.contextmanager
-def _stubbed(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
-    """Replace every block's forward by `stub(index, hidden, ...)` for a while."""
-    own = [block.__dict__.get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = functools.partial(stub, index)
+def _projection_errors(dense: dict[str, nn.Linear], weights: dict[str, Tensor]) -> Iterator[dict[str, float]]:
+    """While active, ||(W - W')x||^2 / ||Wx||^2 of each projection over the first window that passes."""
+    errors: dict[str, float] = {}
+    before = {name: projection.weight for name, projection in dense.items()}
+
+    def hook(name: str, x: Tensor) -> None:
+        if name not in errors:
+            output = nn.functional.linear(x, before[name]).float()
+            lost = nn.functional.linear(x, before[name] - weights[name]).float()
+            errors[name] = float(lost.square().sum() / output.square().sum().clamp_min(1e-30))
+
+    handles = [
+        projection.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, inputs[0]))
+        for name, projection in dense.items()
+    ]
     try:
-        yield
+        yield errors
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+        for handle in handles:
+            handle.remove()
 
 
-class Span(nn.ModuleList):
-    """Consecutive blocks that run as one; their projections are named `0.self_attn.q_proj`, ..."""
-
-    def forward(self, hidden: Tensor, calls: list[BlockCall]) -> Tensor:
-        for block, call in zip(self, calls, strict=True):
-            hidden = run_block(block, hidden, call)
-        return hidden
-
-
-def spans(blocks: nn.ModuleList, calls: list[BlockCall], size: int) -> Spans:
-    """Every `size` blocks as one module with its call, by the first block's index; the last may hold fewer."""
-    if size == 1:
-        return dict(enumerate(zip(blocks, calls, strict=True)))
-    starts = range(0, len(blocks), size)
-    return {i: (Span(blocks[i : i + size]), BlockCall((calls[i : i + size],), {}, False)) for i in starts}
-
-
-def members(index: int, block: nn.Module) -> dict[int, nn.Module]:
-    """The blocks of a block or span of blocks that starts at `index`, by their own index."""
-    return dict(enumerate(block, index)) if isinstance(block, Span) else {index: block}
-
-
-def locate(index: int, block: nn.Module, name: str) -> tuple[int, str]:
-    """Block and name of a projection that belongs to a block, or to a span of blocks, that starts at `index`."""
-    if not isinstance(block, Span):
-        return index, name
-    offset, _, within = name.partition(".")
-    return index + int(offset), within
-
-
-def device_of(block: nn.Module) -> torch.device:
-    """Where a block computes."""
-    return next(block.parameters()).device
-
-
-def to_device_of(block: nn.Module, window: Tensor) -> Tensor:
-    """A window of hidden states where the block computes; no copy where it is there already."""
-    return window.to(device_of(block), non_blocking=True)
-
-
-def run_block(
-    block: nn.Module,
-    hidden: Float[Tensor, "batch seq_len hidden"],
-    call: BlockCall,
-    weights: dict[str, Tensor] | None = None,
-) -> Float[Tensor, "batch seq_len n_out"]:
-    """One block's output hidden states, with some projections' weights replaced for this call only.
-
-    The block may be any module that takes its hidden states first: a span of blocks, attention, a projection (whose
-    name in itself is empty).
-    """
-    parameters = {f"{name}.weight".lstrip("."): weight for name, weight in (weights or {}).items()}
-    output = torch.func.functional_call(block, parameters, (hidden, *call.args), call.kwargs)
-    return output[0] if call.returns_tuple else output
-
-
-@torch.no_grad()
-def record_part(
-    block: nn.Module,
-    part: str,
-    hidden: Float[Tensor, "n_samples seq_len hidden"],
-    call: BlockCall,
-    weights: dict[str, Tensor],
-) -> tuple[Float[Tensor, "n_samples seq_len n_in"], BlockCall, Float[Tensor, "n_samples seq_len n_out"]]:
-    """What enters a part of a block, how the part is called, and what it makes of that with its own weights.
+@contextlib.contextmanager
+def frozen(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients; on a GPU, sums in the same order every time, as on a CPU they always are.
 
     Args:
-        part: name of a submodule that the block calls once.
-        weights: of projections outside the part, replaced for these runs.
+        device: what computes; the model's own by default.
     """
-    module, seen = block.get_submodule(part), []
-    signature = inspect.signature(module.forward)
-
-    def hook(_, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        bound = signature.bind(*args, **kwargs)  # the hidden states come first, whatever their name
-        returns_tuple = isinstance(output, tuple)
-        rest = BlockCall(bound.args[1:], bound.kwargs, returns_tuple)
-        seen.append((bound.args[0], rest, output[0] if returns_tuple else output))
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
+    training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    on_gpu = (device or model.device).type == "cuda"
+    model.eval().requires_grad_(False)
     try:
-        for window in hidden.split(1):
-            run_block(block, to_device_of(block, window), call, weights)
+        with torch.no_grad(), deterministic(True) if on_gpu else contextlib.nullcontext():
+            yield
     finally:
-        handle.remove()
-    inputs, calls, outputs = zip(*seen, strict=True)
-    # some families flatten windows and tokens inside a block
-    stack = lambda parts: torch.stack([part.view(hidden.shape[1], -1) for part in parts])
-    return stack(inputs), calls[0], stack(outputs)
-
-
-@torch.no_grad()
-def run_head(
-    model: PreTrainedModel, hidden: Float[Tensor, "1 n hidden"], returns_tuple: bool
-) -> Float[Tensor, "1 n vocab"]:
-    """Logits of hidden states that leave the last block: final norm, head and softcap run as the model has them."""
-    stub = lambda index, _, *args, **kwargs: (hidden,) if returns_tuple else hidden
-    with _stubbed(find_blocks(model), stub):
-        return model(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), use_cache=False).logits
+        model.train(training)
+        for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(requires_grad)

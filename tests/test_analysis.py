@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from besa.decoder import find_blocks, projections
 from besa.paper import analysis
-from besa.walk import find_blocks, projections
 
 
 def test_spearman_is_one_for_any_rising_function_and_shares_ranks_of_equals():

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import besa
+from besa.decoder import projections, weight_of
 from besa.evaluate import perplexity as evaluate
 from besa.evaluate.perplexity import hidden_state_errors
-from besa.walk import projections, weight_of
 
 
 @pytest.mark.parametrize("seq_len", [24, 64])

@@ -3,7 +3,7 @@ import torch
 
 import besa
 from besa.inputs import models
-from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.device import resolve_dtype
 
 
 def test_a_local_folder_loads(tiny_llama, smollm2, tmp_path):

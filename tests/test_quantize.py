@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import besa
+from besa.decoder import find_blocks, projections
 from besa.quantize import QuantizedFiles, load_quantized, packed_record, save_quantized
-from besa.walk import find_blocks, projections
 
 BITS = [2, 3, 4, 8]
 
@@ -108,14 +108,18 @@ def test_packed_codes_and_scales_reproduce_the_saved_weights_bit_for_bit(
         sum(r["rows"] * r["columns"] for r in report.rows),
     )
     groups = sum(quantized.scale.numel() for quantized in report.quantized.values())
-    expected = (weights + kept * bits + groups * (16 + 8)) / weights
+    mask_bits = 0 if name == "quantization alone" else weights
+    expected = (mask_bits + kept * bits + groups * (16 + 8)) / weights
     assert bits_per_weight == pytest.approx(expected, abs=0.05)  # whole bytes
     for quantized in report.quantized.values():
         assert quantized.codes.max() <= 2**bits - 1
     if name == "quantization alone":
-        assert report.sparsity < 0.3  # rounding makes zeros too
+        assert report.sparsity == 0  # rounding makes zeros too, and they are no pruned weights
+        assert any((quantized.dequantize(torch.float32) == 0).any() for quantized in report.quantized.values())
     else:
         assert report.sparsity > 0.45
+        for key, quantized in report.quantized.items():
+            assert torch.equal(quantized.keep_mask, report.keep_masks[key])
 
 
 def test_learned_clipping_beats_min_max_on_the_same_blocks(smollm2, windows):

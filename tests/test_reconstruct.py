@@ -7,14 +7,14 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import besa
-from besa.prune import reconstruction_error
-from besa.walk import embed, find_blocks, projections, record_calls, record_part, run_block
+from besa.decoder import embed, find_blocks, projections, record_calls, record_part, run_block
+from besa.walk import reconstruction_error
 
 
 def last_hidden(model, window):
     """What leaves the last block, before the final norm."""
     calls = record_calls(model, window)
-    hidden = embed(model, window, calls[0].returns_tuple)
+    hidden = embed(model, window)
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
     return hidden
@@ -58,7 +58,7 @@ def test_a_part_sees_what_the_pruned_rest_of_the_block_makes_of_the_inputs(tiny_
     """The second projection of the MLP must reproduce its own output on inputs that the pruned attention made."""
     call = record_calls(tiny_llama, windows[:1])[0]
     block = find_blocks(tiny_llama)[0]
-    hidden = torch.cat([embed(tiny_llama, window, call.returns_tuple) for window in windows.split(1)]).detach()
+    hidden = torch.cat([embed(tiny_llama, window) for window in windows.split(1)]).detach()
     pruned = {"self_attn.o_proj": torch.zeros_like(block.self_attn.o_proj.weight)}
     inputs, _, outputs = record_part(block, "mlp.up_proj", hidden, call, pruned)
     # Without attention's output, the MLP sees the normalized block input.
@@ -70,10 +70,10 @@ def test_a_part_sees_what_the_pruned_rest_of_the_block_makes_of_the_inputs(tiny_
 def test_attention_is_replayed_as_the_block_calls_it(tiny_llama, windows):
     call = record_calls(tiny_llama, windows[:1])[0]
     block = find_blocks(tiny_llama)[0]
-    hidden = embed(tiny_llama, windows[:1], call.returns_tuple)
+    hidden = embed(tiny_llama, windows[:1])
     inputs, attention, outputs = record_part(block, "self_attn", hidden, call, {})
     torch.testing.assert_close(run_block(block.self_attn, inputs, attention), outputs)
-    assert attention.returns_tuple
+    assert attention.in_tuple
 
 
 def test_parts_of_blocks_without_an_mlp_module_are_their_children(windows):

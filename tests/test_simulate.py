@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import besa
+from besa.decoder import projections
 from besa.evaluate.cycles import _run, simulate_model
 
 
@@ -110,13 +111,17 @@ def test_what_is_no_mask_is_refused(no_type_checks, mask, message):
 
 
 def test_a_models_down_proj_is_cut_into_square_patches(tiny_llama):
-    with torch.no_grad():
-        for block in tiny_llama.model.layers:
-            block.mlp.down_proj.weight[torch.rand(32, 80, generator=torch.Generator().manual_seed(2)) < 0.5] = 0
-    frame = simulate_model(tiny_llama)
+    keep_masks = {
+        (index, name): torch.ones_like(projection.weight, dtype=torch.bool)
+        for index, block in enumerate(tiny_llama.model.layers)
+        for name, projection in projections(block).items()
+    }
+    for index in range(3):
+        keep_masks[index, "mlp.down_proj"] = torch.rand(32, 80, generator=torch.Generator().manual_seed(index)) >= 0.5
+    frame = simulate_model(tiny_llama, keep_masks)
     assert len(frame) == 3 * 7 and frame["block"].tolist() == sorted(frame["block"])
     for _, row in frame.iterrows():
-        keep = tiny_llama.model.layers[row["block"]].get_submodule(row["projection"]).weight != 0
+        keep = keep_masks[row["block"], row["projection"]]
         width = 32 if row["kind"] == "down_proj" else keep.shape[1]
         patches = [besa.simulate_cycles(keep[:, start : start + width]) for start in range(0, keep.shape[1], width)]
         assert len(patches) == (3 if row["kind"] == "down_proj" else 1)
@@ -124,3 +129,5 @@ def test_a_models_down_proj_is_cut_into_square_patches(tiny_llama):
         assert row["dense_cycles"] == sum(patch.dense_cycles for patch in patches)
         assert row["sparsity"] == pytest.approx(1 - int(keep.sum()) / keep.numel())
     assert (frame["sparsity"] > 0).tolist() == (frame["kind"] == "down_proj").tolist()
+    dense = simulate_model(tiny_llama)
+    assert (dense["cycles"] == dense["dense_cycles"]).all() and not dense["sparsity"].any()

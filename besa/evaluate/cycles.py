@@ -1,6 +1,7 @@
 """Cycles that the ViTCoD accelerator spends on a pruned projection (paper Table 4): multiplications only, no memory."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.walk import find_blocks, projections, weight_of
+from besa.decoder import find_blocks, projections
 
 PE_ROWS, PE_COLUMNS = 64, 64
 """Processing elements (PEs); each multiplies one weight per cycle."""
@@ -104,11 +105,16 @@ def _cycles(work: int, pe_columns: int) -> int:
     return -(-work // (pe_columns * PE_ROWS)) if work else 0
 
 
-def simulate_model(model: PreTrainedModel, patched: tuple[str, ...] = ("down_proj",)) -> pd.DataFrame:
-    """`simulate_cycles` of every projection of a model, from its weights: what is exactly 0 is pruned.
+def simulate_model(
+    model: PreTrainedModel,
+    keep_masks: Mapping[tuple[int, str], Bool[Tensor, "rows columns"]] | None = None,
+    patched: tuple[str, ...] = ("down_proj",),
+) -> pd.DataFrame:
+    """`simulate_cycles` of every projection of a model, from its keep-masks.
 
     Args:
-        model: any decoder whose blocks `besa.walk` finds.
+        model: any decoder whose blocks `besa.decoder` finds; its weights are not looked at.
+        keep_masks: `Report.keep_masks`; None for a model of which nothing is pruned.
         patched: last parts of the names of projections that the accelerator gets in square patches, cut along their
             columns (the last one as wide as what is left); their cycles add up.
 
@@ -119,8 +125,8 @@ def simulate_model(model: PreTrainedModel, patched: tuple[str, ...] = ("down_pro
     table = []
     for index, block in enumerate(find_blocks(model)):
         for name, projection in projections(block).items():
-            keep_mask, kind = weight_of(projection) != 0, name.rpartition(".")[2]
-            rows, columns = keep_mask.shape
+            (rows, columns), kind = projection.weight.shape, name.rpartition(".")[2]
+            keep_mask = keep_masks[index, name] if keep_masks else torch.ones(rows, columns, dtype=torch.bool)
             patches = keep_mask.split(rows, dim=1) if kind in patched else [keep_mask]
             runs = [simulate_cycles(patch) for patch in patches]
             kept = sum(run.dense_kept + run.sparse_kept for run in runs)
@@ -139,14 +145,10 @@ def simulate_model(model: PreTrainedModel, patched: tuple[str, ...] = ("down_pro
     return pd.DataFrame(table)
 
 
-def cycles_record(model: PreTrainedModel, pruned: bool) -> dict[str, Any]:
-    """What a record keeps: mean cycles over the blocks by kind of projection, and `simulate_model`'s rows.
-
-    Args:
-        pruned: False counts every weight of the model, even one that happens to be 0.
-    """
-    frame = simulate_model(model)
-    if not pruned:
-        frame = frame.assign(sparsity=0.0, cycles=frame["dense_cycles"])
+def cycles_record(
+    model: PreTrainedModel, keep_masks: Mapping[tuple[int, str], Bool[Tensor, "rows columns"]] | None
+) -> dict[str, Any]:
+    """What a record keeps: mean cycles over the blocks by kind of projection, and `simulate_model`'s rows."""
+    frame = simulate_model(model, keep_masks)
     means = frame.groupby("kind", sort=False)["cycles"].mean()
     return {"metrics": means.to_dict(), "projections": frame.to_dict("records")}

@@ -17,12 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.evaluate.perplexity import LOGITS_AT_ONCE
 from besa.evaluate.tasks import quiet
 from besa.machine.memory import total_device
 from besa.machine.processes import from_all, n_ranks, rank
 
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**29}
-"""Tokens of a batch times vocabulary: at most 64 MiB and 2 GiB of logits in float32. Larger batches pad more."""
 CACHED_AT_ONCE = 0.1
 """Of the device's memory, at most so much goes to the keys and values of a batch."""
 _NO_TOKEN = -100

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from besa.decoder import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
 from besa.machine.processes import n_ranks, rank, sum_
-from besa.walk import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
 
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
-"""64 and 512 MiB in float32."""
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
+"""Tokens times vocabulary that the head computes at once: 64 MiB and 1 GiB in float32."""
 SPREAD_AT_ONCE = 8
 """Segments that run together where a model's weights do not all fit on the GPU, and come anew for every run."""
 
@@ -71,7 +71,7 @@ def _negative_log_likelihood(
     model: PreTrainedModel, segments: Int64[Tensor, "batch seq_len"], calls: list[BlockCall]
 ) -> float:
     """Summed over the segments' predicted tokens, in nats."""
-    hidden = embed(model, segments, calls[0].returns_tuple)
+    hidden = embed(model, segments)
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
     hidden, labels = hidden[:, :-1].flatten(0, 1)[None], segments[:, 1:].flatten().to(hidden.device)
@@ -80,7 +80,7 @@ def _negative_log_likelihood(
     step = max(1, min(segments.shape[1] - 1, at_once // model.get_input_embeddings().num_embeddings))
     total = 0.0
     for part, targets in zip(hidden.split(step, dim=1), labels.split(step), strict=True):
-        logits = run_head(model, part, calls[0].returns_tuple)[0].float()  # (step, vocab)
+        logits = run_head(model, part, calls[0])[0].float()  # (step, vocab)
         total += F.cross_entropy(logits, targets, reduction="sum").double()
     return float(total)
 
@@ -118,7 +118,7 @@ def hidden_state_errors(
     with _evaluating(model), _evaluating(dense):
         calls = [record_calls(network, windows[:1]) for network in (model, dense)]
         for window in tqdm(windows.split(1), desc="errors", unit="window", leave=False, disable=not progress):
-            hidden, target = (embed(network, window, calls[0][0].returns_tuple) for network in (model, dense))
+            hidden, target = (embed(network, window) for network in (model, dense))
             steps = zip(find_blocks(model), find_blocks(dense), *calls, strict=True)
             for index, (block, dense_block, call, dense_call) in enumerate(steps):
                 hidden, target = run_block(block, hidden, call), run_block(dense_block, target, dense_call)

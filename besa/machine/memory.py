@@ -72,7 +72,6 @@ class Cost:
 def measure() -> Iterator[Cost]:
     """Time a piece of work and take its peak memory."""
     cost = Cost()
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     _reset_peak_resident()

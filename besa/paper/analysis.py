@@ -1,6 +1,7 @@
 """What a learned allocation looks like by row, and what it goes along with."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from besa.decoder import find_blocks, projections, weight_of
 from besa.importance import collect_statistics, wanda
 from besa.inputs.models import load_model
 from besa.paper.experiment import Experiment
 from besa.report import Report
-from besa.walk import find_blocks, projections, weight_of
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """Of the rows' sparsities, by projection."""
@@ -69,13 +70,9 @@ def _features(weight: Float[Tensor, "rows columns"], importance: Float[Tensor, "
     return pd.DataFrame({name: values.cpu().numpy() for name, values in features.items()})
 
 
-def row_sparsities(model: PreTrainedModel) -> dict[tuple[int, str], np.ndarray]:
-    """Fraction of zeros in every row of the projections, by block and projection."""
-    return {
-        (index, name): (weight_of(projection) == 0).float().mean(1).cpu().numpy()
-        for index, block in enumerate(find_blocks(model))
-        for name, projection in projections(block).items()
-    }
+def row_sparsities(keep_masks: Mapping[tuple[int, str], Tensor]) -> dict[tuple[int, str], np.ndarray]:
+    """Fraction of every row of the projections that is pruned, by block and projection."""
+    return {key: (~keep_mask).float().mean(1).numpy() for key, keep_mask in keep_masks.items()}
 
 
 def spearman(features: pd.DataFrame, target: pd.Series | np.ndarray) -> dict[str, float | None]:
@@ -118,7 +115,7 @@ def learned(experiment: Experiment, network: PreTrainedModel, report: Report) ->
     return {
         **experiment.perplexities(network, report),
         "steps": pd.DataFrame(report.steps).round(6).to_dict("list"),
-        **row_analysis(row_sparsities(network), row_features(dense, experiment.windows)),
+        **row_analysis(row_sparsities(report.keep_masks), row_features(dense, experiment.windows)),
     }
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.checkpoint.format import find_checkpoint, precision_of
 from besa.checkpoint.run import prune_checkpoint
+from besa.decoder import find_blocks
 from besa.evaluate.perplexity import hidden_state_errors, perplexity
 from besa.inputs.models import load_model, load_shapes, load_tokenizer, weight_bytes
 from besa.inputs.text import Sampler, calibration_windows, test_tokens
@@ -26,7 +27,6 @@ from besa.paper import results
 from besa.paper.results import Profile, Record
 from besa.prune import Method, prune
 from besa.report import Report
-from besa.walk import find_blocks
 
 Evaluate = Callable[[PreTrainedModel, Report | None], dict[str, Any]]
 """(the model after pruning, what pruning did or None for the dense model) -> `metrics` and more for the record."""

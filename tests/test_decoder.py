@@ -3,8 +3,8 @@ import torch
 import transformers
 from torch import nn
 
+from besa.decoder import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
 from besa.importance import collect_statistics
-from besa.walk import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
 
 SMALL = {
     "vocab_size": 97,
@@ -41,11 +41,11 @@ def build(architecture, **options):
 def test_blocks_chained_equal_the_whole_model(architecture):
     model, window = build(architecture), torch.randint(1, 97, (1, 24))
     calls = record_calls(model, torch.randint(1, 97, (1, 24)))
-    hidden = embed(model, window, calls[0].returns_tuple)
+    hidden = embed(model, window)
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
     expected = model(window).logits
-    torch.testing.assert_close(run_head(model, hidden, calls[0].returns_tuple), expected, rtol=0, atol=0)
+    torch.testing.assert_close(run_head(model, hidden, calls[0]), expected, rtol=0, atol=0)
     torch.testing.assert_close(model(window).logits, expected, rtol=0, atol=0)  # stubs are gone
 
 
@@ -67,7 +67,7 @@ def test_linear_subclasses_count_as_projections(tiny_llama):
 
 def test_projections_with_one_input_share_its_statistics(tiny_llama, windows):
     block, (call, *_) = tiny_llama.model.layers[0], record_calls(tiny_llama, windows[:1])
-    hidden = embed(tiny_llama, windows[:1], call.returns_tuple)
+    hidden = embed(tiny_llama, windows[:1])
     with collect_statistics(projections(block), 1, hessian=False) as statistics, torch.no_grad():
         run_block(block, hidden, call)
     assert set(statistics) == set(projections(block))

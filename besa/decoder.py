@@ -1,0 +1,290 @@
+"""Find the blocks and projections of any decoder, record what every block is called with, run one block.
+
+Nothing here names an argument of a block: the calls that the model makes are recorded once and replayed verbatim.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to a block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    in_tuple: bool = False
+    """Whether the block answers with a tuple, which differs between families."""
+
+    def to(self, device: torch.device) -> "BlockCall":
+        """The same with every tensor on a device."""
+        move = lambda value: value.to(device) if isinstance(value, Tensor | BlockCall) else value
+        return BlockCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.in_tuple)
+
+    def answer(self, hidden: Tensor) -> Any:
+        """Hidden states in the form in which the block answers."""
+        return (hidden,) if self.in_tuple else hidden
+
+
+Spans = dict[int, tuple[nn.Module, BlockCall]]
+"""Blocks, or spans of blocks that run as one, with their calls, by the index of the first."""
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model, in order.
+
+    Raises:
+        ValueError: no list of `num_hidden_layers` modules of a class that the model declares unsplittable.
+    """
+    n_blocks = model.config.get_text_config().num_hidden_layers
+    unsplittable = set(model._no_split_modules or [])
+    for module in model.modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) == n_blocks
+        if is_list and {type(block).__name__ for block in module} <= unsplittable:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {n_blocks} blocks of a class in {sorted(unsplittable)}: "
+        "not a decoder that besa knows how to walk through"
+    )
+
+
+def projections(block: nn.Module) -> dict[str, nn.Linear]:
+    """The prunable linear maps of a block by their name in it (`self_attn.q_proj`); weights are (rows, columns)."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def weight_of(projection: nn.Linear) -> Float[Tensor, "rows columns"]:
+    """A projection's weight, to read; where the model is larger than the GPU (`load_model`) a copy, fetched for it."""
+    with align_module_device(projection):
+        return projection.weight.detach()
+
+
+def check_model(model: PreTrainedModel, values: bool = True) -> None:
+    """Refuse what cannot be pruned, before any work.
+
+    Args:
+        values: look at the weights too, which reads all of them.
+
+    Raises:
+        ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, or part
+            of a mixture of experts; the message names it.
+    """
+    for index, block in enumerate(find_blocks(model)):
+        # Fused experts first: the router beside them would be named instead.
+        for name, parameter in sorted(block.named_parameters(), key=lambda item: -item[1].ndim):
+            problem = _problem(block, name, parameter, values)
+            if problem:
+                raise ValueError(f"block {index}, {name}: {problem}")
+
+
+def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
+    owner = block.get_submodule(name.rpartition(".")[0])
+    if parameter.is_meta:
+        return "the weights are not in memory (meta device); `besa.prune_checkpoint` takes the model by its name"
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        return f"quantized weights ({parameter.dtype}); load the model in bfloat16, float16 or float32"
+    if parameter.ndim > 2:
+        return f"a parameter of shape {tuple(parameter.shape)}: mixture-of-experts and convolutions are not supported"
+    if parameter.ndim == 2 and not isinstance(owner, nn.Linear):
+        return f"a {type(owner).__name__} is not a torch.nn.Linear and cannot be pruned; convert it first"
+    if values and not torch.isfinite(parameter).all():
+        return "the weights hold NaN or infinity"
+    return None
+
+
+def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: int) -> None:
+    """Refuse token ids that the model cannot take, before any work.
+
+    Raises:
+        ValueError: not int64, empty, sequences shorter than 2 or longer than the model's context, unknown ids.
+    """
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"token ids must be int64, not {tokens.dtype}")
+    context = _context(model)
+    if not 2 <= seq_len <= context:
+        raise ValueError(f"seq_len {seq_len} is outside [2, {context}], what the model's context allows")
+    if not tokens.numel():
+        raise ValueError(f"no token ids: shape {tuple(tokens.shape)}")
+    n_ids = model.get_input_embeddings().num_embeddings
+    if tokens.min() < 0 or tokens.max() >= n_ids:
+        raise ValueError(
+            f"token ids from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary has {n_ids}: "
+            "were they made with another model's tokenizer?"
+        )
+
+
+def _context(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+@torch.no_grad()
+def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> list[BlockCall]:
+    """How the model calls each of its blocks for windows; it depends on their number and length, not on their tokens.
+
+    Raises:
+        ValueError: the model did not call every block once.
+    """
+    blocks = find_blocks(model)
+    calls: list[BlockCall] = []
+    run_first = blocks[0].forward
+
+    def stub(index: int, hidden: Tensor, *args, **kwargs):
+        # The first block is run, to find out whether blocks answer with a tuple.
+        in_tuple = calls[0].in_tuple if calls else isinstance(run_first(hidden, *args, **kwargs), tuple)
+        calls.append(BlockCall(args, kwargs, in_tuple))
+        return calls[-1].answer(hidden)
+
+    with _stubbed(blocks, stub):
+        model.base_model(windows.to(model.device), use_cache=False)
+    if len(calls) != len(blocks):
+        raise ValueError(f"{type(model).__name__} made {len(calls)} calls to its {len(blocks)} blocks: not supported")
+    return calls
+
+
+class _Entered(Exception):
+    """The model has come to its first block."""
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> Float[Tensor, "batch seq_len hidden"]:
+    """The hidden states that enter the first block, where the model is stopped."""
+
+    def stub(index: int, hidden: Tensor, *args, **kwargs):
+        raise _Entered(hidden)
+
+    with _stubbed(find_blocks(model), stub):
+        try:
+            model.base_model(windows.to(model.device), use_cache=False)
+        except _Entered as entered:
+            return entered.args[0]
+    raise ValueError(f"{type(model).__name__} did not call its first block: not supported")
+
+
+@contextlib.contextmanager
+def _stubbed(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
+    """Replace every block's forward by `stub(index, hidden, ...)` for a while."""
+    own = [block.__dict__.get("forward") for block in blocks]
+    for index, block in enumerate(blocks):
+        block.forward = functools.partial(stub, index)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+class Span(nn.ModuleList):
+    """Consecutive blocks that run as one; their projections are named `0.self_attn.q_proj`, ..."""
+
+    def forward(self, hidden: Tensor, calls: list[BlockCall]) -> Tensor:
+        for block, call in zip(self, calls, strict=True):
+            hidden = run_block(block, hidden, call)
+        return hidden
+
+
+def spans(blocks: nn.ModuleList, calls: list[BlockCall], size: int) -> Spans:
+    """Every `size` blocks as one module with its call, by the first block's index; the last may hold fewer."""
+    if size == 1:
+        return dict(enumerate(zip(blocks, calls, strict=True)))
+    starts = range(0, len(blocks), size)
+    return {i: (Span(blocks[i : i + size]), BlockCall((calls[i : i + size],), {})) for i in starts}
+
+
+def members(index: int, block: nn.Module) -> dict[int, nn.Module]:
+    """The blocks of a block or span of blocks that starts at `index`, by their own index."""
+    return dict(enumerate(block, index)) if isinstance(block, Span) else {index: block}
+
+
+def locate(index: int, block: nn.Module, name: str) -> tuple[int, str]:
+    """Block and name of a projection that belongs to a block, or to a span of blocks, that starts at `index`."""
+    if not isinstance(block, Span):
+        return index, name
+    offset, _, within = name.partition(".")
+    return index + int(offset), within
+
+
+def device_of(block: nn.Module) -> torch.device:
+    """Where a block computes."""
+    return next(block.parameters()).device
+
+
+def to_device_of(block: nn.Module, window: Tensor) -> Tensor:
+    """A window of hidden states where the block computes; no copy where it is there already."""
+    return window.to(device_of(block), non_blocking=True)
+
+
+def run_block(
+    block: nn.Module,
+    hidden: Float[Tensor, "batch seq_len hidden"],
+    call: BlockCall,
+    weights: dict[str, Tensor] | None = None,
+) -> Float[Tensor, "batch seq_len n_out"]:
+    """One block's output hidden states, with some projections' weights replaced for this call only.
+
+    The block may be any module that takes its hidden states first: a span of blocks, attention, a projection (whose
+    name in itself is empty).
+    """
+    parameters = {f"{name}.weight".lstrip("."): weight for name, weight in (weights or {}).items()}
+    output = torch.func.functional_call(block, parameters, (hidden, *call.args), call.kwargs)
+    return output[0] if call.in_tuple else output
+
+
+@torch.no_grad()
+def record_part(
+    block: nn.Module,
+    part: str,
+    hidden: Float[Tensor, "n_samples seq_len hidden"],
+    call: BlockCall,
+    weights: dict[str, Tensor],
+) -> tuple[Float[Tensor, "n_samples seq_len n_in"], BlockCall, Float[Tensor, "n_samples seq_len n_out"]]:
+    """What enters a part of a block, how the part is called, and what it makes of that with its own weights.
+
+    Args:
+        part: name of a submodule that the block calls once.
+        weights: of projections outside the part, replaced for these runs.
+    """
+    module, seen = block.get_submodule(part), []
+    signature = inspect.signature(module.forward)
+
+    def hook(_, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        bound = signature.bind(*args, **kwargs)  # the hidden states come first, whatever their name
+        rest = BlockCall(bound.args[1:], bound.kwargs, isinstance(output, tuple))
+        seen.append((bound.args[0], rest, output[0] if rest.in_tuple else output))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        for window in hidden.split(1):
+            run_block(block, to_device_of(block, window), call, weights)
+    finally:
+        handle.remove()
+    inputs, calls, outputs = zip(*seen, strict=True)
+    # some families flatten windows and tokens inside a block
+    stack = lambda parts: torch.stack([part.view(hidden.shape[1], -1) for part in parts])
+    return stack(inputs), calls[0], stack(outputs)
+
+
+@torch.no_grad()
+def run_head(
+    model: PreTrainedModel, hidden: Float[Tensor, "1 n hidden"], call: BlockCall
+) -> Float[Tensor, "1 n vocab"]:
+    """Logits of hidden states that leave the last block: final norm, head and softcap run as the model has them.
+
+    Args:
+        call: of any block of the model.
+    """
+    stub = lambda index, _, *args, **kwargs: call.answer(hidden)
+    with _stubbed(find_blocks(model), stub):
+        return model(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), use_cache=False).logits
