@@ -1,7 +1,7 @@
 """BESA: learn the sparsity allocation of one block by gradient descent on its reconstruction error (Eqn. 1-2)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from besa.allocation import Allocation, candidate_rates, reachable_sparsity
+from besa.budget import Budgeted, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
 from besa.importance import Importance, InputStatistics, importance
 from besa.machine.processes import mean_, n_ranks
 from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
-from besa.walk import Block, PrunedBlock, reconstruction_error
+from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,14 @@ class Besa(Method):
     reconstruct: Literal["projection", "sublayer"] | int = 1
     """What is reconstructed together, under a budget of its own: each projection, attention and MLP each by itself, or
     this number of consecutive blocks (published: one)."""
+    budget: Literal["penalty", "exact"] = "penalty"
+    """How the sparsity is kept to. "penalty", published: approached, and confined by `smooth`. "exact": any sparsity in
+    (0, 1), met to the weight in every block, by one number per row group in place of candidates (`besa/budget.py`)."""
+    lr: float = 0.01
+    """Adam's step size for exact budgets, which falls to 0 as a cosine."""
+    loss: Literal["channel", "token"] | None = None
+    """What a window's error is relative to: the norm of each output channel, published, or of each token, which is less
+    easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget."""
     quantize: Quantize | None = None
     """Quantize the weights too, their clipping learned beside the allocation (joint compression, Eqn. 7)."""
     seed: int | None = None
@@ -64,9 +73,11 @@ class Besa(Method):
             raise ValueError(f"importance {self.importance!r} is not 'magnitude', 'wanda' or 'sparsegpt'")
         if not 2 <= self.candidates <= 256:
             raise ValueError(f"candidates {self.candidates} is outside [2, 256]")
-        if min(self.epochs, self.batch_size) < 1 or self.penalty <= 0 or self.d_coef <= 0:
+        if min(self.epochs, self.batch_size) < 1 or min(self.penalty, self.d_coef, self.lr) <= 0:
             numbers = f"epochs ({self.epochs}), batch_size ({self.batch_size}), penalty ({self.penalty})"
-            raise ValueError(f"{numbers} and d_coef ({self.d_coef}) must be positive")
+            raise ValueError(f"{numbers}, d_coef ({self.d_coef}) and lr ({self.lr}) must be positive")
+        if self.budget not in ("penalty", "exact") or self.loss not in ("channel", "token", None):
+            raise ValueError(f"budget {self.budget!r} is not 'penalty' or 'exact', or loss {self.loss!r} no known one")
         if self.reconstruct not in ("projection", "sublayer") and (
             isinstance(self.reconstruct, str) or self.reconstruct < 1
         ):
@@ -76,7 +87,7 @@ class Besa(Method):
                 f"reconstruct {self.reconstruct!r} with targets 'dense': only whole blocks have the "
                 "dense model's outputs; take targets 'pruned'"
             )
-        lowest, highest = reachable_sparsity(self.candidates, self.smooth)
+        lowest, highest = (0.0, 1.0) if self.budget == "exact" else reachable_sparsity(self.candidates, self.smooth)
         if not lowest < self.sparsity < highest:
             raise ValueError(
                 f"sparsity {self.sparsity} is outside ({lowest:.3f}, {highest:.3f}), what {self.candidates} candidates "
@@ -104,7 +115,8 @@ class Besa(Method):
         whole = PrunedBlock()
         for name in self._parts(block):
             part = block.part(name, whole.weights) if name else block
-            learned = self._learn(_Learner(self, part, name, statistics), part)
+            learner = (_BudgetLearner if self.budget == "exact" else _Learner)(self, part, name, statistics)
+            learned = self._learn(learner, part)
             for pruned, of_part in (
                 (whole.weights, learned.weights),
                 (whole.keep_masks, learned.keep_masks),
@@ -132,13 +144,18 @@ class Besa(Method):
             learner.zero_grad()
             for window in step:
                 masked, sparsity = learner()
-                error = reconstruction_error(block.run(window, masked), block.target(window))  # Eqn. 1
+                error = self._error(block.run(window, masked), block.target(window))  # Eqn. 1
                 loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2  # Eqn. 2
                 scaler.scale(loss / len(step)).backward()  # Eqn. 6
                 log.append(torch.stack([loss, error, sparsity]).detach())
             skipped.append(learner.step(scaler))
         entries = mean_(torch.stack(log).view(-1, len(step), 3).mean(1))
         return learner.pruned(_steps_log(block.index, entries, skipped))
+
+    @property
+    def _error(self) -> Callable[[Tensor, Tensor], Tensor]:
+        per_token = self.loss == "token" or (self.loss is None and self.budget == "exact")
+        return token_error if per_token else reconstruction_error
 
     def _group_rows(self, weight: Tensor) -> int:
         return {"row": 1, "layer": len(weight)}.get(self.row_group, self.row_group)
@@ -162,34 +179,50 @@ class _Learner:
         Args:
             part: what `block` is called in the block that the statistics are of.
         """
-        self.quantize, candidates = method.quantize, method.candidates
-        self.allocations: dict[str, Allocation] = {}
-        for name, projection in block.projections.items():
-            weight = projection.weight.detach()
-            rates = candidate_rates(candidates).to(weight.device)
-            ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
-            scores = importance(method.importance, ranked, statistics[_joined(part, name)])
-            groups = len(weight) // method._group_rows(weight)
-            self.allocations[name] = Allocation.create(weight, scores, rates, groups, method.smooth)
-        # Starting at 0, every candidate is equally likely: sparsity one half.
-        self.logits = _Flat({name: (a.groups, candidates) for name, a in self.allocations.items()}, 0.0, weight.device)
+        self.method, self.quantize = method, method.quantize
+        weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
+        scores = {name: self._scores(weight, statistics[_joined(part, name)]) for name, weight in weights.items()}
+        device = next(iter(weights.values())).device
+        self.prepare(weights, scores, device, steps=method.epochs * len(block.inputs) * n_ranks() // method.batch_size)
         self.learned = [self.logits]
-        self.optimizers = [prodigyopt.Prodigy([self.logits.values], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
         if self.quantize:
-            shapes = {name: self.quantize.clipping_shape(a.weight) for name, a in self.allocations.items()}
-            self.clipping = _Flat(shapes, CLIPPING_START, weight.device)
+            shapes = {name: self.quantize.clipping_shape(weight) for name, weight in weights.items()}
+            self.clipping = _Flat(shapes, CLIPPING_START, device)
             self.learned.append(self.clipping)
             self.optimizers.append(torch.optim.Adam([self.clipping.values], lr=self.quantize.lr))
 
+    def _scores(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
+        return importance(self.method.importance, ranked, statistics)
+
+    def prepare(self, weights: dict[str, Tensor], scores: dict[str, Tensor], device: torch.device, steps: int) -> None:
+        """Rank the weights, and make what is learned and its optimizer."""
+        method = self.method
+        rates, groups = candidate_rates(method.candidates).to(device), self._groups(weights)
+        self.allocations = {
+            name: Allocation.create(weight, scores[name], rates, groups[name], method.smooth)
+            for name, weight in weights.items()
+        }
+        # Starting at 0, every candidate is equally likely: sparsity one half.
+        self.logits = _Flat({name: (n, method.candidates) for name, n in groups.items()}, 0.0, device)
+        self.optimizers = [prodigyopt.Prodigy([self.logits.values], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
+
+    def _groups(self, weights: dict[str, Tensor]) -> dict[str, int]:
+        return {name: len(weight) // self.method._group_rows(weight) for name, weight in weights.items()}
+
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
         """Masked weights by projection and the block's sparsity, weighted by their sizes; both differentiable."""
-        logits, clipping = self.logits.by_name(), self.clipping.by_name() if self.quantize else {}
-        masked, zeros = {}, 0.0
+        logits, masked, zeros = self.logits.by_name(), {}, 0.0
         for name, allocation in self.allocations.items():
-            weight = self.quantize.fake(allocation.weight, clipping[name]) if self.quantize else None
-            masked[name], alpha = allocation(logits[name], weight)
+            masked[name], alpha = allocation(logits[name], self._quantized(name))
             zeros = zeros + alpha.mean() * allocation.weight.numel()
         return masked, zeros / sum(allocation.weight.numel() for allocation in self.allocations.values())
+
+    def _quantized(self, name: str) -> Tensor | None:
+        """A projection's weight as its clipping quantizes it by now; None where nothing is quantized."""
+        if self.quantize:
+            return self.quantize.fake(self.allocations[name].weight, self.clipping.by_name()[name])
+        return None
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -208,16 +241,59 @@ class _Learner:
     @torch.no_grad()
     def pruned(self, steps: list[dict[str, float]]) -> PrunedBlock:
         """Weights and keep-masks as they are learned by now."""
-        pruned, logits = PrunedBlock(steps=steps), self.logits.by_name()
-        for name, allocation in self.allocations.items():
-            pruned.keep_masks[name] = allocation.keep_mask(logits[name])
+        pruned = PrunedBlock(steps=steps, keep_masks=self.keep_masks())
+        for name, keep_mask in pruned.keep_masks.items():
+            weight, out = self.allocations[name].weight, self.allocations[name].out
             if self.quantize:
-                codes = self.quantize.codes(allocation.weight, self.clipping.by_name()[name])
-                pruned.quantized[name] = codes.pruned(pruned.keep_masks[name])
-                pruned.weights[name] = pruned.quantized[name].dequantize(allocation.weight.dtype)
+                codes = self.quantize.codes(weight, self.clipping.by_name()[name])
+                pruned.quantized[name] = codes.pruned(keep_mask)
+                pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype)
             else:
-                pruned.weights[name] = allocation(logits[name])[0]
+                pruned.weights[name] = out.copy_(weight).masked_fill_(~keep_mask, 0)
         return pruned
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        """M as it is learned by now."""
+        logits = self.logits.by_name()
+        return {name: allocation.keep_mask(logits[name]) for name, allocation in self.allocations.items()}
+
+
+class _BudgetLearner(_Learner):
+    """The same where the sparsities always meet the budget: one number per row group, whatever the target."""
+
+    def prepare(self, weights: dict[str, Tensor], scores: dict[str, Tensor], device: torch.device, steps: int) -> None:
+        self.allocations = {name: Budgeted.create(weight, scores[name]) for name, weight in weights.items()}
+        self.groups = self._groups(weights)
+        self.logits = _Flat({"": (sum(self.groups.values()),)}, self.method.sparsity, device)
+        sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
+        self.sizes = torch.cat(sizes).to(device)
+        self.optimizers = [torch.optim.Adam([self.logits.values], lr=self.method.lr)]
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
+
+    def _alpha(self) -> dict[str, Tensor]:
+        alpha = meet_budget(self.logits.values, self.sizes, self.method.sparsity)
+        return dict(zip(self.groups, alpha.split(list(self.groups.values())), strict=True))
+
+    def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
+        masked = {name: self.allocations[name](a, self._quantized(name)) for name, a in self._alpha().items()}
+        return masked, torch.full((), self.method.sparsity, device=self.sizes.device)
+
+    def step(self, scaler: torch.amp.GradScaler) -> bool:
+        skipped = super().step(scaler)
+        self.schedule.step()
+        return skipped
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        wanted, limits = [], []
+        for name, alpha in self._alpha().items():
+            rows, columns = self.allocations[name].weight.shape
+            wanted.append((alpha * columns).repeat_interleave(rows // len(alpha)))
+            limits.append(torch.full((rows,), columns, device=alpha.device))
+        limits = torch.cat(limits)
+        counts = whole_counts(torch.cat(wanted), limits, round(self.method.sparsity * int(limits.sum())))
+        rows = [len(allocation.weight) for allocation in self.allocations.values()]
+        by_name = zip(self.allocations.items(), counts.split(rows), strict=True)
+        return {name: allocation.keep_mask(count) for (name, allocation), count in by_name}
 
 
 def _joined(part: str, name: str) -> str:

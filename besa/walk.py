@@ -265,6 +265,15 @@ def reconstruction_error(
     return ((target - output.float()) / norm).square().sum() / target.shape[-1]
 
 
+def token_error(
+    output: Float[Tensor, "1 seq_len hidden"], target: Float[Tensor, "1 seq_len hidden"]
+) -> Float32[Tensor, ""]:
+    """The mean over tokens of ||target - output||^2 / ||target||^2, no unit: every token counts alike."""
+    target = target.float()
+    lost, whole = (target - output.float()).square().sum(-1), target.square().sum(-1)  # (1, seq_len)
+    return (lost / whole.clamp_min(1e-12)).mean()
+
+
 @contextlib.contextmanager
 def _projection_errors(dense: dict[str, nn.Linear], weights: dict[str, Tensor]) -> Iterator[dict[str, float]]:
     """While active, ||(W - W')x||^2 / ||Wx||^2 of each projection over the first window that passes."""

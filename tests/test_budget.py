@@ -1,0 +1,97 @@
+"""Exact budgets: any target, met to the weight, and a gradient that says which rows should give more."""
+
+import pytest
+import torch
+
+import besa
+from besa.allocation import candidate_counts, candidate_rates
+from besa.besa import Besa
+from besa.budget import Budgeted, meet_budget, whole_counts
+from besa.decoder import find_blocks, projections
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.1, 0.376, 0.5, 0.624, 0.77, 0.99])
+def test_a_block_meets_any_target_to_the_weight(tiny_llama, windows, sparsity):
+    report = besa.prune(tiny_llama, windows, Besa(sparsity=sparsity, budget="exact"), progress=False)
+    frame = report.to_frame()
+    for block, rows in frame.groupby("block"):
+        assert rows["zeros"].sum() == round(sparsity * (rows["rows"] * rows["columns"]).sum()), block
+    for (index, name), keep_mask in report.keep_masks.items():
+        weight = projections(find_blocks(tiny_llama)[index])[name].weight
+        assert torch.equal(weight != 0, keep_mask)
+
+
+@pytest.mark.parametrize("fields", [{"row_group": "layer"}, {"row_group": 8}, {"reconstruct": 2}, {"targets": "dense"}])
+def test_budgets_hold_for_groups_of_rows_spans_and_dense_targets(tiny_llama, windows, fields):
+    report = besa.prune(tiny_llama, windows, Besa(sparsity=0.7, budget="exact", **fields), progress=False)
+    frame = report.to_frame()
+    total = (frame["rows"] * frame["columns"]).sum()
+    assert frame["zeros"].sum() == pytest.approx(0.7 * total, abs=2)  # a rounding for each budget
+
+
+def test_an_exact_budget_learned_lowers_the_error_of_a_uniform_one(tiny_llama, windows):
+    report = besa.prune(tiny_llama, windows, Besa(budget="exact", epochs=10, lr=0.02), progress=False)
+    steps = [step["reconstruction_error"] for step in report.steps if step["block"] == 0]
+    assert sum(steps[-6:]) < 0.99 * sum(steps[:6])
+    assert report.to_frame()["sparsity"].std() > 0.005
+
+
+@pytest.mark.parametrize("sparsity", [0.02, 0.5, 0.97])
+def test_shifted_sparsities_have_the_target_as_their_weighted_mean(sparsity):
+    theta = torch.randn(50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sizes = torch.randint(1, 100, (50,), generator=torch.Generator().manual_seed(1)).float()
+    alpha = meet_budget(theta, sizes, sparsity)
+    assert ((alpha * sizes).sum() / sizes.sum()).item() == pytest.approx(sparsity, abs=1e-5)
+    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6
+    (gradient,) = torch.autograd.grad((alpha * sizes).sum(), theta)  # nothing that is learned changes the budget
+    assert gradient.abs().max() < 1e-3 * sizes.max()
+
+
+@pytest.mark.parametrize("total", [0, 1, 17, 149, 150])
+def test_whole_counts_add_up_and_stay_within_their_limits(total):
+    limits = torch.tensor([10, 0, 40, 100])
+    wanted = total * torch.tensor([0.5, 0.1, 0.25, 0.15])
+    counts = whole_counts(wanted, limits, total)
+    assert counts.sum() == total and (counts >= 0).all() and (counts <= limits).all()
+    with pytest.raises(ValueError, match="151 weights cannot be pruned of 150"):
+        whole_counts(wanted, limits, 151)
+
+
+def test_the_gradient_of_a_sparsity_is_the_mean_of_the_weights_next_to_the_threshold():
+    generator = torch.Generator().manual_seed(0)
+    weight, scores = torch.randn(6, 400, generator=generator), torch.rand(6, 400, generator=generator)
+    toward = torch.randn(6, 400, generator=generator)
+    budgeted = Budgeted.create(weight, scores)
+    alpha = torch.tensor([0.5, 0.02, 0.98], requires_grad=True)  # groups of two rows
+    ((budgeted(alpha) * toward).sum()).backward()
+    ranks = scores.argsort(1).argsort(1)
+    edges = candidate_counts(candidate_rates(101), 400).flip(0)  # of 0 %, 1 %, ... of the 400 ranks
+    for group, (low, high) in enumerate([(45, 55), (0, 7), (93, 100)]):
+        rows = slice(2 * group, 2 * group + 2)
+        band = (ranks[rows] >= edges[low]) & (ranks[rows] < edges[high])
+        expected = -(toward * weight)[rows][band].sum() / ((high - low) / 100)
+        assert alpha.grad[group].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_same_run_twice_learns_the_same_bits(tiny_llama, windows):
+    import copy
+
+    twin = copy.deepcopy(tiny_llama)
+    for model in (tiny_llama, twin):
+        besa.prune(model, windows, Besa(sparsity=0.8, budget="exact"), progress=False)
+    for one, two in zip(tiny_llama.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"budget": "loose"}, "budget 'loose' is not 'penalty' or 'exact'"),
+        ({"budget": "exact", "lr": 0.0}, r"lr \(0.0\) must be positive"),
+        ({"budget": "exact", "sparsity": 0.0}, r"sparsity 0.0 is outside \(0.000, 1.000\)"),
+        ({"loss": "plain"}, "loss 'plain'"),
+    ],
+)
+def test_bad_fields_are_refused(no_type_checks, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Besa(**fields)
