@@ -14,12 +14,18 @@ from besa.decoder import check_model, check_tokens
 from besa.machine.memory import measure
 from besa.machine.processes import check_share
 from besa.quantize import Quantize
+from besa.reconstruct import Reconstruct
 from besa.report import Report
 from besa.walk import Block, PrunedBlock, Targets, frozen, walk
 
 
 def prune(
-    model: PreTrainedModel, windows: Int64[Tensor, "n_samples seq_len"], method: "Method", progress: bool = True
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "n_samples seq_len"],
+    method: "Method",
+    progress: bool = True,
+    *,
+    reconstruct: Reconstruct | None = None,
 ) -> Report:
     """Prune every projection of every block, in place, block by block (paper Algorithm 1).
 
@@ -32,6 +38,7 @@ def prune(
         windows: calibration token ids, from `calibration_windows`; under torchrun the same on every rank.
         method: `Besa`, `Magnitude`, `Wanda` or `SparseGPT`.
         progress: show bars over blocks and windows.
+        reconstruct: give the kept weights new values, block by block; None leaves them as the method does.
 
     Raises:
         ValueError: the model, the windows or the method do not go together; raised before any work. NaN or infinite
@@ -39,11 +46,15 @@ def prune(
     """
     check_arguments(windows, method)
     check_model(model)
-    check_fit(model, windows, method)
+    check_fit(model, windows, method, reconstruct)
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     with measure() as cost, frozen(model):
-        for block in walk(model, windows, method.targets, method.span, progress=progress):
-            report.extend(block.finish(method.prune_block(block)))
+        along = reconstruct is not None and reconstruct.dense
+        for block in walk(model, windows, method.targets, method.span, dense=along, progress=progress):
+            pruned = method.prune_block(block)
+            if reconstruct:
+                pruned = reconstruct.improve(block, pruned)
+            report.extend(block.finish(pruned))
     report.seconds, report.peak_bytes = cost.seconds, cost.peak_bytes
     return report
 
@@ -96,7 +107,7 @@ def check_arguments(windows: Tensor, method: Method) -> None:
         raise ValueError(f"method {method!r} is no method; take besa.Besa(), Wanda(), SparseGPT() or Magnitude()")
 
 
-def check_fit(model: PreTrainedModel, windows: Tensor, method: Method) -> None:
+def check_fit(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Reconstruct | None) -> None:
     """Refuse windows and methods that do not fit the model, before any work.
 
     Raises:
@@ -105,3 +116,5 @@ def check_fit(model: PreTrainedModel, windows: Tensor, method: Method) -> None:
     check_tokens(model, windows, windows.shape[1])
     check_share(len(windows), method.batch_size)
     method.check(model)
+    if reconstruct:
+        reconstruct.check(len(windows), quantized=method.quantize is not None)

@@ -58,6 +58,7 @@ def walk(
     targets: Targets = "pruned",
     span: int = 1,
     *,
+    dense: bool = False,
     load: Callable[[nn.Module], nn.Module] = lambda block: block,
     room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     progress: bool = True,
@@ -70,19 +71,21 @@ def walk(
         windows: token ids, the same on every rank.
         targets: what a pruned block must reproduce: "pruned", the unpruned block's output on the same inputs, which the
             pruned blocks before it made; or "dense", the dense model's own hidden states.
+        dense: take the dense model's hidden states along whatever the targets.
         load: what to work on in a block's stead, such as a copy of it on another device.
         room: makes room for the hidden states of all windows, given shape and precision; by default where the model is.
     """
     mine = windows[rank() :: n_ranks()]
     calls = record_calls(model, mine[:1])
     inputs = _enter(model, mine, room)
-    outputs = (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)
-    if targets == "dense":
-        outputs.copy_(inputs)
+    more_room = lambda: (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)
+    outputs = more_room() if targets == "pruned" else None
+    along = more_room().copy_(inputs) if dense or targets == "dense" else None
     together = spans(find_blocks(model), calls, span)
     for index, (module, call) in tqdm(together.items(), desc="prune", unit="block", disable=not progress):
         module = load(module)
-        block = Block(index, module, call.to(device_of(module)), inputs, outputs, targets, len(windows), progress)
+        call = call.to(device_of(module))
+        block = Block(index, module, call, inputs, outputs, along, n_samples=len(windows), progress=progress)
         del module  # the block alone holds it, and gives it up before the next one comes
         yield block
         block.leave()
@@ -106,22 +109,25 @@ class Block:
         module: nn.Module,
         call: BlockCall,
         inputs: Float[Tensor, "n_samples seq_len n_in"],
-        outputs: Float[Tensor, "n_samples seq_len n_out"],
-        targets: Targets | None,
+        outputs: Float[Tensor, "n_samples seq_len n_out"] | None,
+        dense: Float[Tensor, "n_samples seq_len n_in"] | None,
+        *,
         n_samples: int,
         progress: bool,
+        observed: bool = False,
     ) -> None:
         """
         Args:
             index: of the block in the model, of a span's first.
             inputs: hidden states of this rank's windows; they move on in place.
-            outputs: room for the targets; for dense ones, the dense model's hidden states that enter the block.
-            targets: None where `outputs` holds them already.
+            outputs: room for what the unpruned block makes of them; None where the dense model's are the targets.
+            dense: the dense model's hidden states that enter the block, if they are taken along; they move on too.
             n_samples: windows on all ranks.
+            observed: `outputs` are there already.
         """
-        self.index, self.module, self.call, self.inputs, self._outputs = index, module, call, inputs, outputs
-        self._targets, self.n_samples, self.progress = targets, n_samples, progress
-        self._missing = targets  # which targets are still to be made
+        self.index, self.module, self.call, self.inputs = index, module, call, inputs
+        self._outputs, self._dense, self._observed, self._moved = outputs, dense, observed, False
+        self.n_samples, self.progress = n_samples, progress
         self._finished, self._start = False, time.perf_counter()
 
     @property
@@ -155,12 +161,25 @@ class Block:
     @property
     def targets(self) -> Float[Tensor, "n_samples seq_len n_out"]:
         """What the pruned block must put out, for every window."""
-        if self._missing == "pruned":
+        if self._outputs is None:
+            return self.dense_outputs
+        if not self._observed:
             self._refuse(self._run_unpruned())
-        if self._missing == "dense":
-            self._advance(self._outputs)
-            self._missing = None
         return self._outputs
+
+    @property
+    def dense_outputs(self) -> Float[Tensor, "n_samples seq_len n_out"]:
+        """What the dense model's block puts out in the dense model, for every window.
+
+        Raises:
+            RuntimeError: they are not taken along: `walk(..., dense=True)`.
+        """
+        if self._dense is None:
+            raise RuntimeError(f"block {self.index}: the dense hidden states are not taken along: walk(dense=True)")
+        if not self._moved:
+            self._advance(self._dense)
+            self._moved = True
+        return self._dense
 
     @torch.no_grad()
     def _run_unpruned(self) -> Tensor:
@@ -169,10 +188,9 @@ class Block:
         for number in self.bar(range(len(self.inputs)), "observe"):
             output = self.run(number)
             broken += ~torch.isfinite(output).all()
-            if self._targets == "pruned":
+            if self._outputs is not None:
                 self._outputs[number] = output[0]
-        if self._targets == "pruned":
-            self._missing = None
+        self._observed = True
         return broken
 
     def _refuse(self, broken: Tensor) -> None:
@@ -190,6 +208,15 @@ class Block:
         """What it must make of it."""
         return self._here(self.targets, number)
 
+    def dense_output(self, number: int) -> Float[Tensor, "1 seq_len n_out"]:
+        """What the dense model's block makes of it in the dense model."""
+        return self._here(self.dense_outputs, number)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return device_of(self.module)
+
     def _here(self, stream: Tensor, number: int) -> Tensor:
         """One window where the block computes; no copy where it is there already."""
         return stream[number : number + 1].to(device_of(self.module), non_blocking=True)
@@ -203,7 +230,8 @@ class Block:
         """A submodule as a block: fed by this block with `weights` in it, it must reproduce its own output."""
         inputs, call, outputs = record_part(self.module, name, self.inputs, self.call, weights)
         module = self.module.get_submodule(name)
-        return Block(self.index, module, call, inputs, outputs, None, self.n_samples, self.progress)
+        about = {"n_samples": self.n_samples, "progress": self.progress, "observed": True}
+        return Block(self.index, module, call, inputs, outputs, None, **about)
 
     @torch.no_grad()
     def finish(self, pruned: PrunedBlock) -> Report:
@@ -212,7 +240,7 @@ class Block:
         Returns:
             What this did to the block.
         """
-        assert self.targets is not None  # made by the unpruned block
+        self._make_targets()
         errors = []
         with _projection_errors(self.projections, pruned.weights) as projection_errors:
             for number in self.bar(range(len(self.inputs)), "advance"):
@@ -226,11 +254,17 @@ class Block:
         seconds = time.perf_counter() - self._start
         return Report.of_block(self.index, self.module, pruned, error, projection_errors, seconds)
 
+    def _make_targets(self) -> None:
+        """While the block is still unpruned."""
+        self.targets  # noqa: B018
+        if self._dense is not None:
+            self.dense_outputs  # noqa: B018
+
     @torch.no_grad()
     def skip(self, state: dict[str, Tensor]) -> None:
         """Take the tensors that an earlier run left, by their names in the module, and move on."""
-        if self._targets == "dense":
-            assert self.targets is not None
+        if self._dense is not None:
+            self.dense_outputs  # noqa: B018  made by the unpruned block
         self.module.load_state_dict(state, assign=True)
         self._advance(self.inputs)
         self._finished = True
@@ -249,7 +283,7 @@ class Block:
         """
         if not self._finished:
             raise RuntimeError(f"block {self.index} was not finished: call block.finish(method.prune_block(block))")
-        del self.module, self.call, self.inputs, self._outputs
+        del self.module, self.call, self.inputs, self._outputs, self._dense
 
 
 def reconstruction_error(

@@ -12,6 +12,7 @@ from besa.decoder import projections
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
 from besa.machine.processes import n_ranks
 from besa.prune import Method
+from besa.reconstruct import Reconstruct
 
 HiddenStates = Literal["device", "host", "file"]
 
@@ -28,7 +29,8 @@ class Plan:
     block_bytes: int
     """Memory of the device that computes, beside the hidden states."""
     streams_bytes: int
-    """Hidden states of this rank's windows, twice: what enters a block, and what it must reproduce."""
+    """Hidden states of this rank's windows: what enters a block, what it must reproduce, and with a block's
+    reconstruction the dense model's too."""
     device_free: int
     host_free: int
     disk_bytes: int
@@ -51,20 +53,22 @@ class Plan:
 _PLACES = {"device": "the memory where it computes", "host": "pinned host memory", "file": "a file beside the output"}
 
 
-def bytes_for(block: nn.Module, method: Method, device: torch.device) -> int:
+def bytes_for(block: nn.Module, method: Method, device: torch.device, reconstruct: Reconstruct | None = None) -> int:
     """Memory of the device that computes while a block, or a span of blocks, is pruned.
 
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
-    takes a matrix of columns x columns in float32 for each projection's inputs, three while one is factorized.
+    takes a matrix of columns x columns in float32 for each projection's inputs, three while one is factorized;
+    reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight.
     """
     weights = [projection.weight for projection in projections(block).values()]
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
     per_weight = 2 * itemsize + 3 + itemsize * (device.type == "cuda") + 24 * (method.quantize is not None)
+    per_weight += 20 * (reconstruct is not None and reconstruct.dense)
     total = n_weights * per_weight + BESIDE
-    if "sparsegpt" in (method.name, getattr(method, "importance", None)):
+    if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
-        total += sum(squares) + 3 * max(squares)
+        total += sum(squares) + (6 if reconstruct else 3) * max(squares)
     return total
 
 
@@ -77,6 +81,7 @@ def make_plan(
     n_blocks: int,
     device: torch.device,
     output: Path,
+    streams: int = 2,
     wanted: HiddenStates | Literal["auto"] = "auto",
 ) -> Plan:
     """Where the hidden states go, and whether everything fits.
@@ -86,12 +91,13 @@ def make_plan(
         window_bytes: of one window's hidden states.
         shard_bytes: still to be written.
         n_blocks: still to be pruned.
+        streams: how often the hidden states of all windows are held.
         wanted: "auto" takes the first that fits of device, host and file.
 
     Raises:
         ValueError: something does not fit; says what is needed, what is free, and what to change.
     """
-    streams, pinned = 2 * n_windows * window_bytes, 2 * _power_of_2(n_windows * window_bytes)
+    pinned, streams = streams * _power_of_2(n_windows * window_bytes), streams * n_windows * window_bytes
     device_free, host_free, disk_free = free_device(device), free_host(), shutil.disk_usage(output).free
     room = {"device": USABLE * device_free / (neighbours() if device.type == "cpu" else 1) - block_bytes}
     if device.type == "cuda":

@@ -43,6 +43,7 @@ from besa.machine.processes import from_rank_0, n_ranks, rank
 from besa.machine.provenance import provenance
 from besa.prune import Method, check_arguments, check_fit
 from besa.quantize import QuantizedFiles, save_quantized
+from besa.reconstruct import Reconstruct
 from besa.report import Report
 from besa.walk import Block, frozen, walk
 
@@ -57,6 +58,7 @@ def prune_checkpoint(
     hidden_states: HiddenStates | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
+    reconstruct: Reconstruct | None = None,
 ) -> Report:
     """Prune a checkpoint into another one, by the same loop as `prune`, with one block in memory at a time.
 
@@ -73,6 +75,7 @@ def prune_checkpoint(
             that fits.
         trust_remote_code: run Python code that comes with the source. Pickled weights are never opened.
         progress: show the plan, and bars over blocks and windows.
+        reconstruct: give the kept weights new values, as `prune` does.
 
     Returns:
         What pruning did, now or earlier. `keep_masks` and `quantized` read from `output/besa/` what is asked of them.
@@ -81,7 +84,7 @@ def prune_checkpoint(
         ValueError: source, output, windows and method do not go together, or do not fit; before any long work.
         OSError: the disk is full; what is written stays.
     """
-    with opened(source, output, windows, method, device, trust_remote_code, progress) as shards:
+    with opened(source, output, windows, method, device, trust_remote_code, progress, reconstruct) as shards:
         if not shards.complete:
             shards.make_room(hidden_states)
             with frozen(shards.model, shards.device), shards.fitting():
@@ -89,7 +92,10 @@ def prune_checkpoint(
                     if shards.has(block):
                         block.skip(shards.state_of(block))
                     else:
-                        shards.write(block, block.finish(method.prune_block(block)))
+                        pruned = method.prune_block(block)
+                        if reconstruct:
+                            pruned = reconstruct.improve(block, pruned)
+                        shards.write(block, block.finish(pruned))
         shards.close()
         return shards.report()
 
@@ -103,13 +109,14 @@ def plan_checkpoint(
     device: str = "auto",
     hidden_states: HiddenStates | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
+    reconstruct: Reconstruct | None = None,
 ) -> Plan:
     """Everything that `prune_checkpoint` does before it starts: all checks, and what it needs of memory and disk.
 
     Raises:
         ValueError: as `prune_checkpoint`.
     """
-    with opened(source, output, windows, method, device, trust_remote_code, progress=False) as shards:
+    with opened(source, output, windows, method, device, trust_remote_code, False, reconstruct) as shards:
         return shards.plan(hidden_states)
 
 
@@ -122,6 +129,7 @@ def opened(
     device: str,
     trust_remote_code: bool,
     progress: bool,
+    reconstruct: Reconstruct | None = None,
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
     check_arguments(windows, method)
@@ -130,8 +138,8 @@ def opened(
     model = open_checkpoint(folder, trust_remote_code)
     check_model(model, values=False)
     check_tokenizer(model, folder, trust_remote_code)
-    check_fit(model, windows, method)
-    shards = Shards(folder, output, model, windows, method, resolve_device(device), progress)
+    check_fit(model, windows, method, reconstruct)
+    shards = Shards(folder, output, model, windows, method, resolve_device(device), progress, reconstruct)
     try:
         yield shards
     finally:
@@ -150,9 +158,10 @@ class Shards:
         method: Method,
         device: torch.device,
         progress: bool,
+        reconstruct: Reconstruct | None,
     ) -> None:
         self.source, self.output, self.model, self.windows, self.method = source, output, model, windows, method
-        self.device, self.progress = device, progress and rank() == 0
+        self.device, self.progress, self.reconstruct = device, progress and rank() == 0, reconstruct
         self.tell: Callable[[str], None] = tqdm.write if self.progress else lambda _: None
         names = {id(module): name for name, module in model.named_modules()}
         self.prefixes = [names[id(block)] for block in find_blocks(model)]
@@ -177,6 +186,7 @@ class Shards:
         remove_half_written(self.output)
         notes, damaged = finished_blocks(self.output)
         identity = identity_of(self.source, self.output, self.windows, self.method, self.device)
+        identity["reconstruct"] = self.reconstruct.config() if self.reconstruct else None
         run = open_run(self.output, identity, notes, {"provenance": provenance()})
         if len(notes) < len(self.prefixes):  # a checkpoint that lacks a block is none
             (self.output / INDEX).unlink(missing_ok=True)
@@ -211,7 +221,8 @@ class Shards:
         left = [index for index in range(len(blocks)) if index not in self.notes]
         rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
         return make_plan(
-            block_bytes=bytes_for(Span(blocks[: self.method.span]), self.method, self.device),
+            block_bytes=bytes_for(Span(blocks[: self.method.span]), self.method, self.device, self.reconstruct),
+            streams=3 if self._along and self.method.targets == "pruned" else 2,
             n_windows=len(self.windows[rank() :: n_ranks()]),
             window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
             shard_bytes=rest + sum(self._bytes_of(blocks[index]) for index in left),
@@ -268,6 +279,11 @@ class Shards:
             path.unlink(missing_ok=True)
         self._lock.release()
 
+    @property
+    def _along(self) -> bool:
+        """Whether the dense model's hidden states are taken along for the reconstruction."""
+        return self.reconstruct is not None and self.reconstruct.dense
+
     # The loop's side
 
     def blocks(self) -> Iterator[Block]:
@@ -277,6 +293,7 @@ class Shards:
             self.windows,
             self.method.targets,
             self.method.span,
+            dense=self._along,
             load=lambda block: _copy_to(self.device, block),
             room=self.room,
             progress=self.progress,

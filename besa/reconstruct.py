@@ -1,0 +1,149 @@
+"""New values for the weights that a mask, any mask, keeps; the mask stays as it is.
+
+"closed", per projection, from the second moments H of its inputs x (`InputStatistics.hessian`), without training:
+
+    min over Z with zeros where nothing is kept of  tr (Z - W) H (Z - W)^T
+
+by ADMM (Boža 2024, Sec. 3) on columns scaled to a unit diagonal of H. V is the unconstrained step, Z the masked one:
+
+    V = (W H + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
+
+"block", from there: gradient descent on the kept weights of a whole block towards the dense model's own hidden states.
+"""
+
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from besa.machine.processes import mean_, n_ranks
+from besa.walk import Block, PrunedBlock, token_error
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """How the kept weights get new values once a block's mask is chosen."""
+
+    kind: Literal["closed", "block"] = "closed"
+    """"closed": each projection by itself in closed form, in about SparseGPT's time. "block": closed, then trained
+    together on the block's output, in some times BESA's."""
+    _: KW_ONLY
+    iterations: int = 20
+    """Of ADMM."""
+    rho: float = 1.0
+    """ADMM's penalty, for a Hessian of unit diagonal."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    epochs: int = 2
+    """Passes over the windows that are trained on ("block")."""
+    lr: float = 5e-4
+    """Adam's largest step size, up to which it rises and from which it falls in one cycle ("block")."""
+    held_out: float = 0.125
+    """Fraction of the windows that is not trained on, and says which epoch's weights are kept ("block")."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("closed", "block"):
+            raise ValueError(f"reconstruct {self.kind!r} is not 'closed' or 'block'")
+        if min(self.iterations, self.epochs) < 1 or min(self.rho, self.damping, self.lr) <= 0:
+            numbers = f"iterations ({self.iterations}), epochs ({self.epochs}), rho ({self.rho})"
+            raise ValueError(f"{numbers}, damping ({self.damping}) and lr ({self.lr}) must be positive")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out {self.held_out} is outside (0, 1)")
+
+    @property
+    def dense(self) -> bool:
+        """Whether the dense model's hidden states must be taken along."""
+        return self.kind == "block"
+
+    def check(self, n_samples: int, quantized: bool) -> None:
+        """Refuse what cannot be reconstructed, before any work.
+
+        Raises:
+            ValueError: too few windows to hold one out, or a method that quantizes.
+        """
+        if quantized:
+            raise ValueError("a quantized weight has no value of its own to reconstruct; take quantize=None")
+        share = n_samples // n_ranks()
+        if self.kind == "block" and not 0 < self._n_held_out(share) < share:
+            raise ValueError(
+                f"{share} window(s) (of each rank) cannot be parted into some to train on and {self.held_out:.1%} held "
+                "out; take more windows"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """Fields, for records."""
+        return asdict(self)
+
+    @torch.no_grad()
+    def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
+        """The same masks with better weights."""
+        statistics, weights = block.statistics(hessian=True), {}
+        for name, projection in block.projections.items():
+            hessian, keep_mask = statistics[name].hessian, pruned.keep_masks[name]
+            weights[name] = self.closed_form(projection.weight, hessian, keep_mask)
+        pruned = replace(pruned, weights=weights)
+        return self._train(block, pruned) if self.kind == "block" else pruned
+
+    def closed_form(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        hessian: Float[Tensor, "columns columns"],
+        keep_mask: Bool[Tensor, "rows columns"],
+    ) -> Float[Tensor, "rows columns"]:
+        """The masked weight whose outputs are nearest to W's; zeros exactly where nothing is kept."""
+        hessian = hessian.double()
+        hessian.diagonal().add_(self.damping * hessian.diagonal().mean() + 1e-30)
+        scale = hessian.diagonal().sqrt()
+        hessian, scale = (hessian / (scale[:, None] * scale)).float(), scale.float()
+        w = weight.float() * scale
+        eye = torch.eye(len(hessian), device=weight.device)
+        inverse, wh = torch.cholesky_inverse(torch.linalg.cholesky(hessian + self.rho * eye)), w @ hessian
+        z, u = w * keep_mask, torch.zeros_like(w)
+        for _ in range(self.iterations):
+            v = (wh + self.rho * (z - u)) @ inverse
+            z = (v + u) * keep_mask
+            u += v - z
+        return (z / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
+
+    def _n_held_out(self, n_samples: int) -> int:
+        return max(1, round(self.held_out * n_samples))
+
+    def _train(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
+        """Adam on float32 copies of the kept weights, a window at a time; the best epoch's by held-out windows."""
+        n_samples = len(block.inputs)
+        trained = range(n_samples - self._n_held_out(n_samples))
+        masters = {
+            name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in pruned.weights.items()
+        }
+        dtype = block.inputs.dtype
+        current = lambda: {name: (w * pruned.keep_masks[name]).to(dtype) for name, w in masters.items()}
+        optimizer = torch.optim.Adam(masters.values(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.epochs * len(trained))
+        scaler = torch.amp.GradScaler(block.device.type, enabled=dtype == torch.float16)
+        first = self._held_out_error(block, pruned.weights)
+        best = first, pruned.weights
+        for _ in range(self.epochs):
+            for number in block.bar(trained, "reconstruct"):
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    error = token_error(block.run(number, current()), block.dense_output(number))
+                    scaler.scale(error).backward()
+                for master in masters.values():
+                    mean_(master.grad)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+            found = {name: weight.detach() for name, weight in current().items()}
+            best = min(best, (self._held_out_error(block, found), found), key=lambda pair: pair[0])
+        note = f"held-out error {first:.4g} -> {best[0]:.4g}"
+        notes = {name: f"{pruned.notes.get(name, '')} {note}".strip() for name in pruned.weights}
+        return replace(pruned, weights=best[1], notes=notes)
+
+    def _held_out_error(self, block: Block, weights: dict[str, Tensor]) -> float:
+        """Mean error of the windows that are not trained on, of all ranks."""
+        n_samples = len(block.inputs)
+        numbers = range(n_samples - self._n_held_out(n_samples), n_samples)
+        errors = [token_error(block.run(number, weights), block.dense_output(number)) for number in numbers]
+        return float(mean_(torch.stack(errors).mean()))

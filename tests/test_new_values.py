@@ -1,0 +1,140 @@
+"""Reconstruction: new values for kept weights, in closed form and trained, with the mask as it is."""
+
+import copy
+import json
+
+import pytest
+import torch
+from test_shards import assert_same, load, save
+
+import besa
+from besa.decoder import find_blocks, projections
+from besa.reconstruct import Reconstruct
+
+METHODS = {
+    "wanda": besa.Wanda(),
+    "magnitude": besa.Magnitude(sparsity=0.7),
+    "sparsegpt": besa.SparseGPT(),
+    "besa": besa.Besa(),
+    "besa, dense targets": besa.Besa(targets="dense"),
+    "exact budget": besa.Besa(sparsity=0.6, budget="exact"),
+}
+
+
+def least_squares(weight, hessian, keep_mask):
+    """Each row by itself: its kept weights solve a linear system of their own."""
+    solved = torch.zeros_like(weight, dtype=torch.float64)
+    for row, kept in enumerate(keep_mask):
+        part = hessian.double()[kept]
+        solved[row, kept] = torch.linalg.solve(part[:, kept], part @ weight[row].double())
+    return solved
+
+
+def lost(weight, new, hessian):
+    return float(((new - weight).double() @ hessian.double() * (new - weight)).sum())
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    keep_mask = torch.rand(10, 24, generator=generator) < 0.5
+    keep_mask[3], keep_mask[4] = True, False
+    return weight, x.T @ x, keep_mask
+
+
+def test_many_iterations_come_to_each_rows_least_squares_solution(problem):
+    weight, hessian, keep_mask = problem
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24)
+    exact = least_squares(weight, damped, keep_mask)
+    found = Reconstruct(iterations=5000).closed_form(weight, hessian, keep_mask)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
+    few = Reconstruct().closed_form(weight, hessian, keep_mask)
+    least = lost(weight, exact, damped)
+    assert least <= lost(weight, few, damped) < 1.05 * least < lost(weight, weight * keep_mask, damped)
+
+
+def test_zeros_stay_and_full_rows_stay_as_they_are(problem):
+    weight, hessian, keep_mask = problem
+    found = Reconstruct().closed_form(weight, hessian, keep_mask)
+    assert not found[~keep_mask].any() and not found[4].any()
+    torch.testing.assert_close(found[3], weight[3], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["closed", "block"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mask_of_any_method_is_held_to_the_weight_and_less_is_lost(tiny_llama, windows, name, kind):
+    plain = copy.deepcopy(tiny_llama)
+    before = besa.prune(plain, windows, METHODS[name], progress=False)
+    after = besa.prune(tiny_llama, windows, METHODS[name], progress=False, reconstruct=Reconstruct(kind, lr=2e-3))
+    first = [key for key in before.keep_masks if key[0] == 0]  # later blocks see other inputs, and may choose otherwise
+    assert all(torch.equal(before.keep_masks[key], after.keep_masks[key]) for key in first)
+    for (index, projection), keep_mask in after.keep_masks.items():
+        assert not projections(find_blocks(tiny_llama)[index])[projection].weight[~keep_mask].any()
+    assert after.sparsity == pytest.approx(before.sparsity, abs=0.01)
+    if name != "sparsegpt":  # whose values are corrected already
+        assert after.rows[-1]["block_error"] < before.rows[-1]["block_error"]
+
+
+def test_training_lowers_the_held_out_error_or_keeps_what_was_there(tiny_llama, windows):
+    report = besa.prune(
+        copy.deepcopy(tiny_llama), windows, besa.Wanda(), progress=False, reconstruct=Reconstruct("block")
+    )
+    for row in report.rows:
+        first, last = row["note"].removeprefix("held-out error ").split(" -> ")
+        assert float(last) <= float(first)
+    wild = Reconstruct("block", lr=10.0)
+    kept = besa.prune(copy.deepcopy(tiny_llama), windows, besa.Wanda(), progress=False, reconstruct=wild)
+    closed = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct("closed"))
+    assert kept.rows[0]["block_error"] == closed.rows[0]["block_error"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_trained_on_float32_copies(tiny_llama, windows, dtype):
+    full = besa.prune(
+        copy.deepcopy(tiny_llama), windows, besa.Wanda(), progress=False, reconstruct=Reconstruct("block")
+    )
+    low = tiny_llama.to(dtype)
+    report = besa.prune(low, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct("block"))
+    assert low.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert report.rows[-1]["block_error"] == pytest.approx(full.rows[-1]["block_error"], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["closed", "block"])
+def test_a_checkpoint_is_reconstructed_to_the_bit_as_in_memory_and_resumes(tiny_llama, windows, tmp_path, kind):
+    source, out, method = save(tiny_llama, tmp_path / "source"), tmp_path / "out", besa.Besa(budget="exact")
+    options = {"device": "cpu", "progress": False, "reconstruct": Reconstruct(kind)}
+    besa.prune_checkpoint(source, out, windows, method, **options)
+    besa.prune(tiny_llama, windows, method, progress=False, reconstruct=Reconstruct(kind))
+    assert_same(load(out), tiny_llama)
+    (out / "besa" / "block-00002.json").unlink()
+    besa.prune_checkpoint(source, out, windows, method, **options)
+    assert_same(load(out), tiny_llama)
+    assert json.loads((out / "besa" / "plan.json").read_text())["streams_bytes"] == (3 if kind == "block" else 2) * (
+        windows.numel() * 32 * 4
+    )
+    with pytest.raises(ValueError, match="another reconstruct"):
+        besa.prune_checkpoint(source, out, windows, method, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"kind": "open"}, "reconstruct 'open' is not 'closed' or 'block'"),
+        ({"rho": 0.0}, r"rho \(0.0\), .* must be positive"),
+        ({"epochs": 0}, r"epochs \(0\)"),
+        ({"held_out": 1.0}, r"held_out 1.0 is outside \(0, 1\)"),
+    ],
+)
+def test_bad_fields_are_refused(no_type_checks, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Reconstruct(**fields)
+
+
+def test_what_cannot_be_reconstructed_is_refused_before_any_work(tiny_llama, windows):
+    with pytest.raises(ValueError, match=r"1 window\(s\) \(of each rank\) cannot be parted into some to train on"):
+        besa.prune(tiny_llama, windows[:1], besa.Wanda(), reconstruct=Reconstruct("block"))
+    quantized = besa.Wanda(quantize=besa.Quantize(bits=4))
+    with pytest.raises(ValueError, match="a quantized weight has no value of its own to reconstruct"):
+        besa.prune(tiny_llama, windows, quantized, reconstruct=Reconstruct("closed"))
