@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import besa
-from besa.baselines import WandaOneKind, _keep_largest
+from besa.baselines import WandaOneKind, _keep_largest, named_method
 from besa.importance import InputStatistics, inverse_cholesky
 from besa.walk import projections
 
@@ -231,7 +231,7 @@ def test_row_group_that_does_not_divide_is_refused_by_name(tiny_llama, windows):
 
 def test_unknown_method_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown method 'wanda2'; known: magnitude, wanda, sparsegpt"):
-        besa.named_method("wanda2")
+        named_method("wanda2")
 
 
 def test_interrupted_pruning_leaves_the_model_usable(tiny_llama, windows):

@@ -1,0 +1,63 @@
+"""besa as people import, start and install it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import besa
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT, path=ROOT, **more):
+    """Python with `arguments` in a fresh process that finds besa in the folder `path`; what it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "BESA_RESULTS"}
+    environment |= {"PYTHONPATH": str(path), **more}
+    result = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_dir_is_the_public_api_and_every_name_of_it_is_there():
+    assert dir(besa) == sorted(besa.__all__)
+    assert all(callable(getattr(besa, name)) for name in besa.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        besa.prun  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import besa"], ["-m", "besa", "--help"], ["-m", "besa", "prune", "--help"]]
+)
+def test_import_and_help_load_nothing_heavy(arguments):
+    look = (
+        "import atexit, sys; atexit.register(lambda: print('LOADED', 'torch' in sys.modules, 'numpy' in sys.modules))"
+    )
+    run_module = f"import runpy; sys.argv = {['besa', *arguments[2:]]!r}; runpy.run_module('besa', run_name='__main__')"
+    rest = arguments[1] if arguments[0] == "-c" else run_module
+    assert run("-c", f"{look}; {rest}").endswith("LOADED False False")
+
+
+def test_prune_is_the_function_whatever_is_imported_first():
+    """The function and the file it stands in have one name."""
+    script = """
+import sys
+for first in ("import besa.prune", "from besa.prune import reconstruction_error", "from besa import Wanda",
+              "from besa import prune", "from besa import *", "import besa; besa.quantize.save_quantized"):
+    exec(first, {})
+    import besa.prune
+    assert besa.prune is sys.modules["besa.prune"].prune, first
+    for name in [name for name in sys.modules if name.partition(".")[0] == "besa"]:
+        del sys.modules[name]
+print("all")
+"""
+    assert run("-W", "error::ImportWarning", "-c", script) == "all"
+
+
+def test_importing_besa_asks_cublas_for_repeatable_sums():
+    script = "import os, besa; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    assert run("-c", script, CUBLAS_WORKSPACE_CONFIG=":16:8") == ":16:8"
+    os_without = "import os; os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None); " + script
+    assert run("-c", os_without) == ":4096:8"
