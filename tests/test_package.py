@@ -1,6 +1,7 @@
 """besa as people import, start and install it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,42 @@ def test_importing_besa_asks_cublas_for_repeatable_sums():
     assert run("-c", script, CUBLAS_WORKSPACE_CONFIG=":16:8") == ":16:8"
     os_without = "import os; os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None); " + script
     assert run("-c", os_without) == ":4096:8"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with besa as a wheel installs it, and nothing else; no network is used."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "besa", source / "besa", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(source), str(source))
+    (wheel,) = source.glob("besa-*.whl")
+    run(*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(site), str(wheel))
+    return site
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Somebody's git repository, with a commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "theirs"], check=True)
+    return tmp_path
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+def test_the_wheel_holds_every_file_of_the_package(site):
+    wanted = files_in(ROOT / "besa")
+    assert files_in(site / "besa") == wanted and {"py.typed", "paper/published.csv"} <= set(wanted)
+
+
+def test_an_installed_besa_is_a_command(site, foreign):
+    command = [str(site / "bin" / "besa"), "--version"]
+    script = subprocess.run(command, cwd=foreign, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True)
+    assert script.stdout.decode().strip() == run("-m", "besa", "--version", cwd=foreign, path=site)
+    assert f"besa {besa.__version__}" == script.stdout.decode().strip()
