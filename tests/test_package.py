@@ -1,5 +1,6 @@
 """besa as people import, start and install it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import besa
+from besa.machine.provenance import provenance, results_root
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,8 +98,36 @@ def test_the_wheel_holds_every_file_of_the_package(site):
     assert files_in(site / "besa") == wanted and {"py.typed", "paper/published.csv"} <= set(wanted)
 
 
+def test_an_installed_besa_keeps_out_of_its_own_folder_and_names_its_version(site, foreign):
+    """In a foreign repository: results under the working directory, and no commit, since that one is not besa's."""
+    before = files_in(site)
+    script = """
+import json, besa
+from besa.machine.provenance import provenance
+from besa.paper.results import compare, open_folder
+config = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
+record = {"config": config, "config_hash": "", "metrics": {"wikitext2": 7.3}, "provenance": provenance()}
+print(json.dumps([besa.__file__, str(open_folder("table1")), record["provenance"], len(compare([record], "table1"))]))
+"""
+    file, folder, who, compared = json.loads(run("-c", script, cwd=foreign, path=site))
+    assert file == str(site / "besa" / "__init__.py")
+    assert folder == str(foreign / "results" / "table1") and (foreign / "results" / "table1" / "records").is_dir()
+    assert (who["commit"], who["modified"]) == (f"besa {besa.__version__}", False)
+    assert compared == 1  # published.csv came along
+    assert files_in(site) == before
+
+
 def test_an_installed_besa_is_a_command(site, foreign):
     command = [str(site / "bin" / "besa"), "--version"]
     script = subprocess.run(command, cwd=foreign, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True)
     assert script.stdout.decode().strip() == run("-m", "besa", "--version", cwd=foreign, path=site)
     assert f"besa {besa.__version__}" == script.stdout.decode().strip()
+
+
+def test_besas_own_checkout_keeps_its_commit_and_its_results(monkeypatch):
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if not head:
+        pytest.skip("not a git repository")
+    assert provenance()["commit"] == head
+    monkeypatch.delenv("BESA_RESULTS")
+    assert results_root() == ROOT / "results"
