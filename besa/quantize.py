@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from besa.machine.fields import documented
 from besa.machine.files import replacing
 from besa.walk import find_blocks, projections, weight_of
 
@@ -58,6 +59,7 @@ class QuantizedWeight:
         return values.view(*self.scale.shape, -1)  # (rows, groups, columns of a group)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Asymmetric min-max quantization of the weights of every projection."""
