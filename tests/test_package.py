@@ -1,5 +1,6 @@
 """besa as people import, start and install it."""
 
+import ast
 import json
 import os
 import shutil
@@ -29,6 +30,13 @@ def test_dir_is_the_public_api_and_every_name_of_it_is_there():
     assert all(callable(getattr(besa, name)) for name in besa.__all__)
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         besa.prun  # noqa: B018
+
+
+def test_editors_see_each_name_where_it_is_loaded_from():
+    tree = ast.parse((ROOT / "besa" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    assert seen == {name: f"besa.{home}" for name, home in besa._HOMES.items()}
 
 
 @pytest.mark.parametrize(
