@@ -31,6 +31,7 @@ def provenance() -> dict[str, Any]:
     own = _is_source_tree() and _git("rev-parse", "--show-toplevel") == ROOT.as_posix()
     packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
     installed = {package: _version(package) for package in packages}
+    installed["torch"] = str(torch.__version__)  # PyPI's metadata leave out the build, such as +cu130
     return {
         "commit": (own and _git("rev-parse", "HEAD")) or f"besa {besa.__version__}",
         # Not the README there: `make report` writes it from the records.
