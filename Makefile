@@ -3,14 +3,29 @@ PYTHON ?= python3
 PROFILE ?= auto
 ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
 
-.PHONY: venv $(ITEMS) reproduce report test lab clean
+.PHONY: venv venv-newest lock $(ITEMS) reproduce report test lab clean
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml
+# The lock only constrains: a build of torch for CPUs, where pip finds one, counts as the same version, and then what is
+# locked for CUDA is not installed.
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --editable '.[notebooks,dev]'
+	.venv/bin/pip install --quiet --constraint requirements.lock --editable '.[notebooks,dev]'
 	touch $@
+
+# The newest versions that pyproject.toml admits, instead of the locked ones.
+venv-newest:
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[notebooks,dev]'
+	touch .venv/installed
+
+# Write down what pyproject.toml now asks for; UPGRADE=--upgrade takes the newest version of everything.
+lock:
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet uv
+	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
+		--custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 # A run that fails leaves the last good notebook alone, and its own under a hidden name.
 $(ITEMS): venv

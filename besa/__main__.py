@@ -1,4 +1,7 @@
-"""`python -m besa`: prune a checkpoint into another one, evaluate one, write the embedded model as one."""
+"""`besa`, or `python -m besa`: prune a checkpoint into another one, evaluate one, write the embedded model as one.
+
+What is heavy is imported where it is used, so that `--help` answers at once.
+"""
 
 import contextlib
 import os
@@ -7,9 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from torch.distributed import DistError
 
-from besa.machine import processes
+import besa
 
 app = typer.Typer(
     add_completion=False,
@@ -23,10 +25,27 @@ SeqLen = Annotated[int, typer.Option(help="tokens per window", min=2)]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the source")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"besa {besa.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and stop")
+    ] = False,
+) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """What a user can mend is one line, not a traceback."""
     try:
+        from besa.machine import processes
+
         with processes.joined():
             yield
     except KeyboardInterrupt as error:
@@ -36,6 +55,8 @@ def _plainly() -> Iterator[None]:
         typer.echo(f"besa: {error}", err=True)
         raise typer.Exit(1) from error
     except RuntimeError as error:
+        from torch.distributed import DistError
+
         if "gloo" not in str(error) and not isinstance(error, DistError):
             raise
         typer.echo(f"besa: rank {os.environ['RANK']} lost the others ({str(error).splitlines()[0]})", err=True)
@@ -74,20 +95,19 @@ def prune(
     ...` shares the windows out.
     """
     from besa.checkpoint.format import find_checkpoint
-    from besa.checkpoint.run import plan_checkpoint, prune_checkpoint
     from besa.inputs.models import load_tokenizer
-    from besa.inputs.text import calibration_windows
+    from besa.machine import processes
 
     batch_size = batch_size or (processes.n_ranks() if method.startswith("besa") else None)
     chosen = _method(method, sparsity, bits, group_size, d_coef=d_coef, epochs=epochs, batch_size=batch_size)
     tokenizer = load_tokenizer(str(find_checkpoint(source)), trust_remote_code)
-    windows = calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
+    windows = besa.calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
     places: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
     if dry_run:
-        plan = plan_checkpoint(source, output, windows, chosen, **places)
+        plan = besa.plan_checkpoint(source, output, windows, chosen, **places)
         _say(str(plan))
         return
-    report = prune_checkpoint(source, output, windows, chosen, **places)
+    report = besa.prune_checkpoint(source, output, windows, chosen, **places)
     _say(f"{report}\n{output} is an ordinary checkpoint: AutoModelForCausalLM.from_pretrained({str(output)!r})")
 
 
@@ -104,8 +124,8 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Perplexity and zero-shot accuracy of a model; `torchrun ... -m besa evaluate` shares the segments out."""
-    import besa
     from besa.evaluate.zero_shot import check_request
+    from besa.machine import processes
 
     if tasks:
         check_request(tasks.split(","), limit)
@@ -151,7 +171,7 @@ def random(
 
 def _method(name: str, sparsity: float, bits: int | None, group_size: int | None, **fields: Any) -> Any:
     """A method by name; what is None keeps its default."""
-    import besa
+    from besa.baselines import named_method
 
     fields = {field: value for field, value in fields.items() if value is not None}
     if group_size is not None and bits is None:
@@ -159,14 +179,16 @@ def _method(name: str, sparsity: float, bits: int | None, group_size: int | None
     if bits is not None:
         fields["quantize"] = besa.Quantize(bits=bits, group_size=group_size)
     name = {"besa": "besa-row-wise"}.get(name, name)
-    besa.named_method(name, sparsity)  # an unknown name, before what it may not take
+    named_method(name, sparsity)  # an unknown name, before what it may not take
     try:
-        return besa.named_method(name, sparsity, **fields)
+        return named_method(name, sparsity, **fields)
     except TypeError as error:
         raise ValueError(f"method {name!r}: {error}") from error
 
 
 def _say(text: str) -> None:
+    from besa.machine import processes
+
     if processes.rank() == 0:
         typer.echo(text)
 

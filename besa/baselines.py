@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 from besa.besa import Besa
 from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
+from besa.machine.fields import documented
 from besa.masks import keep_largest
 from besa.prune import Method
 from besa.quantize import Quantize
 from besa.walk import Block, PrunedBlock
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Method):
     """The smallest weights of each projection go (Han et al. 2015)."""
@@ -32,6 +34,7 @@ class Magnitude(Method):
         return pruned
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Method):
     """The least important weights of each row go, by |W_ij| * ||x_j||_2 (Sun et al. 2024)."""
@@ -81,6 +84,7 @@ class WandaOneKind(Method):
         return pruned
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT(Method):
     """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1)."""

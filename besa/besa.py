@@ -15,12 +15,14 @@ from besa.allocation import Allocation, candidate_rates, reachable_sparsity
 from besa.budget import Budgeted, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
 from besa.importance import Importance, InputStatistics, importance
+from besa.machine.fields import documented
 from besa.machine.processes import mean_, n_ranks
 from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
 from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Besa(Method):
     """Blockwise parameter-efficient sparsity allocation (Xu et al. 2024): the published row-wise recipe by default."""

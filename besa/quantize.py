@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.decoder import find_blocks, projections, weight_of
+from besa.machine.fields import documented
 from besa.machine.files import replacing
 from besa.masks import pack_bits, unpack_bits
 
@@ -64,6 +65,7 @@ class QuantizedWeight:
         return values.view(*self.scale.shape, -1)  # (rows, groups, columns of a group)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Asymmetric min-max quantization of the weights of every projection."""

@@ -18,10 +18,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa.machine.fields import documented
 from besa.machine.processes import mean_, n_ranks
 from besa.walk import Block, PrunedBlock, token_error
 
 
+@documented
 @dataclass(frozen=True)
 class Reconstruct:
     """How the kept weights get new values once a block's mask is chosen."""

@@ -2,17 +2,37 @@ import ast
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_environment_yml_and_pyproject_name_the_same_requirements():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_holds_one_admitted_version_of_all_that_is_asked_for(python):
+    place = {**default_environment(), "python_version": python, "python_full_version": f"{python}.7"}
+    lines = [Requirement(line) for line in LOCK.splitlines() if not line.startswith("#")]
+    here = [line for line in lines if line.marker is None or line.marker.evaluate(place)]
+    locked = {line.name: str(line.specifier).removeprefix("==") for line in here}
+    assert len(locked) == len(here)
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *(name for extra in EXTRAS.values() for name in extra)]):
+        assert wanted.specifier.contains(locked[wanted.name]), wanted
+
+
+def test_the_lock_names_no_place_and_conda_and_make_take_it():
+    assert "://" not in LOCK and "--" not in LOCK  # whatever index and wheels pip is set up for
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert f"python{project['requires-python']}" in listed
-    assert sorted(listed[-1]["pip"]) == sorted([*wanted, "--editable ."])
+    everything = f".[{','.join(EXTRAS)}]"
+    assert listed[0].startswith(f"python{PROJECT['requires-python']}")
+    assert listed[-1]["pip"] == ["--constraint requirements.lock", f"--editable {everything}"]
+    assert f"--constraint requirements.lock --editable '{everything}'" in (ROOT / "Makefile").read_text()
 
 
 def imports(path):

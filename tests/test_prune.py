@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import besa
-from besa.baselines import WandaOneKind
+from besa.baselines import WandaOneKind, named_method
 from besa.decoder import projections
 from besa.importance import InputStatistics, inverse_cholesky
 from besa.masks import keep_largest
@@ -233,7 +233,7 @@ def test_row_group_that_does_not_divide_is_refused_by_name(tiny_llama, windows):
 
 def test_unknown_method_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown method 'wanda2'; known: magnitude, wanda, sparsegpt"):
-        besa.named_method("wanda2")
+        named_method("wanda2")
 
 
 def test_interrupted_pruning_leaves_the_model_usable(tiny_llama, windows):

@@ -6,28 +6,47 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import besa
+
 ROOT = Path(__file__).resolve().parents[2]
+"""Where the package lies: besa's own source tree, or where an installer put it."""
+
+
+def results_root() -> Path:
+    """Where notebooks write: `$BESA_RESULTS`, else `results` in besa's own source tree, else in the working folder."""
+    return Path(os.environ.get("BESA_RESULTS") or (ROOT if _is_source_tree() else Path.cwd()) / "results")
 
 
 def provenance() -> dict[str, Any]:
-    """Who computed: versions, commit, processor or GPU, date."""
+    """Who computed: versions, commit, processor or GPU, date.
+
+    An installed package has no commit, whatever repository it lies in; its version stands there.
+    """
+    own = _is_source_tree() and _git("rev-parse", "--show-toplevel") == ROOT.as_posix()
     packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
     installed = {package: _version(package) for package in packages}
+    installed["torch"] = str(torch.__version__)  # PyPI's metadata leave out the build, such as +cu130
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "commit": (own and _git("rev-parse", "HEAD")) or f"besa {besa.__version__}",
         # Not the README there: `make report` writes it from the records.
-        "modified": bool(_git("status", "--porcelain", "--", "besa", "reproduce", ":!reproduce/README.md")),
+        "modified": own and bool(_git("status", "--porcelain", "--", "besa", "reproduce", ":!reproduce/README.md")),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{k: v for k, v in installed.items() if v}},
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _is_source_tree() -> bool:
+    project = ROOT / "pyproject.toml"
+    return project.is_file() and tomllib.loads(project.read_text("utf-8")).get("project", {}).get("name") == "besa"
 
 
 def _version(package: str) -> str | None:

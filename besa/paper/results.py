@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from besa.machine.files import replacing, write_text
-from besa.machine.provenance import ROOT, provenance
+from besa.machine.provenance import provenance, results_root
 
 Record = dict[str, Any]
 
@@ -74,13 +74,12 @@ def open_folder(item: str, folder: str | None = None) -> Path:
 
     Args:
         item: `table1`, ...
-        folder: None takes `results/<item>` of this repository, or `$BESA_RESULTS/<item>`.
+        folder: None takes `<item>` in `results_root()`.
 
     Raises:
         ValueError: nothing can be written there.
     """
-    base = os.environ.get("BESA_RESULTS") or ROOT / "results"
-    path = Path(folder) if folder else Path(base) / item
+    path = Path(folder) if folder else results_root() / item
     try:
         (path / "records").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
