@@ -183,7 +183,8 @@ class _Learner:
         """
         self.method, self.quantize = method, method.quantize
         weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
-        scores = {name: self._scores(weight, statistics[_joined(part, name)]) for name, weight in weights.items()}
+        # Scores take twice a bfloat16 weight's memory: they are made for one projection at a time.
+        scores = lambda name: self._scores(weights[name], statistics[_joined(part, name)])
         device = next(iter(weights.values())).device
         self.prepare(weights, scores, device, steps=method.epochs * len(block.inputs) * n_ranks() // method.batch_size)
         self.learned = [self.logits]
@@ -197,12 +198,14 @@ class _Learner:
         ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
         return importance(self.method.importance, ranked, statistics)
 
-    def prepare(self, weights: dict[str, Tensor], scores: dict[str, Tensor], device: torch.device, steps: int) -> None:
+    def prepare(
+        self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
+    ) -> None:
         """Rank the weights, and make what is learned and its optimizer."""
         method = self.method
         rates, groups = candidate_rates(method.candidates).to(device), self._groups(weights)
         self.allocations = {
-            name: Allocation.create(weight, scores[name], rates, groups[name], method.smooth)
+            name: Allocation.create(weight, scores(name), rates, groups[name], method.smooth)
             for name, weight in weights.items()
         }
         # Starting at 0, every candidate is equally likely: sparsity one half.
@@ -263,8 +266,10 @@ class _Learner:
 class _BudgetLearner(_Learner):
     """The same where the sparsities always meet the budget: one number per row group, whatever the target."""
 
-    def prepare(self, weights: dict[str, Tensor], scores: dict[str, Tensor], device: torch.device, steps: int) -> None:
-        self.allocations = {name: Budgeted.create(weight, scores[name]) for name, weight in weights.items()}
+    def prepare(
+        self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
+    ) -> None:
+        self.allocations = {name: Budgeted.create(weight, scores(name)) for name, weight in weights.items()}
         self.groups = self._groups(weights)
         self.logits = _Flat({"": (sum(self.groups.values()),)}, self.method.sparsity, device)
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
