@@ -29,7 +29,7 @@ class Magnitude(Method):
         pruned = PrunedBlock()
         for name, projection in block.projections.items():
             scores = magnitude(projection.weight).flatten()[None]
-            pruned.keep_masks[name] = keep_largest(scores, self.sparsity).view_as(projection.weight)
+            pruned.keep_masks[name] = keep_largest(scores, self.sparsity_of(block)).view_as(projection.weight)
             pruned.weights[name] = projection.weight * pruned.keep_masks[name]
         return pruned
 
@@ -54,7 +54,7 @@ class Wanda(Method):
             weight = projection.weight
             codes = self.quantize.codes(weight) if self.quantize else None
             scores = wanda(codes.dequantize(weight.dtype) if codes else weight, statistics[name])
-            keep_mask = pruned.keep_masks[name] = keep_largest(scores, self.sparsity)
+            keep_mask = pruned.keep_masks[name] = keep_largest(scores, self.sparsity_of(block))
             if codes:
                 pruned.quantized[name] = codes.pruned(keep_mask)
             pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
@@ -104,12 +104,13 @@ class SparseGPT(Method):
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics(hessian=True)
         for name, projection in block.projections.items():
-            weight, keep_mask, note = self._prune_projection(projection.weight, statistics[name])
+            found = self._prune_projection(projection.weight, statistics[name], self.sparsity_of(block))
+            weight, keep_mask, note = found
             pruned.weights[name], pruned.keep_masks[name], pruned.notes[name] = weight, keep_mask, note
         return pruned
 
     def _prune_projection(
-        self, weight: Float[Tensor, "rows columns"], statistics: InputStatistics
+        self, weight: Float[Tensor, "rows columns"], statistics: InputStatistics, sparsity: float
     ) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"], str]:
         factor = inverse_cholesky(statistics.hessian, self.damping)
         new = weight.float().masked_fill(statistics.hessian.diag() == 0, 0.0)
@@ -118,7 +119,7 @@ class SparseGPT(Method):
             columns = slice(start, start + self.block_columns)
             upper = factor.upper[columns, columns]
             scores = new[:, columns].square() / upper.diag().square()  # OBS saliency
-            keep = keep_mask[:, columns] = keep_largest(scores.flatten()[None], self.sparsity).view_as(scores)
+            keep = keep_mask[:, columns] = keep_largest(scores.flatten()[None], sparsity).view_as(scores)
             new[:, columns], errors = _prune_columns(new[:, columns], keep, upper)
             new[:, start + self.block_columns :] -= errors @ factor.upper[columns, start + self.block_columns :]
         note = f"damping {factor.damping:g}, {str(factor.dtype).removeprefix('torch.')}"

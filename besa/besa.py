@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import prodigyopt
@@ -19,7 +19,11 @@ from besa.machine.fields import documented
 from besa.machine.processes import mean_, n_ranks
 from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
+from besa.sensitivity import block_losses, spread_over_blocks
 from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
+
+SENSITIVITY_WINDOWS = 4
+"""Calibration windows on which a block's sensitivity is measured."""
 
 
 @documented
@@ -53,6 +57,9 @@ class Besa(Method):
     budget: Literal["penalty", "exact"] = "penalty"
     """How the sparsity is kept to. "penalty", published: approached, and confined by `smooth`. "exact": any sparsity in
     (0, 1), met to the weight in every block, by one number per row group in place of candidates (`besa/budget.py`)."""
+    scope: Literal["block", "model"] = "block"
+    """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
+    loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
     lr: float = 0.01
     """Adam's step size for exact budgets, which falls to 0 as a cosine."""
     loss: Literal["channel", "token"] | None = None
@@ -78,6 +85,10 @@ class Besa(Method):
         if min(self.epochs, self.batch_size) < 1 or min(self.penalty, self.d_coef, self.lr) <= 0:
             numbers = f"epochs ({self.epochs}), batch_size ({self.batch_size}), penalty ({self.penalty})"
             raise ValueError(f"{numbers}, d_coef ({self.d_coef}) and lr ({self.lr}) must be positive")
+        if self.scope == "model" and (self.budget != "exact" or self.span > 1 or self.sparsities):
+            raise ValueError("scope 'model' wants budget 'exact', single blocks and no sparsities of its own")
+        if self.scope not in ("block", "model"):
+            raise ValueError(f"scope {self.scope!r} is not 'block' or 'model'")
         if self.budget not in ("penalty", "exact") or self.loss not in ("channel", "token", None):
             raise ValueError(f"budget {self.budget!r} is not 'penalty' or 'exact', or loss {self.loss!r} no known one")
         if self.reconstruct not in ("projection", "sublayer") and (
@@ -90,9 +101,11 @@ class Besa(Method):
                 "dense model's outputs; take targets 'pruned'"
             )
         lowest, highest = (0.0, 1.0) if self.budget == "exact" else reachable_sparsity(self.candidates, self.smooth)
-        if not lowest < self.sparsity < highest:
+        extremes = min(self.sparsities or [self.sparsity]), max(self.sparsities or [self.sparsity])
+        if not lowest < extremes[0] <= extremes[1] < highest:
+            wrong = extremes[0] if extremes[0] <= lowest else extremes[1]
             raise ValueError(
-                f"sparsity {self.sparsity} is outside ({lowest:.3f}, {highest:.3f}), what {self.candidates} candidates "
+                f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}), what {self.candidates} candidates "
                 f"with smooth={self.smooth} can reach" + ("; smooth=False lifts the limit" if self.smooth else "")
             )
 
@@ -111,6 +124,14 @@ class Besa(Method):
         if self.quantize:
             self.quantize.check(model)
 
+    def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Besa":
+        if self.scope == "block":
+            return self
+        levels = max(0.02, self.sparsity - 0.1), min(0.98, self.sparsity + 0.1)
+        losses = block_losses(model, windows[:SENSITIVITY_WINDOWS], levels, progress)
+        sizes = [sum(p.weight.numel() for p in projections(block).values()) for block in find_blocks(model)]
+        return replace(self, scope="block", sparsities=spread_over_blocks(losses, levels, sizes, self.sparsity))
+
     def prune_block(self, block: Block) -> PrunedBlock:
         """Learn the allocation of the block, or of each of its parts in turn, then mask its weights with it."""
         statistics = block.statistics(hessian=self.importance == "sparsegpt")
@@ -118,7 +139,7 @@ class Besa(Method):
         for name in self._parts(block):
             part = block.part(name, whole.weights) if name else block
             learner = (_BudgetLearner if self.budget == "exact" else _Learner)(self, part, name, statistics)
-            learned = self._learn(learner, part)
+            learned = self._learn(learner, part, self.sparsity_of(block))
             for pruned, of_part in (
                 (whole.weights, learned.weights),
                 (whole.keep_masks, learned.keep_masks),
@@ -137,7 +158,7 @@ class Besa(Method):
         return [""]
 
     @torch.enable_grad()
-    def _learn(self, learner: "_Learner", block: Block) -> PrunedBlock:
+    def _learn(self, learner: "_Learner", block: Block, target: float) -> PrunedBlock:
         """Minimize the block's loss (Eqn. 2) over the windows, a step at a time."""
         # In float16 the gradient of an unscaled loss underflows to 0; a step whose scaled one overflows is skipped.
         scaler = torch.amp.GradScaler(learner.logits.values.device.type, enabled=block.inputs.dtype == torch.float16)
@@ -147,7 +168,7 @@ class Besa(Method):
             for window in step:
                 masked, sparsity = learner()
                 error = self._error(block.run(window, masked), block.target(window))  # Eqn. 1
-                loss = error + self.penalty * ((sparsity - self.sparsity) / self.sparsity) ** 2  # Eqn. 2
+                loss = error + self.penalty * ((sparsity - target) / target) ** 2  # Eqn. 2
                 scaler.scale(loss / len(step)).backward()  # Eqn. 6
                 log.append(torch.stack([loss, error, sparsity]).detach())
             skipped.append(learner.step(scaler))
@@ -181,7 +202,7 @@ class _Learner:
         Args:
             part: what `block` is called in the block that the statistics are of.
         """
-        self.method, self.quantize = method, method.quantize
+        self.method, self.quantize, self.sparsity = method, method.quantize, method.sparsity_of(block)
         weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
         # Scores take twice a bfloat16 weight's memory: they are made for one projection at a time.
         scores = lambda name: self._scores(weights[name], statistics[_joined(part, name)])
@@ -271,19 +292,19 @@ class _BudgetLearner(_Learner):
     ) -> None:
         self.allocations = {name: Budgeted.create(weight, scores(name)) for name, weight in weights.items()}
         self.groups = self._groups(weights)
-        self.logits = _Flat({"": (sum(self.groups.values()),)}, self.method.sparsity, device)
+        self.logits = _Flat({"": (sum(self.groups.values()),)}, self.sparsity, device)
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(device)
         self.optimizers = [torch.optim.Adam([self.logits.values], lr=self.method.lr)]
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
 
     def _alpha(self) -> dict[str, Tensor]:
-        alpha = meet_budget(self.logits.values, self.sizes, self.method.sparsity)
+        alpha = meet_budget(self.logits.values, self.sizes, self.sparsity)
         return dict(zip(self.groups, alpha.split(list(self.groups.values())), strict=True))
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
         masked = {name: self.allocations[name](a, self._quantized(name)) for name, a in self._alpha().items()}
-        return masked, torch.full((), self.method.sparsity, device=self.sizes.device)
+        return masked, torch.full((), self.sparsity, device=self.sizes.device)
 
     def step(self, scaler: torch.amp.GradScaler) -> bool:
         skipped = super().step(scaler)
@@ -297,7 +318,7 @@ class _BudgetLearner(_Learner):
             wanted.append((alpha * columns).repeat_interleave(rows // len(alpha)))
             limits.append(torch.full((rows,), columns, device=alpha.device))
         limits = torch.cat(limits)
-        counts = whole_counts(torch.cat(wanted), limits, round(self.method.sparsity * int(limits.sum())))
+        counts = whole_counts(torch.cat(wanted), limits, round(self.sparsity * int(limits.sum())))
         rows = [len(allocation.weight) for allocation in self.allocations.values()]
         by_name = zip(self.allocations.items(), counts.split(rows), strict=True)
         return {name: allocation.keep_mask(count) for (name, allocation), count in by_name}

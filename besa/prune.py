@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.decoder import check_model, check_tokens
+from besa.decoder import check_model, check_tokens, find_blocks
 from besa.machine.memory import measure
 from besa.machine.processes import check_share
 from besa.quantize import Quantize
@@ -49,6 +49,7 @@ def prune(
     check_fit(model, windows, method, reconstruct)
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     with measure() as cost, frozen(model):
+        method = method.prepared(model, windows, progress)
         along = reconstruct is not None and reconstruct.dense
         for block in walk(model, windows, method.targets, method.span, dense=along, progress=progress):
             pruned = method.prune_block(block)
@@ -65,6 +66,8 @@ class Method:
 
     sparsity: float = 0.5
     """Fraction of the weights to set to 0, in [0, 1)."""
+    sparsities: tuple[float, ...] | None = None
+    """One for each block, in their order; None takes `sparsity` for all."""
 
     name: ClassVar[str]
     targets: ClassVar[Targets] = "pruned"
@@ -76,11 +79,20 @@ class Method:
     quantize: ClassVar[Quantize | None] = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity} is outside [0, 1)")
+        for sparsity in (self.sparsity, *(self.sparsities or ())):
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the configuration does not fit the model's projections."""
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Method":
+        """The method once it has seen the dense model; most need not."""
+        return self
+
+    def sparsity_of(self, block: Block) -> float:
+        """What a block is pruned to."""
+        return self.sparsities[block.index] if self.sparsities else self.sparsity
 
     def prune_block(self, block: Block) -> PrunedBlock:
         """New weights and keep-masks of one block; the block itself stays as it is."""
@@ -115,6 +127,9 @@ def check_fit(model: PreTrainedModel, windows: Tensor, method: Method, reconstru
     """
     check_tokens(model, windows, windows.shape[1])
     check_share(len(windows), method.batch_size)
+    n_blocks = len(find_blocks(model))
+    if method.sparsities and len(method.sparsities) != n_blocks:
+        raise ValueError(f"{len(method.sparsities)} sparsities are given for {n_blocks} blocks; give one for each")
     method.check(model)
     if reconstruct:
         reconstruct.check(len(windows), quantized=method.quantize is not None)

@@ -1,5 +1,8 @@
 """Exact budgets: any target, met to the weight, and a gradient that says which rows should give more."""
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from besa.allocation import candidate_counts, candidate_rates
 from besa.besa import Besa
 from besa.budget import Budgeted, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
+from besa.sensitivity import block_losses, spread_over_blocks
 
 
 @pytest.mark.parametrize("sparsity", [0.01, 0.1, 0.376, 0.5, 0.624, 0.77, 0.99])
@@ -74,8 +78,6 @@ def test_the_gradient_of_a_sparsity_is_the_mean_of_the_weights_next_to_the_thres
 
 
 def test_the_same_run_twice_learns_the_same_bits(tiny_llama, windows):
-    import copy
-
     twin = copy.deepcopy(tiny_llama)
     for model in (tiny_llama, twin):
         besa.prune(model, windows, Besa(sparsity=0.8, budget="exact"), progress=False)
@@ -90,8 +92,53 @@ def test_the_same_run_twice_learns_the_same_bits(tiny_llama, windows):
         ({"budget": "exact", "lr": 0.0}, r"lr \(0.0\) must be positive"),
         ({"budget": "exact", "sparsity": 0.0}, r"sparsity 0.0 is outside \(0.000, 1.000\)"),
         ({"loss": "plain"}, "loss 'plain'"),
+        ({"scope": "world"}, "scope 'world' is not 'block' or 'model'"),
+        ({"scope": "model"}, "scope 'model' wants budget 'exact'"),
+        ({"budget": "exact", "sparsities": (0.5, 1.0)}, r"sparsity 1.0 is outside \[0, 1\)"),
     ],
 )
 def test_bad_fields_are_refused(no_type_checks, fields, message):
     with pytest.raises(ValueError, match=message):
         Besa(**fields)
+
+
+def test_a_models_budget_is_met_to_the_weight_and_its_blocks_share_it(tiny_llama, windows):
+    with torch.no_grad():
+        tiny_llama.model.layers[0].mlp.down_proj.weight *= 100  # the model leans on this block
+    report = besa.prune(tiny_llama, windows, Besa(sparsity=0.6, budget="exact", scope="model"), progress=False)
+    frame = report.to_frame()
+    assert frame["zeros"].sum() == round(0.6 * (frame["rows"] * frame["columns"]).sum())
+    zeros = frame.groupby("block")["zeros"].sum()
+    assert zeros[0] < zeros[1] and zeros[0] < zeros[2]
+
+
+def test_every_method_takes_a_sparsity_for_each_block(tiny_llama, windows):
+    for method in (besa.Wanda, besa.Magnitude, besa.SparseGPT):
+        report = besa.prune(copy.deepcopy(tiny_llama), windows, method(sparsities=(0.25, 0.5, 0.75)), progress=False)
+        found = report.to_frame().groupby("block")["sparsity"].mean()
+        assert found.tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.01)
+    with pytest.raises(ValueError, match="2 sparsities are given for 3 blocks"):
+        besa.prune(tiny_llama, windows, besa.Wanda(sparsities=(0.5, 0.5)))
+
+
+def test_what_pruning_one_block_adds_is_what_the_model_says(tiny_llama, windows):
+    levels = (0.3, 0.6)
+    found = block_losses(tiny_llama, windows[:2], levels, progress=False)
+    before = math.log(besa.perplexity(tiny_llama, windows[:2].flatten(), 24, progress=False))
+    with torch.no_grad():
+        dense = copy.deepcopy(tiny_llama)
+        besa.prune(tiny_llama, windows[:2], besa.Wanda(sparsity=0.6), progress=False)
+        dense.model.layers[0] = tiny_llama.model.layers[0]  # block 0 saw dense inputs
+    after = math.log(besa.perplexity(dense, windows[:2].flatten(), 24, progress=False))
+    assert found.shape == (3, 2)
+    assert float(found[0, 1]) == pytest.approx(after - before, abs=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_blocks_that_cost_more_keep_more(sparsity):
+    losses = torch.tensor([[0.001, 0.004], [0.1, 0.4], [0.01, 0.04]])
+    sizes = [1000, 1000, 2000]
+    spread = spread_over_blocks(losses, (sparsity - 0.1, sparsity + 0.1), sizes, sparsity)
+    assert spread[0] > spread[2] > spread[1]
+    assert sum(round(s * n) for s, n in zip(spread, sizes, strict=True)) == round(sparsity * 4000)
+    assert max(abs(s - sparsity) for s in spread) < 0.101

@@ -156,7 +156,7 @@ def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses():
     x, weight = torch.randn(200, columns) @ torch.randn(columns, columns), torch.randn(rows, columns)
     statistics = InputStatistics(x.square().sum(0), 2 * x.T @ x)
     method = besa.SparseGPT(block_columns=columns, damping=1e-2)
-    ours, kept, note = method._prune_projection(weight, statistics)
+    ours, kept, note = method._prune_projection(weight, statistics, 0.5)
     hessian = 2 * (x.T @ x).double()
     hessian += 1e-2 * hessian.diag().mean() * torch.eye(columns)
     saliency = torch.stack(

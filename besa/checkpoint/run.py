@@ -133,6 +133,11 @@ def opened(
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
     check_arguments(windows, method)
+    if getattr(method, "scope", "block") == "model":
+        raise ValueError(
+            "scope 'model' measures a model that is in memory; prune it there, or give the `sparsities` that "
+            "besa.sensitivity.spread_over_blocks finds"
+        )
     folder, output = find_checkpoint(source), Path(output)
     check_apart(folder, output)
     model = open_checkpoint(folder, trust_remote_code)
