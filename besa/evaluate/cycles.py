@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -137,16 +136,3 @@ def simulate_model(model: PreTrainedModel, patched: tuple[str, ...] = ("down_pro
                 }
             )
     return pd.DataFrame(table)
-
-
-def cycles_record(model: PreTrainedModel, pruned: bool) -> dict[str, Any]:
-    """What a record keeps: mean cycles over the blocks by kind of projection, and `simulate_model`'s rows.
-
-    Args:
-        pruned: False counts every weight of the model, even one that happens to be 0.
-    """
-    frame = simulate_model(model)
-    if not pruned:
-        frame = frame.assign(sparsity=0.0, cycles=frame["dense_cycles"])
-    means = frame.groupby("kind", sort=False)["cycles"].mean()
-    return {"metrics": means.to_dict(), "projections": frame.to_dict("records")}
