@@ -1,6 +1,7 @@
 # `make table1` and `make test` do all their set-up from a fresh clone: environment, assets, run.
 PYTHON ?= python3
 PROFILE ?= auto
+RESULTS := $(or $(BESA_RESULTS),results)
 ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
 
 .PHONY: venv venv-newest lock $(ITEMS) reproduce report test lab clean
@@ -27,21 +28,24 @@ lock:
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
 		--custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
-# A run that fails leaves the last good notebook alone, and its own under a hidden name.
+# A run that fails leaves the last good notebook alone, and its own under a hidden name. Last comes what was written,
+# beside the reference numbers under results/reference.
 $(ITEMS): venv
-	mkdir -p results/$@
-	.venv/bin/papermill reproduce/$@.ipynb results/$@/.$@.ipynb -p profile $(PROFILE) --log-output
+	mkdir -p $(RESULTS)/$@
+	.venv/bin/papermill reproduce/$@.ipynb $(RESULTS)/$@/.$@.ipynb -p profile $(PROFILE) --log-output
 	.venv/bin/jupyter nbconvert --to notebook --log-level ERROR --ClearMetadataPreprocessor.enabled=True \
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", "language_info", "papermill"}' \
-		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $@ results/$@/.$@.ipynb
-	rm results/$@/.$@.ipynb
-	.venv/bin/python reproduce/report.py
+		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $@ $(RESULTS)/$@/.$@.ipynb
+	rm $(RESULTS)/$@/.$@.ipynb
+	.venv/bin/python reproduce/report.py --results $(RESULTS) --show $@
 
 # One after the other; a failing notebook stops no other and shows in the exit status. Finished rows are skipped.
 reproduce: PROFILE := quick
 reproduce:
-	$(MAKE) -k -j1 $(ITEMS) PROFILE=$(PROFILE); status=$$?; $(MAKE) report && exit $$status
+	$(MAKE) -k -j1 $(ITEMS) PROFILE=$(PROFILE); status=$$?; \
+		.venv/bin/python reproduce/report.py --results $(RESULTS) && exit $$status
 
+# The page and the index of what came with the repository.
 report: venv
 	.venv/bin/python reproduce/report.py
 

@@ -1,7 +1,7 @@
 """Magnitude, Wanda and SparseGPT as block methods of the same loop, and every method by name."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.besa import Besa
-from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
 from besa.machine.fields import documented
 from besa.masks import keep_largest
@@ -58,29 +57,6 @@ class Wanda(Method):
             if codes:
                 pruned.quantized[name] = codes.pruned(keep_mask)
             pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
-        return pruned
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandaOneKind(Method):
-    """Wanda on one kind of projection in every block, the other projections left as they are (paper Fig. 1b)."""
-
-    kind: str
-    """What the projection is called in its block, without the module that holds it: `q_proj`."""
-
-    name: ClassVar[str] = "wanda-one-kind"
-
-    def check(self, model: PreTrainedModel) -> None:
-        kinds = [name.rpartition(".")[2] for name in projections(find_blocks(model)[0])]
-        if self.kind not in kinds:
-            raise ValueError(f"unknown kind of projection {self.kind!r}; this model has {', '.join(kinds)}")
-
-    def prune_block(self, block: Block) -> PrunedBlock:
-        pruned, statistics = PrunedBlock(), block.statistics()
-        for name, projection in block.projections.items():
-            sparsity = self.sparsity if name.rpartition(".")[2] == self.kind else 0.0
-            pruned.keep_masks[name] = keep_largest(wanda(projection.weight, statistics[name]), sparsity)
-            pruned.weights[name] = projection.weight * pruned.keep_masks[name]
         return pruned
 
 
@@ -151,21 +127,3 @@ def named_method(name: str, sparsity: float = 0.5, **fields) -> Method:
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}, besa-layer-wise, besa-row-wise")
     return methods[name](sparsity=sparsity, **fields)
-
-
-def named_methods(
-    names: str, sparsity: float = 0.5, fields: dict[str, dict[str, Any]] | None = None
-) -> dict[str, Method | None]:
-    """Row name -> method for a comma-separated list of names; `dense` stands for no pruning (None).
-
-    Args:
-        fields: more fields of a method's dataclass, by the method's name.
-
-    Raises:
-        ValueError: an unknown or repeated name.
-    """
-    rows, more = names.split(","), fields or {}
-    for number, row in enumerate(rows):
-        if row in rows[:number]:
-            raise ValueError(f"row {row!r} of {names!r} is repeated")
-    return {row: None if row == "dense" else named_method(row, sparsity, **more.get(row, {})) for row in rows}

@@ -8,11 +8,9 @@ quantized first and pruned then: a pruned weight has the code z and is exactly 0
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -21,7 +19,7 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.decoder import find_blocks, projections, weight_of
+from besa.decoder import find_blocks, projections
 from besa.machine.fields import documented
 from besa.machine.files import replacing
 from besa.masks import pack_bits, unpack_bits
@@ -214,31 +212,6 @@ def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
     for (index, name), weight in loaded.items():
         projection = projections(blocks[index])[name]
         projection.weight.copy_(weight.dequantize(projection.weight.dtype))
-
-
-def packed_record(
-    model: PreTrainedModel, quantized: Mapping[tuple[int, str], QuantizedWeight] | None
-) -> dict[str, Any]:
-    """What a record keeps: bits per weight as stored, having compared the stored bits with the model's weights.
-
-    Args:
-        quantized: `Report.quantized`; None for a model that was not quantized.
-
-    Raises:
-        RuntimeError: they are not the model's weights, to the bit.
-    """
-    if not quantized:
-        return {"bits_per_weight": 8.0 * model.dtype.itemsize}
-    blocks, bits, total = find_blocks(model), 0.0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "packed.safetensors"
-        for index, name in quantized:  # one at a time: all codes may be more than fits
-            weight = weight_of(projections(blocks[index])[name])
-            bits += weight.numel() * save_quantized({(index, name): quantized[index, name]}, path)
-            total += weight.numel()
-            if not torch.equal(QuantizedFiles(path)[index, name].dequantize(weight.dtype), weight.cpu()):
-                raise RuntimeError(f"block {index}, {name}: what is stored does not reproduce the model's weights")
-    return {"bits_per_weight": bits / total}
 
 
 def _pack(weight: QuantizedWeight) -> dict[str, Tensor]:

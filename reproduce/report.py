@@ -1,7 +1,9 @@
-"""Write reproduce/README.md and results/index.html from the notebooks and from what their runs left.
+"""Write reproduce/README.md and results/reference/index.html from the notebooks and from what came with the repository.
 
-`python reproduce/report.py`, or `make report`; the same inputs give the same bytes. A record or table that cannot be
-read is skipped, and named in both files and on the terminal. How the files look is in reproduce/templates.
+`python reproduce/report.py`, or `make report`; the same inputs give the same bytes. `--results results` writes
+results/index.html from your own runs instead, `--show table1` prints what a run left, as `make table1` does. Smoke
+runs are left out. A record or table that cannot be read is skipped, and named in both files and on the terminal. How
+the files look is in reproduce/templates.
 """
 
 import json
@@ -12,16 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import mistune
 import nbformat
 import pandas as pd
+import typer
 
 from besa.machine.files import write_text
 from besa.machine.provenance import ROOT
-from besa.paper.results import PAPER_BIBTEX, citation, slug
+from besa.paper.tables import PAPER_BIBTEX, REFERENCE, citation, commit, slug
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
 
@@ -60,6 +63,10 @@ class Item:
 
     def title_of(self, run: str) -> str:
         return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
+
+    def cite(self, run: str) -> str:
+        """BibTeX of a run, every row by its hash."""
+        return citation(list(self.runs[run]["record"])).removeprefix(PAPER_BIBTEX).strip()
 
     def verdict(self, name: str) -> str:
         """How a run's numbers compare with the published ones; without any, with each other."""
@@ -122,13 +129,13 @@ def read_record(path: Path) -> dict[str, Any]:
     method = config.get("method") or {}
     facts |= {"sparsity": config.get("sparsity", 0.0), "one_kind": "kind" in method, "stderr": record.get("stderr", {})}
     facts |= {"config_hash": record["config_hash"], "metrics": metrics or None, "date": source["date"]}
-    facts |= {"commit": source["commit"][:12] + " (modified)" * source["modified"], "hardware": source["hardware"]}
+    facts |= {"commit": commit(source), "hardware": source["hardware"], "record": record}
     facts |= {"versions": ", ".join(f"{name} {version}" for name, version in source["versions"].items())}
-    return facts | {"citation": citation([record]).removeprefix(PAPER_BIBTEX).strip()}
+    return facts
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table as `besa.paper.results.write_table` wrote it: rounded, as text, its caption in `attrs`."""
+    """A table as `besa.paper.tables.write_table` wrote it: rounded, as text, its caption in `attrs`."""
     caption, _, table = path.read_text(encoding="utf-8").partition("\n\n")
     if not caption.startswith("**"):
         raise ValueError("not a table with its caption")
@@ -156,11 +163,13 @@ def read_item(item: Item, folder: Path, published: Path) -> Item:
     """Add what the runs of an item left in its folder."""
     found: dict[str, list[dict[str, Any]]] = {}
     item.published = item.read(read_published, published, item.name)
-    tables = {path.stem: item.read(read_table, path) for path in folder.glob("*.md")}
+    smoke = re.compile(r"-smoke(-|$)")  # these numbers only show that the code runs
+    tables = {path.stem: item.read(read_table, path) for path in folder.glob("*.md") if not smoke.search(path.stem)}
     item.tables = {name: tables[name] for name in sorted(tables) if tables[name] is not None}
-    item.figures = sorted(path.stem for path in folder.glob("*.png"))
+    item.figures = sorted(path.stem for path in folder.glob("*.png") if not smoke.search(path.stem))
     records = [item.read(read_record, path) for path in sorted(folder.glob("records/*.json"))]
-    for record in sorted(filter(None, records), key=lambda record: record["date"]):
+    records = [record for record in records if record and record["profile"] != "smoke"]
+    for record in sorted(records, key=lambda record: record["date"]):
         run = f"{record['model']}-{record['profile']}"
         named = any(f"{name}-".startswith(f"{run}-") for name in [*item.tables, *item.figures])
         found.setdefault(run if named else "", []).append(record)
@@ -187,9 +196,32 @@ def build(reproduce: Path, results: Path) -> tuple[dict[Path, str], list[str]]:
     return texts, [f"{item.name}/{line}" for item in items for line in item.skipped]
 
 
-if __name__ == "__main__":
-    written, skipped = build(ROOT / "reproduce", ROOT / "results")
+def shown(item: str, folder: Path) -> str:
+    """What the newest run of an item left: its tables as text, the reference numbers last, and where all of it lies."""
+    tables = sorted(folder.glob("*.md"), key=lambda path: path.stat().st_mtime)
+    configs = [json.loads(path.read_text(encoding="utf-8"))["config"] for path in folder.glob("records/*.json")]
+    runs = {f"{slug(config['model'])}-{config['profile']}" for config in configs}
+    run = next((run for run in runs if f"{tables[-1].stem}-".startswith(f"{run}-")), "")
+    own = sorted((path for path in tables if path.stem.startswith(run)), key=lambda p: p.stem.endswith("-reference"))
+    paths = [folder / f"{item}.ipynb", *own, *sorted(folder.glob(f"{run}*.png")), folder / "records"]
+    return "\n".join([*(path.read_text(encoding="utf-8") for path in own), *map(str, paths)])
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="folder of your own runs, such as results")] = REFERENCE,
+    show: Annotated[str, typer.Option(help="print what a notebook left there, such as table1, and write nothing")] = "",
+) -> None:
+    """Write the page of all results, and for those that came with the repository the index reproduce/README.md."""
+    if show:
+        print(shown(show, results / show))
+        return
+    written, skipped = build(ROOT / "reproduce", results)
     for path, text in written.items():
-        write_text(path, text)
-        print(path)
+        if path.name != "README.md" or results.resolve() == REFERENCE:
+            write_text(path, text)
+            print(path)
     print(*(f"skipped {line}" for line in skipped), sep="\n", end="\n" * bool(skipped), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -20,7 +20,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from besa.machine.provenance import ROOT
-from besa.paper.results import slug
+from besa.paper.tables import slug
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,9 +1,14 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
+import besa
 from besa.decoder import find_blocks, projections
 from besa.paper import analysis
+from besa.quantize import QuantizedFiles, save_quantized
 
 
 def test_spearman_is_one_for_any_rising_function_and_shares_ranks_of_equals():
@@ -51,6 +56,34 @@ def test_rows_are_summed_up_by_projection_and_correlated_by_block():
     assert table.loc[("rows", "x"), "q"] == 0.75 and table.loc[("blocks", "depth"), "mean"] == 0.7
 
 
-def test_blocks_are_spread_from_the_first_to_the_last():
-    assert analysis.spread(4, 30) == [0, 10, 19, 29]
-    assert analysis.spread(4, 2) == [0, 1] and analysis.spread(1, 5) == [0]
+def test_sparsities_of_rows_are_counted_from_the_masks_wherever_weights_happen_to_be_zero(tiny_llama, windows):
+    with torch.no_grad():
+        find_blocks(tiny_llama)[0].self_attn.q_proj.weight[0] = 0  # of a kept weight nobody can tell
+    report = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    found = analysis.row_sparsities(report.keep_masks)
+    assert len(found) == 3 * 7 and all(np.all(rows == 0.5) for rows in found.values())
+    report = besa.prune(tiny_llama, windows, besa.Wanda(sparsity=0.0), progress=False)
+    assert all(np.all(rows == 0) for rows in analysis.row_sparsities(report.keep_masks).values())
+
+
+def test_stored_bits_are_those_of_the_file_and_must_be_the_models_weights(tiny_llama, windows, tmp_path):
+    assert analysis.stored_bits(tiny_llama, None) == 32
+    report = besa.prune(tiny_llama, windows, besa.Wanda(quantize=besa.Quantize(bits=4)), progress=False)
+    stored = save_quantized(report.quantized, tmp_path / "packed.safetensors")
+    assert analysis.stored_bits(tiny_llama, report.quantized) == pytest.approx(stored)
+    assert analysis.stored_bits(tiny_llama, QuantizedFiles(tmp_path / "packed.safetensors")) == pytest.approx(stored)
+    key, weight = next(iter(report.quantized.items()))
+    other = {**report.quantized, key: dataclasses.replace(weight, scale=weight.scale * 2)}
+    with pytest.raises(RuntimeError, match=r"block 0, self_attn.q_proj: what is stored does not reproduce"):
+        analysis.stored_bits(tiny_llama, other)
+
+
+def test_one_kind_prunes_that_kind_as_wanda_would_and_leaves_the_rest(tiny_llama, windows):
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    report = besa.prune(tiny_llama, windows, analysis.WandaOneKind(kind="down_proj", sparsity=0.75), progress=False)
+    rows = report.to_frame()
+    assert (rows["sparsity"] == (rows["projection"] == "mlp.down_proj") * 0.75).all()
+    for key, value in tiny_llama.state_dict().items():
+        assert torch.equal(value, before[key]) == ("down_proj" not in key)
+    with pytest.raises(ValueError, match=r"unknown kind of projection 'mlp'; this model has q_proj, .*, down_proj"):
+        besa.prune(tiny_llama, windows, analysis.WandaOneKind(kind="mlp"), progress=False)

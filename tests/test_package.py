@@ -112,7 +112,8 @@ def test_an_installed_besa_keeps_out_of_its_own_folder_and_names_its_version(sit
     script = """
 import json, besa
 from besa.machine.provenance import provenance
-from besa.paper.results import compare, open_folder
+from besa.paper.records import open_folder
+from besa.paper.tables import compare
 config = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
 record = {"config": config, "config_hash": "", "metrics": {"wikitext2": 7.3}, "provenance": provenance()}
 print(json.dumps([besa.__file__, str(open_folder("table1")), record["provenance"], len(compare([record], "table1"))]))

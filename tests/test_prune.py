@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import besa
-from besa.baselines import WandaOneKind, named_method
+from besa.baselines import named_method
 from besa.decoder import projections
 from besa.importance import InputStatistics, inverse_cholesky
 from besa.masks import keep_largest
@@ -53,17 +53,6 @@ def test_only_projections_change_and_the_report_counts_their_zeros(tiny_llama, w
             assert 0 < row["projection_error"] < 1 and 0 < row["block_error"] < 1
     assert report.sparsity == pytest.approx(METHODS[name].sparsity, abs=0.06)
     assert all(not p.grad_fn and p.requires_grad for p in tiny_llama.parameters())
-
-
-def test_one_kind_prunes_that_kind_as_wanda_would_and_leaves_the_rest(tiny_llama, windows):
-    before = weights_of(tiny_llama)
-    report = besa.prune(tiny_llama, windows, WandaOneKind(kind="down_proj", sparsity=0.75), progress=False)
-    rows = report.to_frame()
-    assert (rows["sparsity"] == (rows["projection"] == "mlp.down_proj") * 0.75).all()
-    for key, value in tiny_llama.state_dict().items():
-        assert torch.equal(value, before[key]) == ("down_proj" not in key)
-    with pytest.raises(ValueError, match=r"unknown kind of projection 'mlp'; this model has q_proj, .*, down_proj"):
-        besa.prune(tiny_llama, windows, WandaOneKind(kind="mlp"), progress=False)
 
 
 def test_besa_lowers_the_loss_of_a_block(tiny_llama, windows):

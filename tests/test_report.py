@@ -11,9 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from besa.machine.provenance import ROOT
-from besa.paper import results
+from besa.paper import records, tables
 
-build = runpy.run_path(str(ROOT / "reproduce" / "report.py"))["build"]
+report = runpy.run_path(str(ROOT / "reproduce" / "report.py"))
+build = report["build"]
 
 
 @pytest.fixture
@@ -34,20 +35,20 @@ def write_notebook(path, text):
 
 def run(folders, model, profile, caption="Perplexity", **perplexities):
     """What a notebook leaves: a record per row, a table, the comparison and a figure."""
-    folder = results.open_folder("table1", str(folders[1] / "table1"))
+    folder = records.open_folder("table1", str(folders[1] / "table1"))
     config = {"item": "table1", "model": model, "profile": profile, "sparsity": 0.5}
     outcome = {"sparsity": 0.5, "seconds": 1.0, "peak_bytes": 2**30}
     rows = {row.replace("_", "-"): {"wikitext2": value} for row, value in perplexities.items()}
-    records = [
-        results.save_record(folder, config | {"row": row}, outcome | {"metrics": metrics})
+    written = [
+        records.save_record(folder, config | {"row": row}, outcome | {"metrics": metrics})
         for row, metrics in rows.items()
     ]
-    stem = f"{results.slug(model)}-{profile}"
-    results.write_table(results.summary(records), folder, stem, caption)
-    if len(compared := results.compare(records, "table1")):
-        results.write_table(compared.set_index("method"), folder, f"{stem}-published", "Ours beside published")
-    results.save_figure(Figure(), folder, stem)
-    return records
+    stem = f"{tables.slug(model)}-{profile}"
+    tables.write_table(tables.summary(written), folder, stem, caption)
+    if len(compared := tables.compare(written, "table1")):
+        tables.write_table(compared, folder, f"{stem}-published", "Ours beside published")
+    tables.save_figure(Figure(), folder, stem)
+    return written
 
 
 def build_texts(folders):
@@ -57,7 +58,7 @@ def build_texts(folders):
 
 
 def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
-    records = run(folders, "llama-7b", "paper", wanda=7.3, besa_row_wise=8.0)  # published: 7.26, 6.86
+    rows = run(folders, "llama-7b", "paper", wanda=7.3, besa_row_wise=8.0)  # published: 7.26, 6.86
     run(folders, "smollm2-135m", "quick", dense=20.0, sparsegpt=40.0, wanda=50.123, besa_row_wise=45.0)
     readme, page, skipped = build_texts(folders)
     assert not skipped
@@ -65,7 +66,7 @@ def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
     embedded = "smollm2-135m, quick; wikitext2: best sparsegpt 40.00 (besa-row-wise 45.00, wanda 50.12, dense 20.00)"
     for text in (readme, page):
         assert judged in text and f"not comparable: {embedded}" in text
-    source = records[0]["provenance"]
+    source = rows[0]["provenance"]
     for shown in (
         source["commit"][:12],
         source["date"][:10],
@@ -73,7 +74,7 @@ def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
         f"torch {source['versions']['torch']}",
     ):
         assert shown in unescape(page)
-    assert all(f">{record['config_hash']}</a>" in page for record in records)
+    assert all(f">{record['config_hash']}</a>" in page for record in rows)
     assert page.count("@misc{besa-") == 2 and page.count("@inproceedings{xu2024besa,") == 1
     assert "<mark>published</mark> Ours beside published" in page
     assert '<td class="number">50.12</td>' in page  # rounded as the written table is
@@ -108,9 +109,9 @@ def test_text_from_records_and_captions_is_escaped(folders):
 
 def test_broken_records_and_tables_are_skipped_by_name(folders):
     run(folders, "llama-7b", "quick", wanda=7.3, besa_row_wise=6.8)
-    records = folders[1] / "table1" / "records"
-    (records / "broken.json").write_text("{")
-    (records / "empty.json").write_text('{"config": {}}')
+    folder = folders[1] / "table1" / "records"
+    (folder / "broken.json").write_text("{")
+    (folder / "empty.json").write_text('{"config": {}}')
     (folders[1] / "table1" / "notes.md").write_text("nothing")
     readme, page, skipped = build_texts(folders)
     assert [line.split(" ")[0] for line in skipped] == ["table1/notes.md", "table1/broken.json", "table1/empty.json"]
@@ -123,7 +124,7 @@ def test_rows_of_several_runs_are_not_ranked(folders):
     run(folders, "smollm2-135m", "quick", wanda=50.0)
     folder, config = folders[1] / "table1", {"item": "table1", "model": "smollm2-135m", "profile": "quick"}
     config |= {"sparsity": 0.5, "row": "wanda", "seed": 1}
-    results.save_record(folder, config, {"metrics": {"wikitext2": 60.0}})
+    records.save_record(folder, config, {"metrics": {"wikitext2": 60.0}})
     assert "smollm2-135m, quick; see the tables" in build_texts(folders)[0]
 
 
@@ -134,13 +135,13 @@ def test_only_whole_models_of_the_same_sparsity_are_ranked_with_their_standard_e
         "quantized": {"sparsity": 0.0},
         "k_proj": {"sparsity": 0.5, "method": {"kind": "k_proj"}},
     }.items():
-        results.save_record(folder, config | {"row": row} | more, {"metrics": {"wikitext2": 30.0}})
+        records.save_record(folder, config | {"row": row} | more, {"metrics": {"wikitext2": 30.0}})
     outcome = {"metrics": {"wikitext2": 60.0, "error last block": 0.5}, "stderr": {"average": 1.354}}
-    results.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
+    records.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
     text = build_texts(folders)[0]
     assert "wikitext2: best joint-besa 45.00 (wanda 50.00, sparsegpt 60.00 ± 1.35)" in text and "error last" not in text
     outcome["metrics"]["wikitext2"] = 20.0
-    results.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
+    records.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
     assert "wikitext2: best sparsegpt 20.00 ± 1.35 (joint-besa 45.00, wanda 50.00)" in build_texts(folders)[0]
 
 
@@ -150,6 +151,30 @@ def test_a_broken_notebook_is_named(folders):
         build(*folders)
 
 
+def test_smoke_runs_are_left_out(folders):
+    before = build_texts(folders)
+    run(folders, "smollm2-135m", "smoke", wanda=7.3)
+    assert build_texts(folders) == before
+
+
+def test_what_a_run_left_is_shown_with_the_reference_last(folders):
+    run(folders, "smollm2-135m", "quick", caption="Other", wanda=7.0)
+    rows = run(folders, "tiny", "quick", caption="Mine", wanda=50.123)
+    folder = folders[1] / "table1"
+    tables.write_table(tables.summary(rows), folder, "tiny-quick-reference", "Ours beside reference")
+    text = report["shown"]("table1", folder)
+    assert (
+        text.index("**Mine**") < text.index("50.12") < text.index("**Ours beside reference**") < text.index(str(folder))
+    )
+    assert "Other" not in text and text.endswith(str(folder / "records"))
+
+
+def test_the_page_of_ones_own_runs_leaves_the_index_alone(folders):
+    index = (ROOT / "reproduce" / "README.md").read_bytes()
+    report["main"](folders[1], "")
+    assert (folders[1] / "index.html").is_file() and (ROOT / "reproduce" / "README.md").read_bytes() == index
+
+
 def test_the_committed_report_is_up_to_date():
-    for path, text in build(ROOT / "reproduce", ROOT / "results")[0].items():
+    for path, text in build(ROOT / "reproduce", tables.REFERENCE)[0].items():
         assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make report`"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 def sweep(folder, models, *more):
     arguments = ["--models", models, "--notebooks", "table1", "--folder", folder, "--parallel", "2", *more]
-    parameters = {"profile": "smoke", "datasets": "wiki", "device": "cpu", "results": folder / "results"}
+    parameters = {"profile": "smoke", "datasets": "wiki", "results": folder / "results"}
     for name, value in parameters.items():
         arguments += ["-p", f"{name}={value}"]
     command = [sys.executable, str(ROOT / "reproduce" / "sweep.py"), *map(str, arguments)]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -143,12 +142,3 @@ def simulate_model(
                 }
             )
     return pd.DataFrame(table)
-
-
-def cycles_record(
-    model: PreTrainedModel, keep_masks: Mapping[tuple[int, str], Bool[Tensor, "rows columns"]] | None
-) -> dict[str, Any]:
-    """What a record keeps: mean cycles over the blocks by kind of projection, and `simulate_model`'s rows."""
-    frame = simulate_model(model, keep_masks)
-    means = frame.groupby("kind", sort=False)["cycles"].mean()
-    return {"metrics": means.to_dict(), "projections": frame.to_dict("records")}

@@ -52,13 +52,6 @@ class ZeroShot:
         average["chance"] = sum(row["chance"] for row in self.rows) / len(self.rows)
         return pd.DataFrame([*self.rows, average]).set_index("task")
 
-    def to_record(self) -> dict[str, Any]:
-        """What a record keeps: percent right by task with standard errors, and what was asked, by which lm-eval."""
-        percent = 100 * self.to_frame()[["acc", "stderr"]]
-        metrics, stderr = percent["acc"].to_dict(), percent["stderr"].to_dict()
-        asked = {"tasks": self.rows, "question_seed": self.seed, "lm_eval": self.lm_eval}
-        return {"metrics": metrics, "stderr": stderr, **asked}
-
 
 def zero_shot(
     model: PreTrainedModel,

@@ -1,8 +1,12 @@
-"""What a learned allocation looks like by row, and what it goes along with."""
+"""What a learned allocation looks like by row, and what it goes along with; what a quantized model takes as stored."""
 
 import contextlib
+import tempfile
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -13,9 +17,34 @@ from transformers import PreTrainedModel
 
 from besa.decoder import find_blocks, projections, weight_of
 from besa.importance import collect_statistics, wanda
-from besa.inputs.models import load_model
-from besa.paper.experiment import Experiment
-from besa.report import Report
+from besa.masks import keep_largest
+from besa.prune import Method
+from besa.quantize import QuantizedFiles, QuantizedWeight, save_quantized
+from besa.walk import Block, PrunedBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaOneKind(Method):
+    """Wanda on one kind of projection in every block, the other projections left as they are (paper Fig. 1b)."""
+
+    kind: str
+    """What the projection is called in its block, without the module that holds it: `q_proj`."""
+
+    name: ClassVar[str] = "wanda-one-kind"
+
+    def check(self, model: PreTrainedModel) -> None:
+        kinds = [name.rpartition(".")[2] for name in projections(find_blocks(model)[0])]
+        if self.kind not in kinds:
+            raise ValueError(f"unknown kind of projection {self.kind!r}; this model has {', '.join(kinds)}")
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned, statistics = PrunedBlock(), block.statistics()
+        for name, projection in block.projections.items():
+            sparsity = self.sparsity if name.rpartition(".")[2] == self.kind else 0.0
+            pruned.keep_masks[name] = keep_largest(wanda(projection.weight, statistics[name]), sparsity)
+            pruned.weights[name] = projection.weight * pruned.keep_masks[name]
+        return pruned
+
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """Of the rows' sparsities, by projection."""
@@ -71,20 +100,16 @@ def _features(weight: Float[Tensor, "rows columns"], importance: Float[Tensor, "
 
 
 def row_sparsities(keep_masks: Mapping[tuple[int, str], Tensor]) -> dict[tuple[int, str], np.ndarray]:
-    """Fraction of every row of the projections that is pruned, by block and projection."""
-    return {key: (~keep_mask).float().mean(1).numpy() for key, keep_mask in keep_masks.items()}
+    """Fraction of every row that is pruned, by block and projection, from `Report.keep_masks`."""
+    return {key: (~keep_masks[key]).float().mean(1).cpu().numpy() for key in keep_masks}
 
 
 def spearman(features: pd.DataFrame, target: pd.Series | np.ndarray) -> dict[str, float | None]:
-    """Spearman's rank correlation of every column with the target, equal values sharing their mean rank.
-
-    None where it is undefined: a constant column or target, or fewer than three values.
-    """
-    ranks, rank = features.rank(), pd.Series(np.asarray(target)).rank()
-    if len(rank) < 3 or rank.nunique() < 2:
-        return dict.fromkeys(features.columns)
-    varied = {name: ranks[name].nunique() > 1 for name in features.columns}
-    return {name: float(ranks[name].corr(rank)) if varied[name] else None for name in features.columns}
+    """Spearman's rank correlation of every column with the target; None where a column or the target is constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy's, of constants
+        found = features.corrwith(pd.Series(np.asarray(target), index=features.index), method="spearman")
+    return {name: None if np.isnan(rho) else float(rho) for name, rho in found.items()}
 
 
 def row_analysis(
@@ -103,19 +128,6 @@ def row_analysis(
         "row_quantiles": {name: np.quantile(rows, QUANTILES).tolist() for name, rows in by_name.items()},
         "row_correlations": [places[key] | spearman(features[key], rows) for key, rows in sparsities.items()],
         "feature_means": [places[key] | features[key].mean().to_dict() for key in sparsities],
-    }
-
-
-def learned(experiment: Experiment, network: PreTrainedModel, report: Report) -> dict[str, Any]:
-    """For the record of a BESA row: perplexities, training steps by column, and `row_analysis`.
-
-    Holds a second, dense copy of the model for a while.
-    """
-    dense, _ = load_model(experiment.model, experiment.dtype, str(experiment.device))
-    return {
-        **experiment.perplexities(network, report),
-        "steps": pd.DataFrame(report.steps).round(6).to_dict("list"),
-        **row_analysis(row_sparsities(report.keep_masks), row_features(dense, experiment.windows)),
     }
 
 
@@ -143,12 +155,24 @@ def correlation_table(by_row: pd.DataFrame, by_block: pd.DataFrame) -> pd.DataFr
     return table.assign(mean=table.mean(axis=1))
 
 
-def spread(count: int, n_blocks: int) -> list[int]:
-    """At most so many blocks, evenly spread from the first to the last.
+def stored_bits(model: PreTrainedModel, quantized: Mapping[tuple[int, str], QuantizedWeight] | None) -> float:
+    """Bits per weight of a quantized model as stored, having compared the stored bits with the model's weights.
+
+    Args:
+        quantized: `Report.quantized`; None for a model that was not quantized.
 
     Raises:
-        ValueError: none are asked for.
+        RuntimeError: they are not the model's weights, to the bit.
     """
-    if count < 1:
-        raise ValueError(f"blocks {count} must be at least 1")
-    return [round(float(index)) for index in np.linspace(0, n_blocks - 1, min(count, n_blocks))]
+    if not quantized:
+        return 8.0 * model.dtype.itemsize
+    blocks, bits, total = find_blocks(model), 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        for index, name in quantized:  # one at a time: all codes may be more than fits
+            weight = weight_of(projections(blocks[index])[name])
+            bits += weight.numel() * save_quantized({(index, name): quantized[index, name]}, path)
+            total += weight.numel()
+            if not torch.equal(QuantizedFiles(path)[index, name].dequantize(weight.dtype), weight.cpu()):
+                raise RuntimeError(f"block {index}, {name}: what is stored does not reproduce the model's weights")
+    return bits / total

@@ -1,0 +1,314 @@
+"""What a notebook's run rests on, its parameters resolved, and what it leaves: a JSON record per finished row."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from jaxtyping import Int64
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from besa.inputs.text import Sampler
+from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.files import tensor_sha256, write_text
+from besa.machine.provenance import ROOT, provenance, results_root
+from besa.paper import tables
+from besa.paper.tables import Record, slug
+from besa.prune import Method
+from besa.report import Report
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a notebook computes."""
+
+    name: str
+    n_samples: int
+    """Calibration windows."""
+    seq_len: int
+    """Tokens per window and per test segment."""
+    max_segments: int | None
+    """Test segments per text; None takes all."""
+    max_questions: int | None
+    """Questions per zero-shot task; None takes all."""
+
+
+PROFILES = {
+    "smoke": Profile("smoke", n_samples=2, seq_len=64, max_segments=2, max_questions=4),
+    "quick": Profile("quick", n_samples=32, seq_len=512, max_segments=32, max_questions=200),
+    "paper": Profile("paper", n_samples=128, seq_len=2048, max_segments=None, max_questions=None),
+}
+
+
+def resolve_profile(name: str) -> Profile:
+    """A profile by name; "auto" takes `$BESA_PROFILE`, else paper where there is a GPU and quick where there is none.
+
+    Raises:
+        ValueError: unknown profile.
+    """
+    if name == "auto":
+        name = os.environ.get("BESA_PROFILE") or ("paper" if torch.cuda.is_available() else "quick")
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; known: auto, {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a model's recipe fixes: `recipe` in reproduce/params/<model>.yaml; these values where there is no file."""
+
+    calibration: str = "sotu"
+    """Text that the windows come from."""
+    sampler: Sampler = "crop"
+    """crop (published: a random crop of a document longer than seq_len) or pack."""
+    seed: int = 0
+    """Of the sampler."""
+    n_samples: int | None = None
+    """Calibration windows; None takes the profile's."""
+    seq_len: int | None = None
+    """Tokens per window and per test segment; None takes the profile's."""
+    dtype: str | None = None
+    """bfloat16, float16 or float32; None takes what the device is fast in."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    d_coef: float = 5.0
+    """Prodigy's d_coef, row-wise; the published runs set it by model."""
+    d_coef_layer: float = 0.5
+    """The same layer-wise; 50 as for LLaMA-7B prunes SmolLM2 to 46 % in 32 steps."""
+    clipping_lr: float = 0.2
+    """Adam's step size for the clipping of a quantization."""
+
+
+def resolve_recipe(model: str, values: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of reproduce/params/<model>.yaml, if there is one, with some values changed.
+
+    Raises:
+        ValueError: a key that no recipe has.
+    """
+    path = ROOT / "reproduce" / "params" / f"{Path(model).name}.yaml"
+    own = Path(model).name == model and path.is_file()
+    found = (yaml.safe_load(path.read_text())["recipe"] if own else {}) | (values or {})
+    known = vars(Recipe())
+    for key in found:
+        if key not in known:
+            raise ValueError(f"recipe has an unknown key {key!r}; known: {', '.join(known)}")
+    typed = lambda key, value: float(value) if isinstance(known[key], float) else value  # d_coef: 5
+    return Recipe(**{key: typed(key, value) for key, value in found.items()})
+
+
+def listed(values: Any) -> list[Any]:
+    """The values of a papermill list; `-p row_groups row,8` gives a string instead, `-p row_groups 8` a number."""
+    if isinstance(values, str):
+        words = [word.strip() for word in values.split(",") if word.strip()]
+        return [int(word) if word.isdecimal() else word for word in words]
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def open_folder(item: str, folder: str | None = None) -> Path:
+    """The folder that an item's records and tables go to, made if need be.
+
+    Args:
+        item: `table1`, ...
+        folder: None takes `results/<item>` of this repository, or `$BESA_RESULTS/<item>`.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    path = Path(folder) if folder else results_root() / item
+    try:
+        (path / "records").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ValueError(f"the results folder {str(path)!r} is not writable ({error}); name another one") from error
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that change with any value of the configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def find_record(folder: Path, config: dict[str, Any]) -> Record | None:
+    """The finished record of exactly this configuration, if there is one."""
+    try:
+        return json.loads(_record_path(folder, config).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def save_record(folder: Path, config: dict[str, Any], outcome: dict[str, Any]) -> Record:
+    """Write one row's record: configuration and its hash, outcome, provenance.
+
+    Raises:
+        ValueError: a smoke run among the results that are tracked.
+    """
+    if config["profile"] == "smoke" and tables.REFERENCE in folder.resolve().parents:
+        raise ValueError(f"smoke runs only show that the code runs: none goes to {folder}; name another results folder")
+    record = {"config": config, "config_hash": config_hash(config), **outcome, "provenance": provenance()}
+    write_text(_record_path(folder, config), json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _record_path(folder: Path, config: dict[str, Any]) -> Path:
+    parts = (slug(config["model"]), config["profile"], config["row"], config_hash(config))
+    return folder / "records" / ("-".join(parts) + ".json")
+
+
+class Run:
+    """One notebook on one model: what it was asked for, where its records, tables and figures go, which rows are there.
+
+    It loads, prunes and measures nothing: the notebook's cells do, for the rows that it `has` not.
+    """
+
+    def __init__(
+        self,
+        item: str,
+        *,
+        model: str,
+        profile: str = "auto",
+        recipe: dict[str, Any] | None = None,
+        results: str | None = None,
+        shorter: int = 1,
+        **config: Any,
+    ) -> None:
+        """Resolve a notebook's parameters; the arguments are theirs.
+
+        Args:
+            item: the notebook's name: `table1`, ...
+            recipe: values that differ from reproduce/params/<model>.yaml's.
+            results: folder; None takes `results/<item>`.
+            shorter: the profile's seq_len is divided by it, but for the published one.
+            config: what else the records must be told apart by.
+
+        Raises:
+            ValueError: a parameter is unknown or cannot be had here; before any model is loaded.
+        """
+        self.item, self.model = item, model
+        self.profile, self.recipe = resolve_profile(profile), resolve_recipe(model, recipe)
+        self.calibration, self.sampler, self.seed = self.recipe.calibration, self.recipe.sampler, self.recipe.seed
+        self.n_samples = self.recipe.n_samples or self.profile.n_samples
+        self.seq_len = self.recipe.seq_len or self.profile.seq_len // (1 if self.profile.name == "paper" else shorter)
+        self.device = resolve_device(self.recipe.device)
+        self.dtype = resolve_dtype(self.recipe.dtype, self.device) if self.recipe.dtype else None
+        self.config = config | {name: getattr(self, name) for name in ("calibration", "sampler", "seed")}
+        self.segments: dict[str, int] = {}
+        self.folder = open_folder(item, results)
+
+    @property
+    def is_smoke(self) -> bool:
+        return self.profile.name == "smoke"
+
+    @property
+    def test_limit(self) -> int | None:
+        """Tokens of each test text; None takes all."""
+        return self.profile.max_segments and self.profile.max_segments * self.seq_len
+
+    def fields(self, row: str) -> dict[str, Any]:
+        """What the recipe fixes of a method by the name of its row."""
+        steps = {"besa-row-wise": self.recipe.d_coef, "besa-layer-wise": self.recipe.d_coef_layer}
+        return {"d_coef": steps[row]} if row in steps else {}
+
+    def on(
+        self,
+        windows: Int64[Tensor, "n_samples seq_len"],
+        texts: dict[str, Int64[Tensor, "_"]] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Run":
+        """The same run, its records told apart by calibration windows, test texts and precision, too."""
+        run = copy.copy(self)
+        run.n_samples, run.dtype = len(windows), dtype or self.dtype
+        run.segments = {name: len(tokens) // self.seq_len for name, tokens in (texts or {}).items()}
+        run.config = self.config | {"calibration_sha256": tensor_sha256(windows)}
+        if texts:
+            run.config["test_sha256"] = {name: tensor_sha256(tokens) for name, tokens in texts.items()}
+        return run
+
+    def row_config(self, row: str, method: Method | None) -> dict[str, Any]:
+        """Everything that a row's numbers depend on, beside the code and the machine."""
+        asked = {"item": self.item, "model": self.model, "profile": self.profile.name, **self.config}
+        asked |= {"n_samples": self.n_samples, "seq_len": self.seq_len}
+        asked |= {"dtype": str(self.dtype), "device": self.device.type, "row": row}
+        pruned = {"sparsity": method.sparsity, "method": method.config()} if method else {"sparsity": 0.0}
+        return asked | {"method": None} | pruned
+
+    def has(self, row: str, method: Method | None) -> bool:
+        """Whether the row is finished, by exactly this configuration."""
+        return find_record(self.folder, self.row_config(row, method)) is not None
+
+    def work(self, row: str, method: Method | None) -> Path:
+        """Where a row's pruned checkpoint lies until the row is saved, if its model is too large for memory."""
+        return self.folder / f".{row}-{config_hash(self.row_config(row, method))}"
+
+    def save(
+        self, row: str, method: Method | None, report: Report | None, metrics: dict[str, float], **more: Any
+    ) -> Record:
+        """Write the record of a finished row.
+
+        Args:
+            row: its name, unique in the table and fit for a file name.
+            method, report: what pruned, and what it did; None for the dense model.
+            metrics: what was measured.
+            more: what else the record keeps.
+        """
+        outcome = {
+            "metrics": metrics,
+            "sparsity": report.sparsity if report else 0.0,
+            "seconds": report.seconds if report else 0.0,
+            "peak_bytes": report.peak_bytes if report else 0,
+            "projections": report.rows if report else [],
+        }
+        record = save_record(self.folder, self.row_config(row, method), outcome | more)
+        shutil.rmtree(self.work(row, method), ignore_errors=True)
+        print(row, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
+        return record
+
+    def records(self, rows: dict[str, Method | None]) -> list[Record]:
+        """The records of finished rows, in their order."""
+        return [json.loads(_record_path(self.folder, self.row_config(*row)).read_text()) for row in rows.items()]
+
+    @property
+    def stem(self) -> str:
+        """What this run's tables and figures are called."""
+        return f"{slug(self.model)}-{self.profile.name}"
+
+    def caption(self, text: str) -> str:
+        """A caption that says what the numbers rest on."""
+        caption = f"{text}. Profile {self.profile.name}: {self.n_samples} windows of {self.seq_len} tokens of "
+        caption += self.calibration
+        if self.segments:
+            caption += "; tested on " + ", ".join(f"{n} segments of {name}" for name, n in self.segments.items())
+        return caption + "." + " SMOKE RUN: these numbers only show that the code runs." * self.is_smoke
+
+    def write_table(self, frame: pd.DataFrame, text: str, suffix: str = "") -> str:
+        """Write a table under the run's name; returns it as Markdown."""
+        return tables.write_table(frame, self.folder, self.stem + suffix, self.caption(text))
+
+    def write_published(self, records: list[Record], metric: str = "perplexity", **options: Any) -> str:
+        """Write our numbers beside the published ones, if there are any (`tables.compare`); returns Markdown."""
+        comparison = tables.compare(records, options.pop("item", self.item), metric, **options)
+        if comparison.empty:
+            return f"The paper has no numbers for {self.model} here; its LLaMA numbers are not comparable."
+        return self.write_table(comparison, "Ours beside published", "-published")
+
+    def write_reference(self, records: Iterable[Record]) -> str:
+        """Write our numbers beside those that came with the repository, if there are any; returns Markdown."""
+        comparison = tables.beside_reference(records, tables.REFERENCE / self.item)
+        if comparison.empty:
+            return f"The repository holds no reference run of these rows ({self.model}, profile {self.profile.name})."
+        return self.write_table(comparison, f"Ours beside results/reference/{self.item}", "-reference")
+
+    def save_figure(self, figure: Figure, suffix: str = "") -> None:
+        """Save a figure under the run's name, as PNG and SVG; one without a title gets model and profile."""
+        if not figure.get_suptitle():
+            figure.suptitle(f"{self.model}, profile {self.profile.name}", fontsize=10)
+        tables.save_figure(figure, self.folder, self.stem + suffix)

@@ -1,0 +1,188 @@
+"""Records as tables: what was measured, beside published and reference numbers, where it comes from, how to cite it."""
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+
+from besa.machine.files import replacing, write_text
+from besa.machine.provenance import ROOT
+
+Record = dict[str, Any]
+"""What `besa.paper.records.Run.save` wrote of a row."""
+
+REFERENCE = ROOT / "results" / "reference"
+"""The results that come with the repository."""
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: the last part of a path or hub id."""
+    return Path(name).name.lower()
+
+
+def summary(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per record: perplexities or accuracies, the sparsity counted, cost."""
+    rows = [
+        {"method": record["config"]["row"], "sparsity": record["sparsity"], **record["metrics"]}
+        | {"seconds": record["seconds"], "peak GiB": record["peak_bytes"] / 2**30}
+        for record in records
+    ]
+    return pd.DataFrame(rows).set_index("method")
+
+
+def compare(
+    records: Iterable[Record],
+    item: str,
+    metric: str = "perplexity",
+    over: str = "text",
+    impossible: Collection[tuple[str, str]] = (),
+) -> pd.DataFrame:
+    """Ours beside published, where there is a published value, with the relative difference and a verdict.
+
+    The verdict is "reproduced" within 2 %, else "better" (higher for accuracy, else lower) or "worse"; runs that do not
+    follow the published protocol (another profile, sparsity, calibration or number of bits, a part of the questions)
+    are shown and not judged.
+
+    Args:
+        records: `metrics` holds our values by what `over` says.
+        metric: perplexity, cycles, accuracy_percent, ... of published.csv.
+        over: text, projection or task: the column's name.
+        impossible: (projection, method) of printed numbers that cannot be: shown, not judged.
+    """
+    published = pd.read_csv(Path(__file__).with_name("published.csv"))
+    published = published[published["item"].isin([item, "readme_granularity"]) & (published["metric"] == metric)]
+    rows = []
+    for record in records:
+        config, own = record["config"], published[published["model"] == record["config"]["model"]]
+        own = own[own["method"].replace({"besa": "besa-row-wise"}) == config["row"]]
+        for text, ours in record["metrics"].items():
+            for _, row in own[own["task"] == text].drop_duplicates("value").iterrows():
+                skip = "the printed number is not possible" if (text, row["method"]) in impossible else None
+                skip = skip if _follows_protocol(config) else "other protocol"
+                verdict = f"not judged: {skip}" if skip else _verdict(ours, row["value"], metric == "accuracy_percent")
+                entry = _difference(config["row"], over, text, ours, "published", row["value"])
+                rows.append(entry | {"verdict": verdict, "source": row["source"]})
+    return pd.DataFrame(rows).set_index("method") if rows else pd.DataFrame()
+
+
+def _difference(row: str, over: str, text: str, ours: float, name: str, other: float) -> dict[str, Any]:
+    return {"method": row, over: text, "ours": ours, name: other, "difference": f"{ours / other - 1:+.1%}"}
+
+
+def _verdict(ours: float, published: float, higher_is_better: bool) -> str:
+    difference = ours / published - 1
+    better = (difference > 0) == higher_is_better
+    return "reproduced" if abs(difference) <= 0.02 else "better" if better else "worse"
+
+
+def _follows_protocol(config: dict[str, Any]) -> bool:
+    """Whether a run is what the paper ran: what it does not name counts as the published value."""
+    published = {"profile": "paper", "limit": None, "bits": 4, "group_size": None}
+    published |= {"calibration": "c4", "n_samples": 128, "seq_len": 2048}
+    return config["sparsity"] in (0.0, 0.5) and all(
+        config.get(name, value) == value for name, value in published.items()
+    )
+
+
+def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:
+    """Ours beside the records in a folder, row by row, where one was asked for the same: the machine may differ."""
+    references = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("records/*.json"))]
+    rows = []
+    for record in records:
+        same = [other for other in references if _asked_the_same(record["config"], other["config"])]
+        for text, ours in record["metrics"].items() if same else ():
+            value = max(same, key=lambda other: other["provenance"]["date"])["metrics"].get(text)
+            rows += [_difference(record["config"]["row"], "of", text, ours, "reference", value)] if value else []
+    return pd.DataFrame(rows).set_index("method") if rows else pd.DataFrame()
+
+
+def _asked_the_same(config: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configurations agree in all that both name, but for the machine; later ones may name more."""
+    both = (config.keys() & other.keys()) - {"dtype", "device"}
+    same = lambda a, b: all(a[key] == b[key] for key in a.keys() & b.keys()) if a and b else a == b
+    return all(same(config[key], other[key]) if key == "method" else config[key] == other[key] for key in both)
+
+
+def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> str:
+    """Write a table as Markdown, CSV (unrounded) and LaTeX; returns the Markdown."""
+    markdown = f"**{caption}**\n\n{_rounded(frame).to_markdown(stralign='left', disable_numparse=True)}\n"
+    write_text(folder / f"{stem}.md", markdown)
+    write_text(folder / f"{stem}.csv", frame.to_csv())
+    write_text(folder / f"{stem}.tex", _rounded(frame).to_latex(caption=_escaped(caption), escape=True))
+    return markdown
+
+
+def _escaped(text: str) -> str:
+    """For LaTeX; pandas does it in cells only."""
+    return re.sub(r"([%&#_$])", r"\\\1", text)
+
+
+def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    """Numbers as the paper prints them: two decimals, sparsities and relative errors four."""
+    fine = lambda column: column == "sparsity" or ("error" in str(column) and "1000" not in str(column))
+    digits = {column: 4 if fine(column) else 0 if column == "seconds" else 2 for column in frame.columns}
+    show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value
+    return frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
+
+
+def save_figure(figure: Figure, folder: Path, stem: str) -> None:
+    """Save a figure as PNG and SVG; the same figure gives the same bytes."""
+    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+        with replacing(folder / f"{stem}.{suffix}") as temporary, matplotlib.rc_context({"svg.hashsalt": "besa"}):
+            figure.savefig(temporary, dpi=150, metadata=metadata)
+
+
+PAPER_BIBTEX = """@inproceedings{xu2024besa,
+  title     = {{BESA}: Pruning Large Language Models with Blockwise Parameter-Efficient Sparsity Allocation},
+  author    = {Peng Xu and Wenqi Shao and Mengzhao Chen and Shitao Tang and Kaipeng Zhang and Peng Gao and
+               Fengwei An and Yu Qiao and Ping Luo},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  url       = {https://openreview.net/forum?id=gC6JTEU3jl},
+  note      = {arXiv:2402.16880}
+}"""
+
+
+def commit(source: dict[str, Any]) -> str:
+    """Of a record's provenance, abbreviated."""
+    return source["commit"][:12] + (" (modified)" if source["modified"] else "")
+
+
+def sources(records: Iterable[Record]) -> pd.DataFrame:
+    """Where the numbers of each row come from, which need not be the run that shows them."""
+    rows = [
+        {"row": record["config"]["row"], "config_hash": record["config_hash"], "commit": commit(source)}
+        | {name: source[name] for name in ("hardware", "threads", "date")}
+        for record in records
+        for source in [record["provenance"]]
+    ]
+    return pd.DataFrame(rows).set_index("row")
+
+
+def citation(records: list[Record]) -> str:
+    """BibTeX of the paper, and of this run: commits, profile, hardware, and every row by its configuration's hash."""
+    config, source = records[-1]["config"], records[-1]["provenance"]
+    every = lambda values: _escaped(", ".join(dict.fromkeys(values)))
+    models = every(record["config"]["model"] for record in records)
+    commits = every(commit(record["provenance"]) for record in records)
+    hardware = every(record["provenance"]["hardware"] for record in records)
+    rows = every(f"{record['config']['row']} {record['config_hash']}" for record in records)
+    about = ROOT / "CITATION.cff"  # not in an installed package
+    about = yaml.safe_load(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    address = about.get("repository-code") or about.get("url")
+    url = f"  url    = {{{address}}},\n" if address else ""
+    label = re.sub(r"[^\w.-]+", "-", f"besa-{config['item']}-{slug(config['model'])}-{records[-1]['config_hash']}")
+    return f"""{PAPER_BIBTEX}
+
+@misc{{{label},
+  title  = {{{{besa, {config["item"]} on {models}}}}},
+  author = {{{{besa contributors}}}},
+  year   = {{{source["date"][:4]}}},
+{url}  note   = {{commit {commits}, profile {config["profile"]}, {hardware}, {source["date"][:10]}; rows: {rows}}}
+}}"""

@@ -1,0 +1,127 @@
+"""What a run rests on and leaves: recipe, profile, and a record for every row."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import besa
+from besa.machine import files, memory
+from besa.machine.provenance import ROOT
+from besa.paper import records, tables
+from besa.paper.records import Run, resolve_recipe
+
+CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
+
+
+@pytest.fixture
+def run(windows, tmp_path):
+    run = Run("table1", model="tiny", profile="smoke", recipe={"seq_len": 24, "device": "cpu"}, results=str(tmp_path))
+    return run.on(windows, {"text": windows.flatten()}, torch.float32)
+
+
+def test_a_finished_row_is_read_back_and_another_configuration_is_another_row(run, tiny_llama, windows):
+    method = besa.Wanda()
+    assert not run.has("wanda", method)
+    run.work("wanda", method).mkdir()  # a pruned checkpoint
+    saved = run.save("wanda", method, besa.prune(tiny_llama, windows, method, progress=False), {"text": 7.3})
+    assert run.has("wanda", method) and run.records({"wanda": method}) == [json.loads(json.dumps(saved))]
+    assert saved["sparsity"] == 0.5 and len(saved["projections"]) == 21 and not run.work("wanda", method).exists()
+    assert not run.has("wanda", besa.Wanda(sparsity=0.25)) and not run.has("dense", None)
+    others = [run.on(windows[:3]), run.on(windows, {"text": windows.flatten()}, torch.bfloat16)]
+    others.append(run.on(windows, {"text": windows.flatten()[1:]}, torch.float32))
+    assert not any(other.has("wanda", method) for other in others)
+    dense = run.save("dense", None, None, {"text": 5.0})
+    assert dense["sparsity"] == 0 and dense["config"]["method"] is None and dense["projections"] == []
+
+
+def test_a_record_names_who_computed(tmp_path):
+    folder = records.open_folder("table1", str(tmp_path))
+    saved = records.save_record(folder, CONFIG, {})
+    assert saved["provenance"]["versions"]["torch"] == torch.__version__
+    assert saved["provenance"]["hardware"] and len(saved["provenance"]["commit"]) >= 7
+
+
+def test_a_broken_record_counts_as_missing(tmp_path):
+    folder = records.open_folder("table1", str(tmp_path))
+    records.save_record(folder, CONFIG, {})
+    (path,) = (folder / "records").glob("*.json")
+    path.write_text(path.read_text()[:100])
+    assert records.find_record(folder, CONFIG) is None
+
+
+def test_smoke_runs_never_enter_what_is_tracked(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "REFERENCE", tmp_path.resolve())
+    folder = records.open_folder("table1", str(tmp_path / "table1"))
+    records.save_record(folder, CONFIG, {})
+    with pytest.raises(ValueError, match="smoke runs only show that the code runs"):
+        records.save_record(folder, CONFIG | {"profile": "smoke"}, {})
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "table.md"
+    files.write_text(path, "old")
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"results folder .*file/x' is not writable"):
+        records.open_folder("table1", str(tmp_path / "file" / "x"))
+
+
+def test_a_caption_says_what_the_numbers_rest_on(run):
+    caption = run.caption("Perplexity")
+    assert "Profile smoke: 6 windows of 24 tokens of sotu; tested on 6 segments of text." in caption
+    assert "SMOKE RUN" in caption
+
+
+def test_a_recipe_comes_from_the_models_file_and_values_of_it_can_be_changed():
+    assert resolve_recipe("llama-65b").d_coef == 50 and resolve_recipe("llama-65b").calibration == "c4"
+    changed = resolve_recipe("llama-65b", {"d_coef": 2})
+    assert changed.d_coef == 2.0 and isinstance(changed.d_coef, float) and changed.d_coef_layer == 0.5
+    assert resolve_recipe("/models/llama-65b") == resolve_recipe("smollm2-135m") == records.Recipe()
+    with pytest.raises(ValueError, match="recipe has an unknown key 'd_coeff'; known: calibration, sampler, seed"):
+        resolve_recipe("smollm2-135m", {"d_coeff": 2})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reproduce" / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_in_the_repository_are_known_and_name_no_precision(path):
+    params = yaml.safe_load(path.read_text())
+    assert params["model"] == path.stem and params["recipe"].keys() <= records.Recipe.__dataclass_fields__.keys()
+    assert "dtype" not in params["recipe"] | params
+    run = Run("table1", model=path.stem, profile=params.get("profile", "quick"), recipe=params["recipe"])
+    published = "llama" in path.stem
+    assert (run.n_samples, run.seq_len, run.test_limit) == ((128, 2048, None) if published else (32, 512, 32 * 512))
+
+
+def test_steps_go_to_the_rows_that_they_belong_to(run):
+    assert run.fields("besa-row-wise") == {"d_coef": 5.0} and run.fields("besa-layer-wise") == {"d_coef": 0.5}
+    assert run.fields("wanda") == {}
+
+
+def test_lists_come_from_papermill_as_lists_or_as_text():
+    assert records.listed("dense,wanda") == ["dense", "wanda"] and records.listed("row, 8") == ["row", 8]
+    assert records.listed(["a", 1]) == ["a", 1] and records.listed(0.5) == [0.5] and records.listed("") == []
+
+
+def test_profiles_by_name(monkeypatch):
+    monkeypatch.setenv("BESA_PROFILE", "smoke")
+    assert records.resolve_profile("auto").name == "smoke"
+    with pytest.raises(ValueError, match="unknown profile 'fast'; known: auto, smoke, quick, paper"):
+        records.resolve_profile("fast")
+
+
+def test_measured_peak_covers_what_was_allocated_and_freed():
+    with memory.measure() as little:
+        pass
+    with memory.measure() as much:
+        torch.ones(2**27).sum()  # 512 MiB
+    with memory.measure() as after:
+        pass
+    assert much.seconds > 0 and much.peak_bytes - little.peak_bytes > 2**28
+    assert much.peak_bytes - after.peak_bytes > 2**28

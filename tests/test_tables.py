@@ -1,0 +1,106 @@
+"""Records as tables: verdicts, the reference run, rounding, figures that repeat, citations."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+
+from besa.paper import tables
+from besa.paper.records import open_folder, save_record
+
+CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
+OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
+
+
+@pytest.fixture
+def record(tmp_path):
+    """A function that writes a record."""
+    folder = open_folder("table1", str(tmp_path))
+    return lambda outcome=None, **config: save_record(folder, CONFIG | config, OUTCOME | (outcome or {}))
+
+
+def compared(record, item, *options, over="text", **more):
+    return tables.compare([record], item, *options, over=over, **more).set_index(over)
+
+
+def test_comparison_finds_the_published_value_and_judges_within_two_percent(record):
+    frame = compared(record(), "table1")
+    assert frame.loc["wikitext2", "published"] == 7.26 and frame.loc["wikitext2", "verdict"] == "reproduced"
+    assert frame.loc["c4", "verdict"] == "better"
+    assert frame.loc["wikitext2", "difference"] == "+0.6%"
+    assert frame["source"].str.startswith("Xu et al. 2024").all()
+
+
+def test_comparison_judges_accuracies_by_the_higher_one_and_only_on_all_questions(record):
+    config = {"item": "table2", "row": "besa-row-wise", "limit": None}
+    outcome = {"metrics": {"piqa": 79.0, "boolq": 70.0, "average": 63.0}}  # published: 76.66, 72.17, 63.13
+    frame = compared(record(outcome, **config), "table2", "accuracy_percent", over="task")
+    assert dict(frame["verdict"]) == {"piqa": "better", "boolq": "worse", "average": "reproduced"}
+    part = record(outcome, **config | {"limit": 100})
+    assert set(compared(part, "table2", "accuracy_percent")["verdict"]) == {"not judged: other protocol"}
+
+
+def test_runs_of_another_protocol_are_not_judged(record):
+    assert set(compared(record(profile="quick"), "table1")["verdict"]) == {"not judged: other protocol"}
+    assert tables.compare([record(model="smollm2-135m")], "table1").empty
+
+
+def test_comparison_takes_the_values_of_the_named_metric_and_judges_no_impossible_ones(record):
+    own = record({"metrics": {"q_proj": 2232.31, "down_proj": 7200.0}}, item="table4", row="besa-row-wise")
+    frame = compared(own, "table4", "cycles")  # beside sparsity and speed-up of q_proj
+    assert frame["published"].to_dict() == {"q_proj": 2232.31, "down_proj": 6850.03}
+    assert frame["verdict"].to_dict() == {"q_proj": "reproduced", "down_proj": "worse"}
+    frame = compared(own, "table4", "cycles", impossible=[("down_proj", "besa")])
+    assert frame.loc["down_proj", "verdict"] == "not judged: the printed number is not possible"
+
+
+def test_the_reference_is_the_newest_record_that_was_asked_the_same(record, tmp_path):
+    method = {"method": "wanda", "sparsity": 0.5}
+    reference = record({"metrics": {"wiki": 50.0}}, method=method, dtype="torch.bfloat16", seed=0)
+    record({"metrics": {"wiki": 60.0}}, method=method, seed=1)
+    own = reference | {"metrics": {"wiki": 51.0, "sotu": 30.0}}
+    own["config"] = reference["config"] | {"dtype": "torch.float32", "method": {**method, "quantize": None}}
+    frame = tables.beside_reference([own], tmp_path)
+    assert frame.loc["wanda"].to_dict() == {"of": "wiki", "ours": 51.0, "reference": 50.0, "difference": "+2.0%"}
+    for other in ({"row": "dense"}, {"profile": "quick"}, {"method": {**method, "sparsity": 0.4}}, {"method": None}):
+        assert tables.beside_reference([own | {"config": own["config"] | other}], tmp_path).empty
+
+
+def test_tables_round_as_the_paper_does_and_keep_the_digits_in_the_csv(record, tmp_path):
+    markdown = tables.write_table(tables.summary([record({"sparsity": 0.49663})]), tmp_path, "t", "Caption 50 %")
+    assert "| wanda" in markdown and "0.4966" in markdown and "7.30" in markdown
+    assert "0.49663" in (tmp_path / "t.csv").read_text()
+    assert r"Caption 50 \%" in (tmp_path / "t.tex").read_text()
+
+
+def test_the_same_figure_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        figure, ax = plt.subplots()
+        ax.plot([1, 2], [3, 4], "o-")
+        tables.save_figure(figure, tmp_path, name)
+        plt.close(figure)
+    for suffix in ("svg", "png"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
+    assert "<dc:date>" not in (tmp_path / "one.svg").read_text()
+
+
+def test_citation_names_every_row_commit_hardware_and_profile(record):
+    rows = [record(row="wanda"), record(row="besa_row", model="org/My model #1")]
+    text = tables.citation(rows)
+    source = rows[0]["provenance"]
+    for part in ("xu2024besa", "forum?id=gC6JTEU3jl", source["commit"][:12], source["hardware"], "profile paper"):
+        assert part in text
+    assert all(row["config_hash"] in text for row in rows) and r"besa\_row" in text
+    assert (
+        "author = {{besa contributors}}" in text and r"title  = {{besa, table1 on llama-7b, org/My model \#1}}" in text
+    )
+    key = text.partition("@misc{")[2].partition(",")[0]
+    assert key == f"besa-table1-my-model-1-{rows[1]['config_hash']}"
+
+
+def test_old_records_are_read_as_new_ones():
+    paths = sorted(tables.REFERENCE.glob("*/records/*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    assert len(found) > 100 and all(record["config"]["profile"] != "smoke" for record in found)
+    scored = [record for record in found if record["config"]["item"] not in ("cost", "scale")]
+    assert len(tables.summary(scored)) == len(scored) and len(tables.sources(found)) == len(found)
