@@ -13,11 +13,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from besa.inputs import assets
-from besa.inputs.models import SHAPES, load_tokenizer, source_of
+from besa.inputs.models import load_tokenizer, source_of
 from besa.machine.device import resolve_dtype
 from besa.machine.files import replacing, write_text
 
@@ -264,34 +264,38 @@ def export(name: str, folder: Path, dtype: str | None = None) -> None:
         load_tokenizer(name).save_pretrained(temporary)
 
 
+SHAPES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "llama-7b": {},  # transformers' own default
+    "llama2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+"""Published shapes, for checkpoints of random weights: what a run costs does not depend on the weights' values."""
+
+
 def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None:
-    """Write a bfloat16 checkpoint of random weights, one block in memory at a time, to measure on what is not at hand.
+    """Write a bfloat16 checkpoint of random weights, to measure what pruning takes on a model that is not at hand.
 
     Args:
-        shape: one of `besa.inputs.models.SHAPES`.
-        n_blocks: how many of its blocks.
+        shape: one of `SHAPES`.
+        n_blocks: how many of its blocks; they must fit in memory together.
 
     Raises:
         ValueError: an unknown shape, or there is something in the folder.
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": n_blocks}, max_position_embeddings=4096)
-    config.dtype = torch.bfloat16
-    with torch.device("meta"):
-        names = LlamaForCausalLM(config).state_dict()
-    generator, shards = torch.Generator().manual_seed(seed), []
-    with new_folder(folder) as temporary:
-        for prefix in [*(f"model.layers.{index}." for index in range(n_blocks)), ""]:
-            mine = {name: names.pop(name) for name in list(names) if name.startswith(prefix)}
-            shards.append(temporary / f"model-{len(shards) + 1:05d}-of-{n_blocks + 1:05d}.safetensors")
-            write_shard({name: _random(tensor.shape, generator) for name, tensor in mine.items()}, shards[-1])
-        config.save_pretrained(temporary)
-        write_index(shards, temporary)
-
-
-def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """As Llama starts: norms at one, matrices normal."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+    config = LlamaConfig(**SHAPES[shape], num_hidden_layers=n_blocks, max_position_embeddings=4096)
+    with new_folder(folder) as temporary, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(temporary)

@@ -33,34 +33,6 @@ PAPER_MODELS = {
     "llama2-70b": "meta-llama/Llama-2-70b-hf",
 }
 
-SHAPES: dict[str, dict[str, int]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "llama-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-    "llama2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-    },
-}
-"""Published shapes, for checkpoints of random weights: what a run costs does not depend on the weights' values."""
-
 ON_GPU = 0.8
 """Of what is free on a GPU, so much goes to the weights of a model that is larger; the rest to what they compute."""
 
