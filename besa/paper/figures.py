@@ -104,11 +104,12 @@ def _settings_panel(ax: Axes, frame: pd.DataFrame, edge: float) -> None:
             ax.plot(x[cut], shown[cut], "^", color=colour, label="above the scale")
         if rings.any():
             ax.plot(x[rings], shown[rings], "o", markersize=11, fillstyle="none", color="black", label="baseline")
-        for place, (index, value) in zip(x, rows["perplexity"].items(), strict=True):
-            offset = 7 if value == highest[index] and value < edge else -14
-            ax.annotate(
-                f"{value:.2f}", (place, shown[index]), (0, offset), textcoords="offset points", ha="center", size=8
-            )
+        values = rows["perplexity"].to_numpy()
+        valleys = np.r_[False, (values[1:-1] < values[:-2]) & (values[1:-1] < values[2:]), False]
+        for n, value in enumerate(values):
+            offset = -14 if value < highest.loc[rows.index[n]] or valleys[n] or cut[n] else 7  # off other lines
+            place = (x[n], shown.iloc[n])
+            ax.annotate(f"{value:.2f}", place, (0, offset), textcoords="offset points", ha="center", size=8)
     ax.set_xticks(range(len(settings)), settings, fontsize=8)
     ax.set_xlim(-0.7, len(settings) - 0.3)
     ax.margins(y=0.2)
