@@ -1,7 +1,9 @@
 import ast
+import re
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.markers import default_environment
@@ -52,3 +54,22 @@ def test_the_root_imports_machine_and_itself_only():
 def test_only_notebooks_and_reproduce_import_paper():
     for path in (ROOT / "besa").rglob("*.py"):
         assert path.parent.name == "paper" or "paper" not in imports(path), path
+
+
+def test_the_readmes_table_is_the_reference_runs():
+    """Numbers in prose come from records."""
+    table = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-quick.csv")
+    text = (ROOT / "README.md").read_text()
+    for _, row in table.iterrows():
+        assert f"| {row['method']} | {row['sparsity']:.4f} | {row['wiki']:.2f} | {row['sotu']:.2f} |" in text
+    assert text.count("| besa-") + text.count("| wanda |") + text.count("| dense |") == 4  # and no other
+
+
+def test_every_path_that_the_readmes_name_is_there():
+    for name in ("README.md", "CONTRIBUTING.md", "reproduce/README.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
+    tree = re.search(r"^    besa/ .*?^      machine/", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    listed = set(re.findall(r"^ {6}(\w+)\.py ", tree.group(), re.MULTILINE))
+    assert listed == {path.stem for path in (ROOT / "besa").glob("*.py")} - {"__init__", "__main__"}
