@@ -37,17 +37,17 @@ $(ITEMS): venv
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", "language_info", "papermill"}' \
 		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $@ $(RESULTS)/$@/.$@.ipynb
 	rm $(RESULTS)/$@/.$@.ipynb
-	.venv/bin/python reproduce/report.py --results $(RESULTS) --show $@
+	.venv/bin/python reproduce/page.py --results $(RESULTS) --show $@
 
 # One after the other; a failing notebook stops no other and shows in the exit status. Finished rows are skipped.
 reproduce: PROFILE := quick
 reproduce:
 	$(MAKE) -k -j1 $(ITEMS) PROFILE=$(PROFILE); status=$$?; \
-		.venv/bin/python reproduce/report.py --results $(RESULTS) && exit $$status
+		.venv/bin/python reproduce/page.py --results $(RESULTS) && exit $$status
 
 # The page and the index of what came with the repository.
 report: venv
-	.venv/bin/python reproduce/report.py
+	.venv/bin/python reproduce/page.py
 
 test: venv
 	.venv/bin/ruff check .

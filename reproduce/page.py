@@ -1,6 +1,6 @@
 """Write reproduce/README.md and results/reference/index.html from the notebooks and from what came with the repository.
 
-`python reproduce/report.py`, or `make report`; the same inputs give the same bytes. `--results results` writes
+`python reproduce/page.py`, or `make report`; the same inputs give the same bytes. `--results results` writes
 results/index.html from your own runs instead, `--show table1` prints what a run left, as `make table1` does. Smoke
 runs are left out. A record or table that cannot be read is skipped, and named in both files and on the terminal. How
 the files look is in reproduce/templates.

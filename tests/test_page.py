@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from besa.machine.provenance import ROOT
 from besa.paper import records, tables
 
-report = runpy.run_path(str(ROOT / "reproduce" / "report.py"))
+report = runpy.run_path(str(ROOT / "reproduce" / "page.py"))
 build = report["build"]
 
 
