@@ -90,7 +90,7 @@ def over_rows(kernel, *arrays, work: int | None = None) -> None:
     if n == 1:
         return kernel(*arrays)
     edges = [len(arrays[0]) * i // n for i in range(n + 1)]
-    slices = [[array[start:end] for array in arrays] for start, end in itertools.pairwise(edges)]
+    slices = [[a if a is None else a[start:end] for a in arrays] for start, end in itertools.pairwise(edges)]
     pending = [_threads().submit(kernel, *part) for part in slices[1:]]
     kernel(*slices[0])
     for result in pending:

@@ -34,6 +34,7 @@ from besa import packed_kernels as kernels
 from besa.decoder import find_blocks, projections
 from besa.kernels import over_rows
 from besa.machine.files import cache_folder, write_text
+from besa.machine.memory import prefer_large_pages
 from besa.masks import pack_bits
 from besa.quantize import QuantizedWeight
 
@@ -183,18 +184,18 @@ class PackedLinear(nn.Module):
 
     def _multiply_packed(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Passes over the packed rows, for up to 16 tokens each."""
-        *rows, values = self._arrays
+        *rows, bias, values = self._arrays
         n = min(kernels.MOST_TOKENS, 1 << (len(tokens) - 1).bit_length())  # compiled for 1, 2, 4, 8 and 16
-        x, sums = self._inputs(tokens, -len(tokens) % n)
-        outs = []
-        for first in range(0, len(x), n):
-            rest = values, kernels.permutations(), tuple(x[first : first + n]), sums[first : first + n]
-            outs.append(torch.empty(self.out_features, n))
-            multiply = lambda *slices, rest=rest: kernels.product(*slices, *rest)
-            over_rows(multiply, *rows, outs[-1].numpy(), work=self.mask.nbytes)
-        out = outs[0].T if len(outs) == 1 else torch.cat([out.T for out in outs])
-        out = out[: len(tokens)] if self.bias is None else out[: len(tokens)] + self.bias.float()
-        return out.to(self.dtype, memory_format=torch.contiguous_format)
+        n_inputs = -(-len(tokens) // n) * n
+        xs, sums = self._inputs(tokens, n_inputs)
+        out = torch.empty(n_inputs, self.out_features, dtype=self.dtype)
+        by_row = _numpy(out).T
+        for first in range(0, n_inputs, n):
+            some = slice(first, first + n)
+            rest = values, kernels.permutations(), tuple(xs[some]), None if sums is None else sums[some]
+            multiply = lambda *slices, rest=rest: kernels.multiply(*slices, *rest)
+            over_rows(multiply, *rows, bias, by_row[:, some], work=8 * rows[0].size)
+        return out[: len(tokens)]
 
     def _multiply_dense(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Slices of rows, unpacked one after the other into the same memory."""
@@ -208,25 +209,24 @@ class PackedLinear(nn.Module):
             outs.append(nn.functional.linear(tokens, self.dense(start, end, scratch), bias))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def _inputs(self, tokens: Tensor, more: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs as the kernel reads them, padded to whole mask words and by `more` tokens, and their sums by group."""
-        n_groups = 0 if self.scale is None else self.scale.shape[1]
-        sums = tokens.float().view(len(tokens), n_groups, -1).sum(-1) if n_groups else tokens.new_empty(len(tokens), 0)
-        is_narrow = (
-            kernels.instructions() == "avx512" and self.dtype == torch.bfloat16 and self.values.dtype != torch.int8
-        )
-        x = tokens if is_narrow else tokens.float()
-        x = nn.functional.pad(x, (0, -self.in_features % kernels.WORD, 0, more)).contiguous()
-        if is_narrow and n_groups:  # the even columns of each word, then the odd ones
-            x = x.view(len(x), -1, kernels.WORD // 2, 2).transpose(2, 3).contiguous().view(len(x), -1)
-        return _numpy(x), nn.functional.pad(sums.float(), (0, 0, 0, more)).numpy()
+    def _inputs(self, tokens: Tensor, n_inputs: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Inputs as the kernel reads them, with zeros up to whole words and `n_inputs`; and what codes need of them."""
+        is_code, n_words = self.scale is not None, self.mask.shape[1] // 8
+        if kernels.instructions() != "avx512" or self.dtype != torch.bfloat16 or self.values.dtype == torch.int8:
+            tokens, is_code = tokens.float(), False
+        if is_code:
+            return kernels.inputs_of_codes(_numpy(tokens), n_inputs, n_words, self.scale.shape[1])
+        room = n_words * kernels.WORD - self.in_features, n_inputs - len(tokens)
+        tokens = nn.functional.pad(tokens, (0, room[0], 0, room[1])) if any(room) else tokens.contiguous()
+        return _numpy(tokens), None
 
     def _unpack_compiled(self, start: int, end: int, room: Tensor) -> None:
-        *rows, values = self._arrays
+        *rows, _, values = self._arrays
         wide = kernels.instructions() == "avx512" and self.scale is None and self.dtype.itemsize == 2
         permutations = None if wide else kernels.permutations()
         unpack = lambda *slices: kernels.unpack(*slices, values, permutations)
-        over_rows(unpack, *(array[start:end] for array in rows), _numpy(room), work=room.numel() // 8)
+        rows = [None if array is None else array[start:end] for array in rows]
+        over_rows(unpack, *rows, _numpy(room), work=room.numel() // 8)
 
     def _unpack_plain(self, start: int, end: int) -> Float[Tensor, "rows columns"]:
         """The same by torch, on any device."""
@@ -265,13 +265,14 @@ class PackedLinear(nn.Module):
             raise ValueError(f"packed projection of {self.out_features} x {self.in_features}: {fault}")
         self._seen, self._held = seen, tensors  # held, so that no other tensor takes their place in memory unseen
         if self.mask.device.type == "cpu":
-            nothing = torch.empty(self.out_features, 0, dtype=torch.float16)
-            scale, zero_point = (nothing, nothing.byte()) if self.scale is None else (self.scale, self.zero_point)
+            prefer_large_pages(self.values)
+            prefer_large_pages(self.mask)
             self._arrays = (
                 self.mask.numpy().view(np.uint64),
                 self.starts.numpy(),
-                scale.view(torch.uint16).numpy(),
-                zero_point.numpy(),
+                None if self.scale is None else self.scale.view(torch.uint16).numpy(),
+                None if self.zero_point is None else self.zero_point.numpy(),
+                None if self.bias is None else _numpy(self.bias),
                 _numpy(self.values),
             )
 
@@ -429,7 +430,7 @@ def _fitting(keep_mask: Tensor, weight: Tensor) -> Tensor:
 def _numpy(tensor: Tensor) -> np.ndarray:
     """A view as kernels know kinds apart: bfloat16 as uint16, float16 as int16."""
     views = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-    return tensor.view(views.get(tensor.dtype, tensor.dtype)).numpy()
+    return tensor.detach().view(views.get(tensor.dtype, tensor.dtype)).numpy()
 
 
 @functools.cache

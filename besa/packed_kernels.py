@@ -11,6 +11,7 @@ nobody needs a compiler:
 Other processors have neither: `instructions` says "none".
 """
 
+import contextlib
 import functools
 import itertools
 from typing import no_type_check
@@ -32,7 +33,7 @@ MOST_TOKENS = 16
 """Inputs that one pass over the packed bytes can multiply: their sums fill the registers."""
 PREFETCH = 2048  # bytes ahead; without it the product takes twice the time
 AVX2 = {"avx2", "fma", "f16c", "popcnt"}
-AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx512bf16"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512bf16"}
 
 
 @functools.cache
@@ -69,7 +70,7 @@ if numba is not None:
 
     @no_type_check
     class _Builder:
-        """LLVM IR for both passes: addresses count bytes, loads and stores need no alignment."""
+        """LLVM IR for both passes; addresses count bytes, loads and stores need no alignment."""
 
         def __init__(self, context, builder):
             self.context, self.b = context, builder
@@ -81,7 +82,8 @@ if numba is not None:
 
         def at(self, address, offset, size=1):
             """The address `offset` elements of `size` bytes further on."""
-            return self.b.gep(address, [self.b.mul(offset, I64(size))])
+            size = I64(size) if isinstance(size, int) else size
+            return self.b.gep(address, [self.b.mul(offset, size)])
 
         def load(self, kind, address):
             value = self.b.load(self.b.bitcast(address, kind.as_pointer()))
@@ -96,7 +98,8 @@ if numba is not None:
             return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments, **flags)
 
         def all(self, kind, value):
-            return ir.Constant(kind, [value] * kind.count)
+            """A constant, in every lane of a vector."""
+            return ir.Constant(kind, [value] * kind.count if isinstance(kind, V) else value)
 
         def splat(self, scalar, count):
             undefined = ir.Constant(V(scalar.type, count), ir.Undefined)
@@ -121,29 +124,67 @@ if numba is not None:
             kind = ir.FunctionType(sums.type, [sums.type, x.type, w.type])
             return self.b.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, x, w], False)
 
+        def like(self, kind, element):
+            """The type of as many elements of another kind: a vector, or one."""
+            return V(element, kind.count) if isinstance(kind, V) else element
+
+        def widened(self, bits, kind):
+            """Values in memory as float32: float16 (seen as int16), bfloat16 (uint16) or float32."""
+            if kind == types.int16:
+                return self.b.fpext(self.b.bitcast(bits, self.like(bits.type, F16)), self.like(bits.type, F32))
+            if kind == types.uint16:
+                bits = self.b.zext(bits, self.like(bits.type, I32))
+                bits = self.b.shl(bits, self.all(bits.type, 16))
+            return self.b.bitcast(bits, self.like(bits.type, F32))
+
+        def rounded(self, floats, kind):
+            """The way back, to the nearest, ties to even."""
+            if kind == types.float32:
+                return floats
+            if kind == types.int16:
+                return self.b.fptrunc(floats, self.like(floats.type, F16))
+            bits = self.b.bitcast(floats, self.like(floats.type, I32))
+            odd = self.b.and_(self.b.lshr(bits, self.all(bits.type, 16)), self.all(bits.type, 1))
+            bits = self.b.add(self.b.add(bits, self.all(bits.type, 0x7FFF)), odd)
+            return self.b.trunc(self.b.lshr(bits, self.all(bits.type, 16)), self.like(bits.type, I16))
+
     @no_type_check
     class _Row(_Builder):
         """One packed row on its way through: where its mask is, where its next value."""
 
         def __init__(self, context, builder, kinds, args):
             super().__init__(context, builder)
-            mask, index, values, start, scale, zero_point, permutations = args
+            mask, self.index, values, start, scale, zero_point, permutations = args
             self.kind = kinds[2].dtype
             self.is_code = self.kind in (types.uint8, types.int8)  # two codes a byte, one
             self.mask, (_, self.words) = self.array(kinds[0], mask)
-            self.mask = self.at(self.mask, builder.mul(index, self.words), 8)
+            self.mask = self.at(self.mask, builder.mul(self.index, self.words), 8)
             values, _ = self.array(kinds[2], values)
             self.next = cgutils.alloca_once_value(builder, self.at(values, start, self.kind.bitwidth // 8))
-            self.scale, (_, self.groups) = self.array(kinds[4], scale)
-            self.scale = self.at(self.scale, builder.mul(index, self.groups), 2)
-            self.zero_point, _ = self.array(kinds[5], zero_point)
-            self.zero_point = self.at(self.zero_point, builder.mul(index, self.groups))
+            self.groups = I64(1)
+            if self.is_code:
+                self.scale, (_, self.groups) = self.array(kinds[4], scale)
+                self.scale = self.at(self.scale, builder.mul(self.index, self.groups), 2)
+                self.zero_point = self.at(self.array(kinds[5], zero_point)[0], builder.mul(self.index, self.groups))
+            self.words_of_group = builder.udiv(self.words, self.groups)
             self.permutations = None if kinds[6] == types.none else self.array(kinds[6], permutations)[0]
 
-        def enter(self, group):
-            """Scale and zero-point of the group of columns that comes next."""
-            self.h = self.b.fpext(self.load(F16, self.at(self.scale, group, 2)), F32)
-            self.z = self.load(I8, self.at(self.zero_point, group))
+        @contextlib.contextmanager
+        def each_group(self):
+            """A loop over the groups of columns that share scale and zero-point; values are one group."""
+            with cgutils.for_range(self.b, self.groups) as loop:
+                if self.is_code:
+                    self.h = self.b.fpext(self.load(F16, self.at(self.scale, loop.index, 2)), F32)
+                    self.z = self.load(I8, self.at(self.zero_point, loop.index))
+                yield loop.index
+
+        @contextlib.contextmanager
+        def each_word(self, group):
+            """A loop over the words of a group's mask."""
+            with cgutils.for_range(self.b, self.words_of_group) as loop:
+                word = self.b.add(self.b.mul(group, self.words_of_group), loop.index)
+                self.prefetch(word)
+                yield word
 
         def values_of(self, bits, size):
             """The address of the next values, of `size` bytes each, which are as many as bits are one."""
@@ -157,34 +198,37 @@ if numba is not None:
             self.b.store(self.at(address, self.b.lshr(self.b.add(count, I64(1)), I64(1))), self.next)
             return address
 
-        def prefetch(self):
-            far = self.at(self.b.load(self.next), I64(PREFETCH))
-            self.call("llvm.prefetch.p0", ir.VoidType(), far, I32(0), I32(3), I32(1))
+        def prefetch(self, word):
+            """The lines of mask and values that are needed some words from now."""
+            lines = [(self.at(self.mask, word, 8), 0), (self.b.load(self.next), 0)]
+            if self.kind.bitwidth > 8:  # a word may keep more than a line of them
+                lines.append((self.b.load(self.next), 64))
+            for address, more in lines:
+                far = self.at(address, I64(PREFETCH + more))
+                self.call("llvm.prefetch.p0", ir.VoidType(), far, I32(0), I32(3), I32(1))
 
         def words32(self, word):
             """avx512: a word's columns as two vectors of 32 elements of 16 bits."""
             for half in range(2):
                 bits = self.load(I32, self.at(self.mask, self.b.add(self.b.mul(word, I64(2)), I64(half)), 4))
-                self.prefetch()
                 values = self.load(V(I16, 32), self.values_of(bits, 2))
                 yield self.expand(values, bits, self.all(V(I16, 32), 0))
 
         def codes32(self, word):
             """avx512: a word's 32 even, then its 32 odd columns as bfloat16 16 + code, 16 + zero-point where pruned.
 
-            16 + code is 0x4180 | code << 3, so codes become bfloat16 without a table.
+            16 + code is 0x4180 | code << 3: no table, no conversion.
             """
-            bits = self.load(I64, self.at(self.mask, word, 8))
-            self.prefetch()
-            pairs = self.b.zext(self.load(V(I8, 32), self.codes_of(word)), V(I16, 32))  # codes 2 i + 1 and 2 i
-            low = self.b.and_(self.b.shl(pairs, self.all(pairs.type, 3)), self.all(pairs.type, 0x00FF))
-            high = self.b.and_(self.b.shl(pairs, self.all(pairs.type, 7)), self.all(pairs.type, 0xFF00))
-            codes = self.b.bitcast(self.b.or_(low, high), V(I8, 64))
+            bits, pairs = self.load(I64, self.at(self.mask, word, 8)), V(I16, 32)
+            eights = self.b.zext(self.load(V(I32, 8), self.codes_of(word)), V(I64, 8))
+            fields = ir.Constant(V(I8, 64), [(4 * k - 3) % 64 for k in range(8)] * 8)  # 8 bits from 3 below each code
+            codes = self.call(
+                "llvm.x86.avx512.pmultishift.qb.512", V(I8, 64), fields, self.b.bitcast(eights, V(I8, 64))
+            )
             rest = self.splat(self.b.shl(self.z, I8(3)), 64)
-            spread = self.b.bitcast(self.expand(codes, bits, rest), pairs.type)
-            for part in (spread, self.b.lshr(spread, self.all(pairs.type, 8))):
-                part = self.b.and_(part, self.all(pairs.type, 0x0078))
-                yield self.b.or_(part, self.all(pairs.type, 0x4180))
+            spread = self.b.bitcast(self.expand(codes, bits, rest), pairs)
+            for part in (spread, self.b.lshr(spread, self.all(pairs, 8))):
+                yield self.b.or_(self.b.and_(part, self.all(pairs, 0x0078)), self.all(pairs, 0x4180))
 
         def lanes8(self, word, to_float):
             """avx2: a word's columns as eight vectors of 8 int32: floats, or values' bits, or code - zero-point."""
@@ -192,8 +236,6 @@ if numba is not None:
             codes = self.codes_of(word) if self.kind == types.uint8 else None
             for part in range(8):
                 bits = self.load(I8, self.at(self.mask, self.b.add(self.b.mul(word, I64(8)), I64(part))))
-                if part % 4 == 0:
-                    self.prefetch()
                 if self.kind == types.uint8:
                     eight = self.load(I64, self.at(codes, self.b.lshr(before, I64(1))))
                     odd = self.b.shl(self.b.and_(before, I64(1)), I64(2))
@@ -205,13 +247,10 @@ if numba is not None:
                     values = self.load(lanes, self.values_of(bits, 4))
                 elif self.kind == types.int8:
                     values = self.b.zext(self.load(V(I8, 8), self.values_of(bits, 1)), lanes)
-                elif self.kind == types.int16 and to_float:
-                    values = self.b.fpext(self.load(V(F16, 8), self.values_of(bits, 2)), V(F32, 8))
-                    values = self.b.bitcast(values, lanes)
                 else:
-                    values = self.b.zext(self.load(V(I16, 8), self.values_of(bits, 2)), lanes)
-                    if to_float:
-                        values = self.b.shl(values, self.all(lanes, 16))
+                    values = self.load(V(I16, 8), self.values_of(bits, 2))
+                    floats = self.b.bitcast(self.widened(values, self.kind), lanes)
+                    values = floats if to_float else self.b.zext(values, lanes)
                 if self.is_code:
                     values = self.b.sub(values, self.splat(self.b.zext(self.z, I32), 8))
                 places = self.load(lanes, self.at(self.permutations, self.b.zext(bits, I64), 32))
@@ -235,69 +274,81 @@ if numba is not None:
                 for floats in self.floats8(word):
                     yield self.rounded(self.b.fmul(floats, self.splat(self.h, 8)), kind)
 
-        def rounded(self, floats, kind):
-            """float32 to the nearest float16 (seen as int16) or bfloat16 (uint16), ties to even."""
-            if kind == types.float32:
-                return floats
-            if kind == types.int16:
-                return self.b.fptrunc(floats, V(F16, 8))
-            bits = self.b.bitcast(floats, V(I32, 8))
-            odd = self.b.and_(self.b.lshr(bits, self.all(bits.type, 16)), self.all(bits.type, 1))
-            bits = self.b.add(self.b.add(bits, self.all(bits.type, 0x7FFF)), odd)
-            return self.b.trunc(self.b.lshr(bits, self.all(bits.type, 16)), V(I16, 8))
+    @no_type_check
+    class _Products(_Row):
+        """A row's products with some inputs: sums in vectors, one over the groups and a few within."""
+
+        def __init__(self, context, builder, kinds, args, xs, x_sums):
+            super().__init__(context, builder, kinds, args)
+            (kind, xs), (sums_kind, x_sums) = xs, x_sums
+            self.is_bfloat16 = kind.dtype.dtype == types.uint16
+            self.xs = [self.array(kind.dtype, builder.extract_value(xs, k))[0] for k in range(kind.count)]
+            self.x_sums = None if sums_kind == types.none else self.array(sums_kind, x_sums)[0]
+            zero = self.all(V(F32, 16 if self.is_bfloat16 else 8), 0.0)
+            n_partial = 2 if kind.count <= 4 else 1  # a sum waits for the one before
+            self.totals, self.offsets, *self.partial = (
+                [cgutils.alloca_once_value(builder, start) for _ in self.xs]
+                for start in (zero, F32(0.0), *[zero] * n_partial)
+            )
+
+        def run(self):
+            """The products, float32."""
+            vectors = self.floats8 if not self.is_bfloat16 else self.codes32 if self.is_code else self.words32
+            with self.each_group() as group:
+                for slot in itertools.chain(*self.partial):
+                    self.b.store(ir.Constant(slot.type.pointee, None), slot)
+                with self.each_word(group) as word:
+                    for part, w in enumerate(vectors(word)):
+                        self.add(word, part, w)
+                for k in range(len(self.xs)):
+                    self.close(group, k)
+            for total, offset in zip(self.totals, self.offsets):
+                sums = self.b.load(total)
+                name = f"llvm.vector.reduce.fadd.v{sums.type.count}f32"
+                yield self.call(name, F32, self.b.load(offset), sums, fastmath=("reassoc",))
+
+        def add(self, word, part, w):
+            """A word's part of the weights, times every input."""
+            size = w.type.count * (2 if self.is_bfloat16 else 4)
+            place = self.b.add(self.b.mul(word, I64(WORD // w.type.count)), I64(part))
+            for x, slot in zip(self.xs, self.partial[part % len(self.partial)]):
+                chunk = self.load(w.type, self.at(x, place, size))
+                self.b.store(self.multiply_add(chunk, w, self.b.load(slot)), slot)
+
+        def close(self, group, k):
+            """A group's sum goes to input k's total, times the scale where there is one."""
+            total = functools.reduce(self.b.fadd, [self.b.load(slots[k]) for slots in self.partial])
+            if self.is_code:
+                h = self.splat(self.h, total.type.count)
+                total = self.multiply_add(total, h, self.b.load(self.totals[k]))
+            self.b.store(total, self.totals[k])
+            if self.is_code and self.is_bfloat16:  # 16 + zero-point too much for every column
+                place = self.b.add(self.b.mul(I64(k), self.groups), group)
+                shift = self.b.fadd(self.b.uitofp(self.z, F32), F32(16.0))
+                more = self.b.fmul(self.b.fmul(self.h, shift), self.load(F32, self.at(self.x_sums, place, 4)))
+                self.b.store(self.b.fsub(self.b.load(self.offsets[k]), more), self.offsets[k])
 
     @intrinsic
     @no_type_check
-    def _row_dots(typingctx, mask, row, values, start, scale, zero_point, permutations, xs, x_sums):
-        """A row's products with the inputs `xs`, a tuple of arrays: a tuple of float32."""
-        signature = types.UniTuple(types.float32, xs.count)(
-            mask, row, values, start, scale, zero_point, permutations, xs, x_sums
-        )
+    def _multiply_row(typingctx, mask, row, values, start, scale, zero_point, permutations, xs, x_sums, bias, out):
+        """A row of out (rows, inputs) becomes its products with `xs`, a tuple, plus its bias, rounded once."""
+        signature = types.void(mask, row, values, start, scale, zero_point, permutations, xs, x_sums, bias, out)
 
         def codegen(context, builder, signature, args):
-            row = _Row(context, builder, signature.args, args[:7])
-            inputs = [row.array(xs.dtype, builder.extract_value(args[7], k))[0] for k in range(xs.count)]
-            is_bfloat16 = xs.dtype.dtype == types.uint16
-            vectors = row.floats8 if not is_bfloat16 else row.codes32 if row.is_code else row.words32
-            sums_kind = V(F32, 16 if is_bfloat16 else 8)
-            zero, n_partial = row.all(sums_kind, 0.0), 2 if xs.count <= 4 else 1  # a sum waits for the one before
-            totals = [cgutils.alloca_once_value(builder, zero) for _ in inputs]
-            partial = [[cgutils.alloca_once_value(builder, zero) for _ in range(n_partial)] for _ in inputs]
-            rest = [cgutils.alloca_once_value(builder, F32(0.0)) for _ in inputs]
-            groups = row.groups if row.is_code else I64(1)
-            n_words = builder.udiv(row.words, groups)
-            with cgutils.for_range(builder, groups) as outer:
-                if row.is_code:
-                    row.enter(outer.index)
-                for slot in itertools.chain(*partial):
-                    builder.store(zero, slot)
-                with cgutils.for_range(builder, n_words) as inner:
-                    word = builder.add(builder.mul(outer.index, n_words), inner.index)
-                    for n, w in enumerate(vectors(word)):
-                        for slots, x in zip(partial, inputs):
-                            width = 32 if is_bfloat16 else 8
-                            part = builder.add(builder.mul(word, I64(WORD // width)), I64(n))
-                            kind = V(I16, 32) if is_bfloat16 else V(F32, 8)
-                            chunk = row.load(kind, row.at(x, part, 64 if is_bfloat16 else 32))
-                            slot = slots[n % n_partial]
-                            builder.store(row.multiply_add(chunk, w, builder.load(slot)), slot)
-                for k, slots in enumerate(partial):
-                    total = functools.reduce(builder.fadd, [builder.load(slot) for slot in slots])
-                    if row.is_code:
-                        total = row.multiply_add(total, row.splat(row.h, sums_kind.count), builder.load(totals[k]))
-                    builder.store(total, totals[k])
-                    if row.is_code and is_bfloat16:
-                        at, _ = row.array(x_sums, args[8])
-                        x_sum = row.load(F32, row.at(at, builder.add(builder.mul(I64(k), groups), outer.index), 4))
-                        shift = builder.fadd(builder.uitofp(row.z, F32), F32(16.0))
-                        more = builder.fmul(builder.fmul(row.h, shift), x_sum)
-                        builder.store(builder.fsub(builder.load(rest[k]), more), rest[k])
-            name = f"llvm.vector.reduce.fadd.v{sums_kind.count}f32"
-            dots = [
-                row.call(name, F32, builder.load(more), builder.load(total), fastmath=("reassoc",))
-                for total, more in zip(totals, rest)
-            ]
-            return context.make_tuple(builder, signature.return_type, dots)
+            row = _Products(context, builder, signature.args, args[:7], (xs, args[7]), (x_sums, args[8]))
+            memory = context.make_array(out)(context, builder, args[10])
+            place, (by_row, by_input) = (
+                builder.bitcast(memory.data, I8.as_pointer()),
+                cgutils.unpack_tuple(builder, memory.strides),
+            )
+            place, size = row.at(place, row.index, by_row), out.dtype.bitwidth // 8
+            for k, product in enumerate(row.run()):
+                if bias != types.none:
+                    kind = F32 if out.dtype == types.float32 else I16
+                    more = row.load(kind, row.at(row.array(bias, args[9])[0], row.index, size))
+                    product = builder.fadd(product, row.widened(more, out.dtype))
+                row.store(row.rounded(product, out.dtype), row.at(place, by_input, k))
+            return context.get_dummy_value()
 
         return signature, codegen
 
@@ -309,22 +360,23 @@ if numba is not None:
 
         def codegen(context, builder, signature, args):
             row = _Row(context, builder, signature.args, args[:7])
-            at, (_, columns) = row.array(out, args[7])
+            memory, (_, columns) = row.array(out, args[7])
             size = out.dtype.bitwidth // 8
-            at = row.at(at, builder.mul(args[1], columns), size)
-            groups = row.groups if row.is_code else I64(1)
-            n_words = builder.udiv(row.words, groups)
-            with cgutils.for_range(builder, groups) as outer:
-                if row.is_code:
-                    row.enter(outer.index)
-                with cgutils.for_range(builder, n_words) as inner:
-                    word = builder.add(builder.mul(outer.index, n_words), inner.index)
-                    for n, part in enumerate(row.dense(word, out.dtype)):
-                        place = builder.add(builder.mul(word, I64(WORD)), I64(n * part.type.count))
-                        row.store(part, row.at(at, place, size))
+            memory = row.at(memory, builder.mul(row.index, columns), size)
+            with row.each_group() as group, row.each_word(group) as word:
+                for n, part in enumerate(row.dense(word, out.dtype)):
+                    place = builder.add(builder.mul(word, I64(WORD)), I64(n * part.type.count))
+                    row.store(part, row.at(memory, place, size))
             return context.get_dummy_value()
 
         return signature, codegen
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def multiply(mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
+        """out = W xs + bias; out is (rows, inputs)."""
+        for row in range(mask.shape[0]):
+            _multiply_row(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums, bias, out)
 
     @numba.njit(nogil=True, cache=True)
     @no_type_check
@@ -333,11 +385,26 @@ if numba is not None:
         for row in range(mask.shape[0]):
             _unpack_row(mask, row, values, starts[row], scale, zero_point, permutations, out)
 
-    @numba.njit(nogil=True, cache=True)
+    @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
     @no_type_check
-    def product(mask, starts, scale, zero_point, out, values, permutations, xs, x_sums):
-        """out = W xs."""
-        for row in range(mask.shape[0]):
-            dots = _row_dots(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums)
-            for k in range(len(dots)):
-                out[row, k] = dots[k]
+    def inputs_of_codes(tokens, n_inputs, n_words, n_groups):
+        """Inputs for bfloat16 products with codes: of each word the even columns, then the odd ones; sums by group.
+
+        Tokens are bfloat16 seen as uint16; there are zeros behind the last token and the last column.
+        """
+        n_tokens, columns = tokens.shape
+        xs, sums = np.zeros((n_inputs, n_words * WORD), np.uint16), np.zeros((n_inputs, n_groups), np.float32)
+        for k in range(n_tokens):
+            for j in range(columns):
+                word, place = j // WORD, j % WORD
+                xs[k, word * WORD + place % 2 * (WORD // 2) + place // 2] = tokens[k, j]
+            bits = np.empty(columns, np.uint32)
+            for j in range(columns):
+                bits[j] = np.uint32(tokens[k, j]) << np.uint32(16)
+            x = bits.view(np.float32)
+            for group in range(n_groups):
+                total = np.float32(0)
+                for j in range(group * columns // n_groups, (group + 1) * columns // n_groups):
+                    total += x[j]
+                sums[k, group] = total
+        return xs, sums
