@@ -42,8 +42,8 @@ PADDING = 64
 """Zeros behind the last value."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
-SCRATCH = 2**25
-"""Weights that are dense at a time while many tokens are multiplied: 64 MB of bfloat16."""
+SCRATCH, BLOCK = 2**22, 256
+"""Weights that are dense at a time while many tokens are multiplied: few enough for a cache, in blocks of rows."""
 
 
 class PackedLinear(nn.Module):
@@ -200,8 +200,7 @@ class PackedLinear(nn.Module):
     def _multiply_dense(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Slices of rows, unpacked one after the other into the same memory."""
         columns = 8 * self.mask.shape[1]
-        n_slices = -(-self.out_features * columns // SCRATCH)
-        step = -(-self.out_features // n_slices)
+        step = min(self.out_features, max(1, SCRATCH // columns // BLOCK) * BLOCK)
         scratch, outs = _scratch(step * columns, self.dtype, self.mask.device), []
         for start in range(0, self.out_features, step):
             end = min(start + step, self.out_features)
@@ -222,7 +221,7 @@ class PackedLinear(nn.Module):
 
     def _unpack_compiled(self, start: int, end: int, room: Tensor) -> None:
         *rows, _, values = self._arrays
-        wide = kernels.instructions() == "avx512" and self.scale is None and self.dtype.itemsize == 2
+        wide = kernels.instructions() == "avx512" and self.dtype.itemsize == 2 and self.values.dtype != torch.int8
         permutations = None if wide else kernels.permutations()
         unpack = lambda *slices: kernels.unpack(*slices, values, permutations)
         rows = [None if array is None else array[start:end] for array in rows]

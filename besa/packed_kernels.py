@@ -214,21 +214,37 @@ if numba is not None:
                 values = self.load(V(I16, 32), self.values_of(bits, 2))
                 yield self.expand(values, bits, self.all(V(I16, 32), 0))
 
+        def codes64(self, word, below, rest):
+            """avx512: a word's 64 columns as bytes: codes and `below` bits that lie below them, `rest` where pruned."""
+            eights = self.b.bitcast(self.b.zext(self.load(V(I32, 8), self.codes_of(word)), V(I64, 8)), V(I8, 64))
+            fields = ir.Constant(V(I8, 64), [(4 * k - below) % 64 for k in range(8)] * 8)  # 8 bits from each code on
+            codes = self.call("llvm.x86.avx512.pmultishift.qb.512", V(I8, 64), fields, eights)
+            return self.expand(codes, self.load(I64, self.at(self.mask, word, 8)), rest)
+
         def codes32(self, word):
             """avx512: a word's 32 even, then its 32 odd columns as bfloat16 16 + code, 16 + zero-point where pruned.
 
             16 + code is 0x4180 | code << 3: no table, no conversion.
             """
-            bits, pairs = self.load(I64, self.at(self.mask, word, 8)), V(I16, 32)
-            eights = self.b.zext(self.load(V(I32, 8), self.codes_of(word)), V(I64, 8))
-            fields = ir.Constant(V(I8, 64), [(4 * k - 3) % 64 for k in range(8)] * 8)  # 8 bits from 3 below each code
-            codes = self.call(
-                "llvm.x86.avx512.pmultishift.qb.512", V(I8, 64), fields, self.b.bitcast(eights, V(I8, 64))
-            )
-            rest = self.splat(self.b.shl(self.z, I8(3)), 64)
-            spread = self.b.bitcast(self.expand(codes, bits, rest), pairs)
+            rest, pairs = self.splat(self.b.shl(self.z, I8(3)), 64), V(I16, 32)
+            spread = self.b.bitcast(self.codes64(word, 3, rest), pairs)
             for part in (spread, self.b.lshr(spread, self.all(pairs, 8))):
                 yield self.b.or_(self.b.and_(part, self.all(pairs, 0x0078)), self.all(pairs, 0x4180))
+
+        def weights32(self, word, kind):
+            """avx512: a word's columns as two vectors of 32 dense weights of 16 bits, looked up by their codes."""
+            codes = ir.Constant(V(I32, 16), list(range(16)))
+            table = self.b.sitofp(self.b.sub(codes, self.splat(self.b.zext(self.z, I32), 16)), V(F32, 16))
+            table = self.rounded(self.b.fmul(table, self.splat(self.h, 16)), kind)
+            twice = ir.Constant(V(I32, 32), [*range(16)] * 2)
+            table = self.b.shuffle_vector(self.b.bitcast(table, V(I16, 16)), ir.Constant(V(I16, 16), None), twice)
+            spread, nothing = self.codes64(word, 0, self.all(V(I8, 64), 0)), self.all(V(I16, 32), 0)
+            for half in range(2):
+                columns = ir.Constant(V(I32, 32), [*range(32 * half, 32 * half + 32)])
+                codes = self.b.zext(self.b.shuffle_vector(spread, spread, columns), V(I16, 32))
+                weights = self.call("llvm.x86.avx512.permvar.hi.512", V(I16, 32), table, codes)  # reads 5 bits: twice
+                bits = self.load(I32, self.at(self.mask, self.b.add(self.b.mul(word, I64(2)), I64(half)), 4))
+                yield self.b.select(self.b.bitcast(bits, V(ir.IntType(1), 32)), weights, nothing)
 
         def lanes8(self, word, to_float):
             """avx2: a word's columns as eight vectors of 8 int32: floats, or values' bits, or code - zero-point."""
@@ -266,7 +282,7 @@ if numba is not None:
         def dense(self, word, kind):
             """A word's columns as elements of the dense row."""
             if self.permutations is None:
-                yield from self.words32(word)
+                yield from self.weights32(word, kind) if self.is_code else self.words32(word)
             elif not self.is_code:
                 for lanes in self.lanes8(word, False):
                     yield lanes if kind == types.float32 else self.b.trunc(lanes, V(I16, 8))
