@@ -4,14 +4,17 @@ import warnings
 
 import hypothesis.strategies as st
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from besa import packed as packed_module
 from besa import packed_kernels as kernels
 from besa.decoder import find_blocks, projections
 from besa.packed import PADDING, PackedLinear, pack, unpack
+from besa.packed_files import save_packed
 from besa.quantize import Quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -386,3 +389,50 @@ def test_the_embedded_model_writes_the_same_text_packed(smollm2):
     pack(model)
     assert torch.equal(model.generate(ids, max_new_tokens=16, do_sample=False), expected)
     torch.testing.assert_close(model(expected).logits, logits, rtol=1e-5, atol=1e-5 * float(logits.abs().max()))
+
+
+def packed_folder(model, folder, report=None):
+    pack(model, report)
+    save_packed(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_from_pretrained_gives_a_saved_packed_model_back(tiny_llama, windows, tmp_path, dtype):
+    for joint in (True, False):
+        model = copy.deepcopy(tiny_llama).to(dtype)
+        report = JointReport(model, bits=4) if joint else prune_half(model)
+        loaded = AutoModelForCausalLM.from_pretrained(packed_folder(model, tmp_path / str(joint), report), dtype="auto")
+        for (name, tensor), (_, expected) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+            assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+        model.model.rotary_emb = loaded.model.rotary_emb  # its frequencies stay float32 only where nothing is converted
+        assert torch.equal(loaded(windows).logits, model(windows).logits)
+        assert torch.equal(*[m.generate(windows[:2, :5], max_new_tokens=8, do_sample=False) for m in (loaded, model)])
+        packed_folder(loaded, tmp_path / "again")
+
+
+def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
+    prune_half(tiny_llama)
+    file = packed_folder(tiny_llama, tmp_path) / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-5])
+    with pytest.raises(ValueError, match=r"model.safetensors has \d+ bytes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    file.write_bytes(content[:4])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    tensors = safetensors.torch.load(content)
+    tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 1
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: .*row 3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="packed format 2 is not 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_without_packed_projections_is_not_saved_as_packed(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="nothing in this model is packed"):
+        save_packed(tiny_llama, tmp_path)
