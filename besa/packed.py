@@ -132,15 +132,15 @@ class PackedLinear(nn.Module):
         values = values.view(torch.int8) if quantized.bits == 8 else values
         starts = _starts(_sizes(mask, values.dtype)).to(codes.device)
         scales = quantized.scale.contiguous(), quantized.zero_point.contiguous()
-        return cls(columns, dtype, mask, starts, values, *scales, bias)
+        return cls(columns, dtype, mask, starts, values, *scales, None if bias is None else bias.detach().clone())
 
     def unpack(self) -> nn.Linear:
         """The dense projection: the bits that were packed."""
         linear = nn.Linear(1, 1, bias=self.bias is not None, device="meta")
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight = nn.Parameter(self.dense(), requires_grad=False)
+        linear.weight = nn.Parameter(self.dense())
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+            linear.bias = nn.Parameter(self.bias.clone())
         return linear.train(self.training)
 
     @torch.no_grad()
@@ -321,7 +321,8 @@ def pack(model: PreTrainedModel, report: Any = None) -> None:
         linear, keep_mask = found[index, name], (keep_masks or {}).get((index, name))
         if (index, name) in quantized:
             codes = quantized[index, name]
-            packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, linear.bias)
+            bias = None if linear.bias is None else linear.bias.to(codes.codes.device)
+            packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, bias).to(linear.weight.device)
         else:
             packed = PackedLinear.from_linear(linear, keep_mask)
         if not torch.equal(packed.dense(), linear.weight):
