@@ -4,7 +4,8 @@ A projection `model.layers.0.mlp.up_proj` is stored as `model.layers.0.mlp.up_pr
 where it has them, `.scale`, `.zero_point` and `.bias`. config.json says in `quantization_config`: `quant_method`
 "besa_packed", `format_version`, and by projection its `in_features`, `dtype`, and each tensor's dtype and shape.
 
-Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` read such a folder.
+Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` read such a folder. `import besa` sees
+to it once transformers is loaded, when files of besa may be half loaded: so packed.py is imported where it is used.
 """
 
 import json
@@ -13,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from besa.packed import TENSORS, PackedLinear
 
 METHOD, FORMAT_VERSION = "besa_packed", 1
 
@@ -29,6 +29,8 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: nothing in the model is packed.
     """
+    from besa.packed import PackedLinear
+
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not packed:
         raise ValueError("nothing in this model is packed: call besa.packed.pack(model, report) first")
@@ -39,13 +41,14 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
         del model.config.quantization_config
 
 
-def _described(module: PackedLinear) -> dict[str, Any]:
+def _described(module: nn.Module) -> dict[str, Any]:
+    from besa.packed import TENSORS
+
     tensors = {name: module.get_buffer(name) for name in TENSORS if getattr(module, name) is not None}
     kinds = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
     return {"in_features": module.in_features, "dtype": str(module.dtype).removeprefix("torch."), "tensors": kinds}
 
 
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """What config.json says of the packed projections."""
 
@@ -57,13 +60,14 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method, self.format_version, self.projections = METHOD, format_version, projections
 
 
-@register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """transformers' way to a model with other modules; nothing is left of it once the model is loaded."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        from besa.packed import PackedLinear
+
         for path in checkpoint_files or []:
             _check_whole(Path(path))
         for name, described in self.quantization_config.projections.items():
@@ -106,3 +110,7 @@ def _check_whole(path: Path) -> None:
     )
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}; fetch or write it again")
+
+
+# Not by transformers' register functions: they refuse a second time, which reloading in a notebook is.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = PackedConfig, PackedQuantizer

@@ -1,5 +1,7 @@
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import hypothesis.strategies as st
@@ -436,3 +438,14 @@ def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
 def test_a_model_without_packed_projections_is_not_saved_as_packed(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="nothing in this model is packed"):
         save_packed(tiny_llama, tmp_path)
+
+
+@pytest.mark.parametrize("first", ["besa", "transformers"])
+def test_importing_besa_before_or_after_transformers_is_enough(tiny_llama, tmp_path, first):
+    prune_half(tiny_llama)
+    packed_folder(tiny_llama, tmp_path)
+    imports = ["import besa", "from transformers import AutoModelForCausalLM"]
+    code = "; ".join(imports if first == "besa" else imports[::-1])
+    code += f"; print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).model.layers[0].mlp.up_proj)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("PackedLinear(in_features=32, out_features=80")
