@@ -4,6 +4,7 @@ Start reading at `besa/prune.py`.
 """
 
 import importlib
+import importlib.abc
 import importlib.util
 import os
 import sys
@@ -28,6 +29,9 @@ if TYPE_CHECKING:  # for editors and type checkers, the same as _HOMES
     from besa.inputs.models import load_model as load_model
     from besa.inputs.text import calibration_windows as calibration_windows
     from besa.inputs.text import test_tokens as test_tokens
+    from besa.packed import pack as pack
+    from besa.packed import unpack as unpack
+    from besa.packed_files import save_packed as save_packed
     from besa.prune import prune as prune
     from besa.quantize import Quantize as Quantize
     from besa.reconstruct import Reconstruct as Reconstruct
@@ -51,6 +55,9 @@ _HOMES = {
     "simulate_cycles": "evaluate.cycles",
     "prune_checkpoint": "checkpoint.run",
     "plan_checkpoint": "checkpoint.run",
+    "pack": "packed",
+    "unpack": "packed",
+    "save_packed": "packed_files",
 }
 """The public API: name -> the file it stands in."""
 
@@ -79,3 +86,27 @@ class _Lazy(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Lazy
+
+
+class _TeachTransformers(importlib.abc.MetaPathFinder):
+    """Once transformers loads models, `from_pretrained` reads packed ones: besa.packed_files registers their format."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "transformers.modeling_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec and spec.loader:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), importlib.import_module("besa.packed_files"))
+        return spec
+
+
+def _teach_transformers() -> None:
+    if "transformers.modeling_utils" in sys.modules:
+        importlib.import_module("besa.packed_files")
+    else:
+        sys.meta_path.insert(0, _TeachTransformers())
+
+
+_teach_transformers()

@@ -6,6 +6,7 @@ on other devices and in other precisions, plain torch computes the same.
 
 import functools
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import no_type_check
@@ -43,7 +44,7 @@ def masked_rows(
     """`weight` with the `prune_counts` lowest-ranked of each row set to 0, written to `out`."""
     if _compiled(weight):
         counts = prune_counts.to(ranks.dtype)
-        _over_rows(_mask, _bits(weight), ranks.numpy(), counts.numpy(), _bits(out))
+        over_rows(_mask, _bits(weight), ranks.numpy(), counts.numpy(), _bits(out))
         return out
     return torch.mul(weight, ranks >= prune_counts[:, None], out=out)
 
@@ -58,7 +59,7 @@ def bucket_sums(
     if _compiled(weight) and grad.dtype == weight.dtype:
         sums = torch.zeros(len(weight), n_buckets)
         kernel = _sum_bfloat16 if weight.dtype == torch.bfloat16 else _sum_float32
-        _over_rows(kernel, _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy())
+        over_rows(kernel, _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy())
         return sums
     # Sorted by rank, every row has its buckets in the same columns: a matrix product sums them. Adding by index would
     # take float atomics on a GPU, whose order, and so whose rounding, changes from run to run.
@@ -77,14 +78,19 @@ def _compiled(weight: Tensor) -> bool:
     return numba is not None and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
 
 
-def _over_rows(kernel, *arrays) -> None:
-    """Run a kernel on slices of rows, one per thread.
+def over_rows(kernel, *arrays, work: int | None = None) -> None:
+    """Run a kernel on slices of the rows of all arrays, one per thread; the caller's thread takes the first.
+
+    `work` decides whether threads are woken: elements to pass over, those of the first array by default.
 
     Not numba's own threads: their OpenMP pool and torch's keep each other waiting, five times the time of a block.
     """
-    n = min(torch.get_num_threads(), 1 + arrays[0].size // 2**18)  # waking a thread costs what 2^18 weights do
+    work = arrays[0].size if work is None else work
+    n = min(torch.get_num_threads(), 1 + work // 2**18)  # waking a thread costs what 2^18 weights do
+    if n == 1:
+        return kernel(*arrays)
     edges = [len(arrays[0]) * i // n for i in range(n + 1)]
-    slices = [[array[start:end] for array in arrays] for start, end in itertools.pairwise(edges)]
+    slices = [[a if a is None else a[start:end] for a in arrays] for start, end in itertools.pairwise(edges)]
     pending = [_threads().submit(kernel, *part) for part in slices[1:]]
     kernel(*slices[0])
     for result in pending:
@@ -93,7 +99,7 @@ def _over_rows(kernel, *arrays) -> None:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="besa")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="besa")
 
 
 def _bits(tensor: Tensor):

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import platformdirs
 
-from besa.machine.files import sha256
+from besa.machine.files import cache_folder, sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +66,6 @@ ASSETS = {
 
 SUMS = "sha256.json"
 """File in a derived folder that holds the sums of the others."""
-
-
-def cache_folder() -> Path:
-    """Where fetched assets lie: `$BESA_CACHE`, else the platform's cache folder."""
-    return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa")).expanduser()
 
 
 def fetch(name: str) -> Path:

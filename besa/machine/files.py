@@ -6,7 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
 from torch import Tensor
+
+
+def cache_folder() -> Path:
+    """Where what besa fetched or measured lies: `$BESA_CACHE`, else the platform's cache folder."""
+    return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa")).expanduser()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 USABLE = 0.9
 """Of what is free: the rest is for what nobody counted."""
@@ -124,3 +125,18 @@ def anonymous_bytes() -> int:
     if status.is_file():
         return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("RssAnon"))
     return 0
+
+
+def prefer_large_pages(tensor: Tensor) -> None:
+    """Ask Linux to hold a tensor in pages of 2 MB: what streams through it waits less for page tables.
+
+    Worth a third of the speed of a packed product where transparent huge pages are "madvise"; nothing happens
+    elsewhere, for small tensors, and where the kernel refuses.
+    """
+    page = 2**21
+    start = -(-tensor.data_ptr() // page) * page
+    size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if sys.platform == "linux" and tensor.device.type == "cpu" and size > 0:
+        madvise = ctypes.CDLL(None).madvise
+        for advice in (14, 25):  # MADV_HUGEPAGE: from now on; MADV_COLLAPSE (Linux 6.1): what is there already
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)

@@ -1,0 +1,497 @@
+"""Pruned projections that stay packed: a bit per weight and the values that survived, multiplied as they are.
+
+Layout of a projection of `rows` x `columns`; every tensor is contiguous and little-endian:
+
+- `mask`, uint8 (rows, 8 ceil(columns / 64)): bit c % 8 of byte c // 8 says whether column c is kept; bits beyond the
+  last column are 0.
+- `values`: what is kept, row after row, then 64 zeros, so that a wide load at the end stays inside. Either numbers in
+  the weight's own precision, or codes Q of `Quantize`: of 8 bits as int8, one a byte; of 2 to 4 bits as uint8, two a
+  byte, the first in the lower half, and each 64 columns (8 bytes of the mask) start a new byte.
+- `starts`, int64 (rows + 1,): the index in `values` where each row starts, and where the last one ends.
+- `scale`, float16, and `zero_point`, uint8, both (rows, groups), with codes: a weight of column c is
+  scale (Q - zero_point) of group c groups // columns, computed in float32 and rounded once.
+- `bias`, (rows,), where there is one.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from besa import packed_kernels as kernels
+from besa.decoder import find_blocks, projections
+from besa.kernels import over_rows
+from besa.machine.files import cache_folder, write_text
+from besa.machine.memory import prefer_large_pages
+from besa.masks import pack_bits
+from besa.quantize import QuantizedWeight
+
+PADDING = 64
+"""Zeros behind the last value."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
+SCRATCH, BLOCK = 2**22, 256
+"""Weights that are dense at a time while many tokens are multiplied: few enough for a cache, in blocks of rows."""
+
+
+class PackedLinear(nn.Module):
+    """A linear map whose pruned weights take one bit each; what it computes is `nn.Linear`'s, within rounding.
+
+    Made by `from_linear` or `from_quantized`. Few tokens are multiplied by the packed rows as they are; for many, rows
+    are unpacked in slices, and torch multiplies. Gradients reach the inputs; the weights are not trained.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        dtype: torch.dtype,
+        mask: Tensor,
+        starts: Tensor,
+        values: Tensor,
+        scale: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Of tensors in this file's layout; `dtype` is that of inputs, outputs and of the weights `unpack` makes.
+
+        Raises:
+            ValueError: they do not fit together; above all, a mask and counts that disagree.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, len(mask), dtype
+        for name, tensor in zip(TENSORS, (mask, starts, values, scale, zero_point, bias), strict=True):
+            self.register_buffer(name, tensor)
+        self._seen, self._held, self._arrays = [], [], ()
+        if not mask.is_meta:
+            self._check()
+        if kernels.instructions() == "none":
+            _tell_that_nothing_is_faster()
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, keep_mask: Bool[Tensor, "rows columns"] | None = None) -> "PackedLinear":
+        """Pack a projection; what is not kept becomes 0.
+
+        Args:
+            keep_mask: True = keep; None: what is not exactly 0. A pruned -0 comes back as 0.
+
+        Raises:
+            ValueError: the weight is not in memory, of another precision than 16 or 32 bits, or of another shape than
+                the mask.
+        """
+        weight = linear.weight.detach()
+        if weight.dtype not in DTYPES or weight.is_meta:
+            raise ValueError(
+                f"a weight of {weight.dtype} on {weight.device} cannot be packed; load it in one of {DTYPES}"
+            )
+        keep = weight != 0 if keep_mask is None else _fitting(keep_mask, weight)
+        kept = [rows[mask] for rows, mask in zip(_slices(weight), _slices(keep), strict=True)]
+        values = torch.cat([*kept, weight.new_zeros(PADDING)])
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(weight.shape[1], weight.dtype, _mask(keep), _starts(keep.sum(1)), values, bias=bias)
+
+    @classmethod
+    @torch.no_grad()
+    def from_quantized(
+        cls,
+        quantized: QuantizedWeight,
+        keep_mask: Bool[Tensor, "rows columns"] | None,
+        dtype: torch.dtype,
+        bias: Float[Tensor, "rows"] | None = None,
+    ) -> "PackedLinear":
+        """Pack a jointly pruned and quantized projection: the codes of what is kept.
+
+        Args:
+            keep_mask: True = keep; None: the codes that do not stand for 0.
+            dtype: of inputs and outputs.
+
+        Raises:
+            ValueError: dtype has not 16 or 32 bits, or the mask is of another shape.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype} is not one of {DTYPES}")
+        codes, columns = quantized.codes, quantized.codes.shape[1]
+        zeros = quantized.zero_point.repeat_interleave(columns // quantized.scale.shape[1], dim=1)
+        keep = codes != zeros if keep_mask is None else _fitting(keep_mask, codes)
+        kept = [rows[mask] for rows, mask in zip(_slices(codes), _slices(keep), strict=True)]
+        if quantized.bits < 8:
+            kept = [_in_pairs(rows, mask) for rows, mask in zip(kept, _slices(keep), strict=True)]
+        values, mask = torch.cat([*kept, codes.new_zeros(PADDING)]), _mask(keep)
+        values = values.view(torch.int8) if quantized.bits == 8 else values
+        starts = _starts(_sizes(mask, values.dtype)).to(codes.device)
+        scales = quantized.scale.contiguous(), quantized.zero_point.contiguous()
+        return cls(columns, dtype, mask, starts, values, *scales, None if bias is None else bias.detach().clone())
+
+    def unpack(self) -> nn.Linear:
+        """The dense projection: the bits that were packed."""
+        linear = nn.Linear(1, 1, bias=self.bias is not None, device="meta")
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight = nn.Parameter(self.dense())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone())
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def dense(self, start: int = 0, end: int | None = None, out: Tensor | None = None) -> Float[Tensor, "rows columns"]:
+        """Rows from `start` to `end` of the dense weight.
+
+        Args:
+            out: room for as many rows of 64 ceil(columns / 64) elements; None: new memory.
+        """
+        self._check()
+        end = self.out_features if end is None else end
+        shape = end - start, 8 * self.mask.shape[1]
+        room = self.values.new_empty(shape, dtype=self.dtype) if out is None else out[: math.prod(shape)].view(shape)
+        if self._is_compiled():
+            self._unpack_compiled(start, end, room)
+        else:
+            step = max(1, 2**22 // shape[1])  # a mask of whole bytes and indices beside it: little at a time
+            for first in range(start, end, step):
+                last = min(first + step, end)
+                room[first - start : last - start, : self.in_features] = self._unpack_plain(first, last)
+        return room[:, : self.in_features].contiguous() if out is None else room[:, : self.in_features]
+
+    def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        """W x + b."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return nn.functional.linear(x, self.dense(), self.bias)
+        tokens = x.reshape(-1, self.in_features)
+        self._check()
+        few = x.dtype == self.dtype and self._is_compiled() and (len(tokens) == 1 or len(tokens) <= self._most_packed())
+        out = self._multiply_packed(tokens) if few else self._multiply_dense(tokens)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def extra_repr(self) -> str:
+        kind = self.dtype if self.scale is None else f"{8 if self.values.dtype == torch.int8 else 4}-bit codes"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
+
+    def _multiply_packed(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
+        """Passes over the packed rows, for up to 16 tokens each."""
+        *rows, bias, values = self._arrays
+        n = min(kernels.MOST_TOKENS, 1 << (len(tokens) - 1).bit_length())  # compiled for 1, 2, 4, 8 and 16
+        n_inputs = -(-len(tokens) // n) * n
+        xs, sums = self._inputs(tokens, n_inputs)
+        out = torch.empty(n_inputs, self.out_features, dtype=self.dtype)
+        by_row = _numpy(out).T
+        for first in range(0, n_inputs, n):
+            some = slice(first, first + n)
+            rest = values, kernels.permutations(), tuple(xs[some]), None if sums is None else sums[some]
+            multiply = lambda *slices, rest=rest: kernels.multiply(*slices, *rest)
+            over_rows(multiply, *rows, bias, by_row[:, some], work=8 * rows[0].size)
+        return out[: len(tokens)]
+
+    def _multiply_dense(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
+        """Slices of rows, unpacked one after the other into the same memory."""
+        columns = 8 * self.mask.shape[1]
+        step = min(self.out_features, max(1, SCRATCH // columns // BLOCK) * BLOCK)
+        scratch, outs = _scratch(step * columns, self.dtype, self.mask.device), []
+        for start in range(0, self.out_features, step):
+            end = min(start + step, self.out_features)
+            bias = None if self.bias is None else self.bias[start:end]
+            outs.append(nn.functional.linear(tokens, self.dense(start, end, scratch), bias))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _inputs(self, tokens: Tensor, n_inputs: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Inputs as the kernel reads them, with zeros up to whole words and `n_inputs`; and what codes need of them."""
+        is_code, n_words = self.scale is not None, self.mask.shape[1] // 8
+        if kernels.instructions() != "avx512" or self.dtype != torch.bfloat16 or self.values.dtype == torch.int8:
+            tokens, is_code = tokens.float(), False
+        if is_code:
+            return kernels.inputs_of_codes(_numpy(tokens), n_inputs, n_words, self.scale.shape[1])
+        room = n_words * kernels.WORD - self.in_features, n_inputs - len(tokens)
+        tokens = nn.functional.pad(tokens, (0, room[0], 0, room[1])) if any(room) else tokens.contiguous()
+        return _numpy(tokens), None
+
+    def _unpack_compiled(self, start: int, end: int, room: Tensor) -> None:
+        *rows, _, values = self._arrays
+        wide = kernels.instructions() == "avx512" and self.dtype.itemsize == 2 and self.values.dtype != torch.int8
+        permutations = None if wide else kernels.permutations()
+        unpack = lambda *slices: kernels.unpack(*slices, values, permutations)
+        rows = [None if array is None else array[start:end] for array in rows]
+        over_rows(unpack, *rows, _numpy(room), work=room.numel() // 8)
+
+    def _unpack_plain(self, start: int, end: int) -> Float[Tensor, "rows columns"]:
+        """The same by torch, on any device."""
+        bits = _keep_mask(self.mask[start:end])
+        keep = bits[:, : self.in_features]
+        kept = self.values[int(self.starts[start]) : int(self.starts[end])]
+        if self.scale is None:
+            return torch.zeros_like(keep, dtype=self.dtype).masked_scatter_(keep, kept)
+        if kept.dtype == torch.uint8:
+            kept = torch.stack([kept & 15, kept >> 4], 1).flatten()[_used(bits)]
+        codes = torch.zeros_like(keep, dtype=torch.uint8).masked_scatter_(keep, kept.view(torch.uint8))
+        weight = QuantizedWeight(codes, self.scale[start:end], self.zero_point[start:end], 8).dequantize(self.dtype)
+        return weight.masked_fill_(~keep, 0)
+
+    def _is_compiled(self) -> bool:
+        """Whether kernels serve: on a processor that has them, unless a word lies in two groups of columns."""
+        whole = (
+            self.scale is None
+            or self.scale.shape[1] == 1
+            or self.in_features // self.scale.shape[1] % kernels.WORD == 0
+        )
+        return whole and self.mask.device.type == "cpu" and kernels.instructions() != "none"
+
+    def _most_packed(self) -> int:
+        """The most tokens that are multiplied faster by packed rows than by dense ones."""
+        kinds = f"{self.values.dtype} {self.dtype} {self.out_features} x {self.in_features}"
+        return _crossover(f"{kinds}, {kernels.instructions()}, {torch.get_num_threads()} threads", self)
+
+    def _check(self) -> None:
+        """Look the tensors through where they are not those looked through last: no kernel reads beyond the values."""
+        tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
+        seen = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if seen == self._seen:
+            return
+        if fault := find_fault(self.in_features, self.dtype, self._buffers):
+            raise ValueError(f"packed projection of {self.out_features} x {self.in_features}: {fault}")
+        self._seen, self._held = seen, tensors  # held, so that no other tensor takes their place in memory unseen
+        if self.mask.device.type == "cpu":
+            prefer_large_pages(self.values)
+            prefer_large_pages(self.mask)
+            self._arrays = (
+                self.mask.numpy().view(np.uint64),
+                self.starts.numpy(),
+                None if self.scale is None else self.scale.view(torch.uint16).numpy(),
+                None if self.zero_point is None else self.zero_point.numpy(),
+                None if self.bias is None else _numpy(self.bias),
+                _numpy(self.values),
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """`to`, `half`, ...: scales stay float16, whatever the precision of inputs and outputs."""
+        scale, self._seen, self._held, self._arrays = self.scale, [], [], ()
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if scale is not None:
+            self.scale = scale.to(self.mask.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        tensors = {name: state_dict.get(prefix + name) for name in TENSORS}
+        if all(tensors[name] is not None for name in ("mask", "starts", "values")):
+            dtype = self.dtype if tensors["scale"] is not None else tensors["values"].dtype
+            if fault := find_fault(self.in_features, dtype, tensors):
+                errors.append(f"{prefix[:-1]}: {fault}")
+                return
+            self.values = self.values.new_empty(tensors["values"].shape)  # another mask keeps another number
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take the tensors only."""
+        return self.__dict__ | {"_seen": [], "_held": [], "_arrays": ()}
+
+
+def pack(model: PreTrainedModel, report: Any = None) -> None:
+    """Replace pruned projections in place by packed ones, which compute the same; projections that would grow stay.
+
+    Args:
+        report: what `besa.prune` returned, or keep-masks by (block, projection); None: in every projection, what is
+            not 0 is kept.
+
+    Raises:
+        ValueError: a projection of the report is not in the model's memory, or has other weights there.
+    """
+    keep_masks = getattr(report, "keep_masks", report)
+    quantized = getattr(report, "quantized", None) or {}
+    blocks = find_blocks(model)
+    found = {(index, name): linear for index, block in enumerate(blocks) for name, linear in projections(block).items()}
+    wanted = list(found) if keep_masks is None else [*{**keep_masks, **quantized}]
+    for index, name in wanted:
+        if (index, name) not in found or found[index, name].weight.is_meta:
+            raise ValueError(f"block {index}, {name}: no such projection in the memory of this {type(model).__name__}")
+    for index, name in wanted:
+        linear, keep_mask = found[index, name], (keep_masks or {}).get((index, name))
+        if (index, name) in quantized:
+            codes = quantized[index, name]
+            bias = None if linear.bias is None else linear.bias.to(codes.codes.device)
+            packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, bias).to(linear.weight.device)
+        else:
+            packed = PackedLinear.from_linear(linear, keep_mask)
+        if not torch.equal(packed.dense(), linear.weight):
+            raise ValueError(f"block {index}, {name}: the report is of other weights than the model's; prune it again")
+        if packed.nbytes < sum(parameter.nbytes for parameter in linear.parameters()):
+            blocks[index].set_submodule(name, packed.train(linear.training))
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Replace packed projections in place by dense ones of the same bits."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            model.set_submodule(name, module.unpack())
+
+
+def find_fault(in_features: int, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]) -> str | None:
+    """What keeps tensors from being a packed projection in this file's layout; None: nothing."""
+    mask, starts, values, scale, zero_point, bias = (tensors[name] for name in TENSORS)
+    rows, width = len(mask), 8 * -(-in_features // kernels.WORD)
+    kinds = (dtype,) if scale is None else (torch.uint8, torch.int8)
+    groups = 1 if scale is None else scale.shape[-1]
+    for name, tensor, shape, allowed in (
+        ("mask", mask, (rows, width), (torch.uint8,)),
+        ("starts", starts, (rows + 1,), (torch.int64,)),
+        ("values", values, (values.numel(),), kinds),
+        ("scale", scale, (rows, groups), (torch.float16,)),
+        ("zero_point", zero_point, (rows, groups), (torch.uint8,)),
+        ("bias", bias, (rows,), (dtype,)),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in allowed or not tensor.is_contiguous()):
+            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {' or '.join(map(str, allowed))} {shape}"
+    if (scale is None) != (zero_point is None) or in_features % max(groups, 1):
+        return f"{in_features} columns do not fit scale and zero_point of {groups} groups"
+    if in_features % kernels.WORD and (_words(mask)[:, -1] >> np.uint64(in_features % kernels.WORD)).any():
+        return f"mask keeps columns beyond the last of {in_features}"
+    sizes, stored = _sizes(mask, values.dtype), starts.cpu().diff()
+    if int(starts[0]) or not torch.equal(sizes, stored):
+        row = int((sizes != stored).int().argmax())
+        return f"row {row}: its mask keeps {sizes[row]} elements, its starts {stored[row]}; the tensors are damaged"
+    if len(values) != int(starts[-1]) + PADDING:
+        return f"values has {len(values)} elements, mask and padding take {int(starts[-1]) + PADDING}; it is damaged"
+    return None
+
+
+def _mask(keep_mask: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "rows mask_bytes"]:
+    return pack_bits(_padded(keep_mask)).view(len(keep_mask), -1).to(keep_mask.device)
+
+
+def _keep_mask(mask: UInt8[Tensor, "rows mask_bytes"]) -> Bool[Tensor, "rows padded_columns"]:
+    """What `_mask` made, with columns up to whole words, where the mask is."""
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (mask[:, :, None] & bits).bool().flatten(1)
+
+
+def _in_pairs(codes: UInt8[Tensor, "kept"], keep_mask: Tensor) -> UInt8[Tensor, "bytes"]:
+    """Codes of 4 bits, two a byte; each word of 64 columns starts a new byte."""
+    used = _used(_padded(keep_mask))
+    halves = torch.zeros_like(used, dtype=torch.uint8).masked_scatter_(used, codes).view(-1, 2)
+    return halves[:, 0] | halves[:, 1] << 4
+
+
+def _used(keep_mask: Bool[Tensor, "rows padded_columns"]) -> Bool[Tensor, "halves"]:
+    """Of the halves of bytes that codes take, those that hold one: the last of a word with an odd count holds none."""
+    counts = keep_mask.view(-1, kernels.WORD).sum(1)
+    ends = (counts + 1).div(2, rounding_mode="floor").mul(2).cumsum(0)
+    used = keep_mask.new_ones(int(ends[-1]))
+    used[ends[counts % 2 == 1] - 1] = False
+    return used
+
+
+def _sizes(mask: Tensor, dtype: torch.dtype) -> Int64[Tensor, "rows"]:
+    """Elements of `values` that each row takes, in host memory."""
+    counts = np.bitwise_count(_words(mask))
+    counts = (counts + 1) // 2 if dtype == torch.uint8 else counts
+    return torch.from_numpy(counts.sum(1, dtype=np.int64))
+
+
+def _words(mask: Tensor) -> np.ndarray:
+    return mask.cpu().numpy().view(np.uint64)
+
+
+def _starts(sizes: Tensor) -> Int64[Tensor, "rows_and_end"]:
+    return nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _padded(keep_mask: Tensor) -> Tensor:
+    """With columns that are not kept, up to whole words."""
+    return nn.functional.pad(keep_mask, (0, -keep_mask.shape[1] % kernels.WORD))
+
+
+def _slices(weight: Tensor) -> tuple[Tensor, ...]:
+    """By rows, so that the indices that torch makes of a mask do not fill the memory."""
+    return weight.split(max(1, 2**22 // weight.shape[1]))
+
+
+def _fitting(keep_mask: Tensor, weight: Tensor) -> Tensor:
+    if keep_mask.shape != weight.shape or keep_mask.dtype != torch.bool:
+        raise ValueError(
+            f"the keep_mask is {keep_mask.dtype} {tuple(keep_mask.shape)}, the weight {tuple(weight.shape)}; "
+            "it takes a bool for each weight"
+        )
+    return keep_mask.to(weight.device)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """A view as kernels know kinds apart: bfloat16 as uint16, float16 as int16."""
+    views = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+    return tensor.detach().view(views.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+@functools.cache
+def _tell_that_nothing_is_faster() -> None:
+    warnings.warn(
+        "this processor has neither AVX2 nor AVX-512 with numba to use them: packed projections save memory here, but "
+        "are slower than dense ones, which besa.unpack(model) brings back",
+        stacklevel=3,
+    )
+
+
+_LOCAL = threading.local()
+
+
+def _scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of this thread that all projections unpack rows into, one after the other."""
+    rooms = _LOCAL.__dict__.setdefault("rooms", {})
+    if (dtype, device) not in rooms or len(rooms[dtype, device]) < size:
+        with torch.inference_mode(False):  # else nothing but inference could write to it again
+            rooms[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+    return rooms[dtype, device]
+
+
+def _crossover(kinds: str, packed: PackedLinear) -> int:
+    """The most tokens that packed rows multiply faster than unpacked ones: measured once on a machine, then read.
+
+    From a file in `cache_folder()`, since the two round differently, and a machine should repeat its results.
+    """
+    path = cache_folder() / "packed" / f"crossovers-torch-{torch.__version__}.json"
+    key, known = f"{kinds}, {kernels.processor()}", _known_crossovers(path)
+    if key not in known:
+        known[key] = _measure_crossover(packed)
+        with contextlib.suppress(OSError):  # where nothing can be kept, the next process measures again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(known, indent=1))
+    return known[key]
+
+
+@functools.cache
+def _known_crossovers(path: Path) -> dict[str, int]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@torch.no_grad()
+def _measure_crossover(packed: PackedLinear, most: int = 1024) -> int:
+    n = 1
+    while n < most:
+        tokens = torch.ones(2 * n, packed.in_features, dtype=packed.dtype)
+        products = packed._multiply_packed, packed._multiply_dense
+        seconds = [[_seconds(product, tokens) for product in products] for _ in range(4)]  # the first compiles
+        direct, dense = (min(column) for column in zip(*seconds[1:], strict=True))
+        if direct > dense:
+            break
+        n *= 2
+    return n
+
+
+def _seconds(product: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
+    start = time.perf_counter()
+    product(tokens)
+    return time.perf_counter() - start

@@ -1,0 +1,116 @@
+"""Packed models on disk: an ordinary transformers folder, whose packed projections are tensors in packed.py's layout.
+
+A projection `model.layers.0.mlp.up_proj` is stored as `model.layers.0.mlp.up_proj.mask`, `.starts`, `.values` and,
+where it has them, `.scale`, `.zero_point` and `.bias`. config.json says in `quantization_config`: `quant_method`
+"besa_packed", `format_version`, and by projection its `in_features`, `dtype`, and each tensor's dtype and shape.
+
+Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` read such a folder. `import besa` sees
+to it once transformers is loaded, when files of besa may be half loaded: so packed.py is imported where it is used.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD, FORMAT_VERSION = "besa_packed", 1
+
+
+def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write a model that `besa.packed.pack` packed; `from_pretrained` gives it back packed, to the bit.
+
+    Raises:
+        ValueError: nothing in the model is packed.
+    """
+    from besa.packed import PackedLinear
+
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    if not packed:
+        raise ValueError("nothing in this model is packed: call besa.packed.pack(model, report) first")
+    model.config.quantization_config = PackedConfig({name: _described(module) for name, module in packed.items()})
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.config.quantization_config
+
+
+def _described(module: nn.Module) -> dict[str, Any]:
+    from besa.packed import TENSORS
+
+    tensors = {name: module.get_buffer(name) for name in TENSORS if getattr(module, name) is not None}
+    kinds = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
+    return {"in_features": module.in_features, "dtype": str(module.dtype).removeprefix("torch."), "tensors": kinds}
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """What config.json says of the packed projections."""
+
+    def __init__(self, projections: dict[str, dict[str, Any]], format_version: int = FORMAT_VERSION, **_: Any) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"packed format {format_version} is not {FORMAT_VERSION}, the one that this besa reads; update besa"
+            )
+        self.quant_method, self.format_version, self.projections = METHOD, format_version, projections
+
+
+class PackedQuantizer(HfQuantizer):
+    """transformers' way to a model with other modules; nothing is left of it once the model is loaded."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        from besa.packed import PackedLinear
+
+        for path in checkpoint_files or []:
+            _check_whole(Path(path))
+        for name, described in self.quantization_config.projections.items():
+            tensors = {
+                part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+                for part, (dtype, *shape) in described["tensors"].items()
+            }
+            module = PackedLinear(described["in_features"], getattr(torch, described["dtype"]), **tensors)
+            model.set_submodule(name, module)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name in self.quantization_config.projections:
+            module = model.get_submodule(name)
+            try:
+                module.to(model.dtype).dense(0, 0)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; fetch or write the file again") from error
+        self.remove_quantization_config(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a safetensors file that is shorter or longer than its header says."""
+    with path.open("rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        except (struct.error, ValueError, MemoryError, OverflowError) as error:
+            raise ValueError(f"{path} is damaged: it has no safetensors header; fetch or write it again") from error
+    size = (
+        8
+        + length
+        + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    )
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}; fetch or write it again")
+
+
+# Not by transformers' register functions: they refuse a second time, which reloading in a notebook is.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = PackedConfig, PackedQuantizer

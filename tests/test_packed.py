@@ -1,0 +1,451 @@
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from besa import packed as packed_module
+from besa import packed_kernels as kernels
+from besa.decoder import find_blocks, projections
+from besa.packed import PADDING, PackedLinear, pack, unpack
+from besa.packed_files import save_packed
+from besa.quantize import Quantize
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PATHS = [path for path in ("avx512", "avx2", "none") if path in ("none", "avx2", kernels.instructions())]
+PATHS = PATHS if kernels.instructions() != "none" else ["none"]
+CLOSE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_elsewhere(tmp_path_factory):
+    """Crossovers that tests measure are not kept for the user."""
+    folder, kept = tmp_path_factory.mktemp("cache"), packed_module.cache_folder
+    packed_module.cache_folder = lambda: folder
+    yield
+    packed_module.cache_folder = kept
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="this processor has neither")
+        yield
+
+
+class on_path:
+    """The products that a processor with other instructions takes."""
+
+    def __init__(self, path):
+        self.path, self.kept = path, kernels.instructions
+
+    def __enter__(self):
+        kernels.instructions = lambda: self.path
+
+    def __exit__(self, *error):
+        kernels.instructions = self.kept
+
+
+def pruned_linear(rows, columns, dtype, sparsity, seed=0, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(columns, rows, bias=bias).to(dtype).requires_grad_(False)
+    linear.weight.copy_(torch.randn(rows, columns, generator=generator))
+    linear.weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    return linear
+
+
+def pruned_codes(rows, columns, bits, group_size, sparsity, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    quantized = Quantize(bits=bits, group_size=group_size).codes(torch.randn(rows, columns, generator=generator))
+    return quantized, torch.rand(rows, columns, generator=generator) >= sparsity
+
+
+def bits_of(tensor):
+    return tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 200))
+sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
+seeds = st.integers(0, 1000)
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes, st.sampled_from(DTYPES), sparsities, st.sampled_from(PATHS), st.booleans(), seeds)
+def test_what_is_unpacked_has_the_bits_that_were_packed(shape, dtype, sparsity, path, bias, seed):
+    linear = pruned_linear(*shape, dtype, sparsity, seed, bias)
+    with on_path(path):
+        again = PackedLinear.from_linear(linear).unpack()
+    assert torch.equal(bits_of(again.weight), bits_of(linear.weight))
+    assert again.weight.shape == shape and (again.in_features, again.out_features) == shape[::-1]
+    assert torch.equal(again.bias, linear.bias) if bias else again.bias is None
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shapes, st.sampled_from([2, 3, 4, 8]), st.sampled_from([None, 1, 2, 3]), st.sampled_from(DTYPES), sparsities,
+    st.sampled_from(PATHS), seeds,
+)  # fmt: skip
+def test_codes_give_the_weights_of_the_joint_model(shape, bits, groups, dtype, sparsity, path, seed):
+    rows, columns = shape
+    if groups:
+        columns = groups * (64 if seed % 2 else columns)  # groups of whole words, and others
+    quantized, keep = pruned_codes(rows, columns, bits, columns // groups if groups else None, sparsity, seed)
+    with on_path(path):
+        packed = PackedLinear.from_quantized(quantized, keep, dtype)
+        weight = packed.unpack().weight
+    assert torch.equal(bits_of(weight), bits_of(quantized.pruned(keep).dequantize(dtype)))
+    assert torch.equal(packed_module._keep_mask(packed.mask)[:, :columns], keep)  # a code of zero may be kept
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes, st.sampled_from(DTYPES), sparsities, st.sampled_from(PATHS), st.integers(1, 40), seeds, st.booleans())
+def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, tokens, seed, all_packed):
+    linear = pruned_linear(*shape, dtype, sparsity, seed)
+    x = torch.randn(2, tokens, shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with on_path(path):
+        packed = PackedLinear.from_linear(linear)
+        packed._most_packed = lambda: 1000 if all_packed else 1
+        out = packed(x)
+    expected = linear.double()(x.double())
+    assert out.dtype == dtype and out.shape == (2, tokens, shape[0])
+    torch.testing.assert_close(
+        out.double(), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype] * float(expected.abs().max())
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shapes, st.sampled_from([3, 4, 8]), st.sampled_from([None, 64, 128]), st.sampled_from(DTYPES), sparsities,
+    st.sampled_from(PATHS), st.integers(1, 20), seeds,
+)  # fmt: skip
+def test_products_of_codes_are_those_of_the_dense_weight(shape, bits, group, dtype, sparsity, path, tokens, seed):
+    rows, columns = shape[0], 128 * (1 + shape[1] // 64) if group else shape[1]
+    quantized, keep = pruned_codes(rows, columns, bits, group, sparsity, seed)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with on_path(path):
+        packed = PackedLinear.from_quantized(quantized, keep, dtype, bias)
+        packed._most_packed = lambda: 1000
+        out = packed(x).double()
+    expected = x.double() @ quantized.pruned(keep).dequantize(torch.float32).double().T + bias.double()
+    torch.testing.assert_close(
+        out, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype] * (1e-2 + float(expected.abs().max()))
+    )
+
+
+def naive_weights(tensors, rows, columns):
+    """Read as the layout in besa/packed.py says, one weight at a time."""
+    weight = torch.zeros(rows, columns)
+    for i in range(rows):
+        at, half = int(tensors["starts"][i]), 0
+        for j in range(columns):
+            if j % 64 == 0:
+                at, half = at + half, 0
+            if not tensors["mask"][i, j // 8] >> (j % 8) & 1:
+                continue
+            value = tensors["values"][at].item()
+            if tensors["scale"] is None:
+                weight[i, j], at = value, at + 1
+                continue
+            if tensors["values"].dtype == torch.uint8:
+                value, at, half = value >> 4 * half & 15, at + half, 1 - half
+            else:
+                value, at = value % 256, at + 1
+            group = j * tensors["scale"].shape[1] // columns
+            weight[i, j] = float(tensors["scale"][i, group]) * (value - int(tensors["zero_point"][i, group]))
+    return weight
+
+
+def test_the_layout_is_the_documented_one():
+    linear = pruned_linear(3, 150, torch.float32, 0.5)
+    packed = PackedLinear.from_linear(linear)
+    assert torch.equal(naive_weights(packed._buffers, 3, 150), linear.weight)
+    for bits in (4, 8):
+        quantized, keep = pruned_codes(3, 150, bits, 75, 0.5)
+        packed = PackedLinear.from_quantized(quantized, keep, torch.float32)
+        weight = quantized.pruned(keep).dequantize(torch.float32)
+        torch.testing.assert_close(naive_weights(packed._buffers, 3, 150), weight, rtol=1e-6, atol=0)
+
+
+def test_half_zeros_take_9_bits_and_joint_codes_3():
+    packed = PackedLinear.from_linear(pruned_linear(256, 4096, torch.bfloat16, 0.5, bias=False))
+    assert packed.nbytes * 8 / (256 * 4096) < 9.05
+    packed = PackedLinear.from_quantized(*pruned_codes(256, 4096, 4, None, 0.5), torch.bfloat16)
+    assert packed.nbytes * 8 / (256 * 4096) < 3.08
+
+
+def test_a_mask_prunes_and_may_keep_a_zero():
+    linear = pruned_linear(4, 70, torch.bfloat16, 0.5)
+    keep = torch.rand(4, 70, generator=torch.Generator().manual_seed(3)) < 0.5
+    packed = PackedLinear.from_linear(linear, keep)
+    assert torch.equal(packed.dense(), linear.weight * keep)
+    assert len(packed.values) == keep.sum() + PADDING
+
+
+def test_the_same_bits_every_time_and_on_any_number_of_threads():
+    packed = PackedLinear.from_linear(pruned_linear(600, 4096, torch.bfloat16, 0.5))
+    x = torch.randn(3, 4096).bfloat16()
+    outs, n_threads = [], torch.get_num_threads()
+    for n in (1, 2, 1, 2):
+        torch.set_num_threads(n)
+        outs += [packed._multiply_packed(x), packed._multiply_packed(x[:2])]
+    torch.set_num_threads(n_threads)
+    assert all(torch.equal(out, outs[0]) for out in outs[::2])
+    assert all(torch.equal(out, outs[1]) for out in outs[1::2])
+
+
+def test_infinite_inputs_come_out_as_from_the_dense_projection():
+    linear = pruned_linear(8, 64, torch.bfloat16, 0.5)
+    x = torch.ones(1, 64).bfloat16()
+    x[0, 3] = float("inf")
+    assert torch.equal(torch.isfinite(PackedLinear.from_linear(linear)(x)), torch.isfinite(linear(x)))
+
+
+def test_many_tokens_take_slices_of_rows(monkeypatch):
+    linear = pruned_linear(37, 100, torch.float32, 0.5)
+    x = torch.randn(50, 100)
+    monkeypatch.setattr(packed_module, "SCRATCH", 1000)  # 7 rows of 128
+    torch.testing.assert_close(PackedLinear.from_linear(linear)._multiply_dense(x), linear(x))
+
+
+def test_gradients_reach_the_inputs():
+    linear = pruned_linear(5, 40, torch.float32, 0.5)
+    x = torch.randn(3, 40, requires_grad=True)
+    (expected,) = torch.autograd.grad(linear(x).square().sum(), x)
+    (found,) = torch.autograd.grad(PackedLinear.from_linear(linear)(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_copies_pickles_and_state_dicts_hold_the_same():
+    linear, other = pruned_linear(5, 70, torch.bfloat16, 0.5), pruned_linear(5, 70, torch.bfloat16, 0.9, seed=1)
+    packed = PackedLinear.from_linear(linear)
+    packed(torch.ones(1, 70).bfloat16())
+    loaded = PackedLinear.from_linear(other)
+    loaded.load_state_dict(packed.state_dict())
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), loaded):
+        assert torch.equal(copied.dense(), linear.weight) and torch.equal(copied.bias, linear.bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_precision_converts_values_and_leaves_codes(dtype):
+    linear = pruned_linear(5, 70, torch.float32, 0.5)
+    packed = PackedLinear.from_linear(linear).to(dtype)
+    assert (
+        torch.equal(packed.dense(), linear.weight.to(dtype)) and packed(torch.ones(2, 70, dtype=dtype)).dtype == dtype
+    )
+    quantized, keep = pruned_codes(5, 70, 4, None, 0.5)
+    packed = PackedLinear.from_quantized(quantized, keep, torch.float32, linear.bias).to(dtype)
+    assert torch.equal(packed.scale, quantized.scale) and packed.bias.dtype == dtype
+    assert torch.equal(packed.dense(), quantized.pruned(keep).dequantize(dtype))
+
+
+def damaged(state, name):
+    state = {key: value.clone() for key, value in state.items()}
+    if name == "mask":
+        state["mask"][2, 1] ^= 4
+    elif name == "padding":
+        state["mask"][2, -1] |= 128
+    elif name == "starts":
+        state["starts"][2] += 1
+    else:
+        state["values"] = state["values"][:-1]
+    return state
+
+
+@pytest.mark.parametrize(
+    "name, told", [("mask", "row 2"), ("padding", "last of 70"), ("starts", "row 1"), ("values", "values has")]
+)
+@pytest.mark.parametrize("codes", [False, True])
+def test_damaged_tensors_are_refused_by_name(name, told, codes):
+    if codes:
+        packed = PackedLinear.from_quantized(*pruned_codes(5, 70, 4, None, 0.5), torch.float32)
+    else:
+        packed = PackedLinear.from_linear(pruned_linear(5, 70, torch.float32, 0.5))
+    state = damaged(packed.state_dict(), name)
+    if (
+        codes
+        and name == "mask"
+        and torch.equal(packed_module._sizes(state["mask"], torch.uint8)[2:3], packed.starts.diff()[2:3])
+    ):
+        state["mask"][2, 1] ^= 2 ^ 8  # an odd count takes the room of the next even one
+    with pytest.raises(ValueError, match=told):
+        PackedLinear(70, torch.float32, **state)
+    with pytest.raises(RuntimeError, match=f"mlp.0: .*{told}"):
+        nn.ModuleDict({"mlp": nn.ModuleList([packed])}).load_state_dict({f"mlp.0.{k}": v for k, v in state.items()})
+    if name != "values":
+        packed.get_buffer("starts" if name == "starts" else "mask").copy_(
+            state["starts" if name == "starts" else "mask"]
+        )
+        with pytest.raises(ValueError, match=told):
+            packed(torch.ones(1, 70))
+
+
+def test_what_cannot_be_packed_is_refused(no_type_checks):
+    linear = pruned_linear(4, 8, torch.float32, 0.5)
+    with pytest.raises(ValueError, match="the keep_mask is"):
+        PackedLinear.from_linear(linear, torch.ones(4, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="float64"):
+        PackedLinear.from_linear(linear.double())
+    with pytest.raises(ValueError, match="meta"):
+        PackedLinear.from_linear(nn.Linear(4, 4, device="meta"))
+
+
+def test_a_processor_without_instructions_is_told_once():
+    packed_module._tell_that_nothing_is_faster.cache_clear()
+    with on_path("none"), pytest.warns(UserWarning, match="neither AVX2 nor AVX-512") as told:
+        for _ in range(3):
+            PackedLinear.from_linear(pruned_linear(4, 8, torch.float32, 0.5))
+    assert len(told) == 1
+
+
+@pytest.mark.skipif(kernels.instructions() == "none", reason="nothing is compiled here")
+def test_a_crossover_is_measured_once_on_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(packed_module, "cache_folder", lambda: tmp_path)
+    packed = PackedLinear.from_linear(pruned_linear(64, 128, torch.float32, 0.5))
+    found = packed._most_packed()
+    assert found in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    packed_module._known_crossovers.cache_clear()  # another process
+    monkeypatch.setattr(packed_module, "_measure_crossover", lambda packed: pytest.fail("measured again"))
+    assert packed._most_packed() == found
+
+
+def prune_half(model):
+    """Keep-masks of a random half, which is set to 0."""
+    generator, masks = torch.Generator().manual_seed(0), {}
+    for index, block in enumerate(find_blocks(model)):
+        for name, projection in projections(block).items():
+            masks[index, name] = torch.rand(projection.weight.shape, generator=generator) < 0.5
+            projection.weight.data[~masks[index, name]] = 0
+    return masks
+
+
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_a_packed_model_answers_as_the_dense_one_and_unpacks_to_it(tiny_llama, windows, path):
+    masks = prune_half(tiny_llama)
+    dense, ids = copy.deepcopy(tiny_llama), windows[:2, :8]
+    with on_path(path):
+        pack(tiny_llama, masks)
+        assert sum(isinstance(module, PackedLinear) for module in tiny_llama.modules()) == 3 * 7
+        torch.testing.assert_close(tiny_llama(ids).logits, dense(ids).logits, rtol=0, atol=1e-5)
+        texts = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (dense, tiny_llama)]
+        assert torch.equal(*texts)
+        unpack(tiny_llama)
+    for (name, weight), (_, expected) in zip(tiny_llama.state_dict().items(), dense.state_dict().items(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+class JointReport:
+    """What a report of joint compression has."""
+
+    def __init__(self, model, bits):
+        self.keep_masks, self.quantized = prune_half(model), {}
+        for index, block in enumerate(find_blocks(model)):
+            for name, projection in projections(block).items():
+                quantized = Quantize(bits=bits, group_size=16).codes(projection.weight)
+                self.quantized[index, name] = quantized
+                keep = self.keep_masks[index, name]
+                projection.weight.data = quantized.pruned(keep).dequantize(projection.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_jointly_compressed_model_packs_to_its_codes(tiny_llama, windows, dtype):
+    report = JointReport(tiny_llama.to(dtype), bits=4)
+    dense = copy.deepcopy(tiny_llama)
+    pack(tiny_llama, report)
+    assert tiny_llama.model.layers[0].mlp.up_proj.values.dtype == torch.uint8
+    atol = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(tiny_llama(windows).logits, dense(windows).logits, rtol=0, atol=atol)
+
+
+def test_only_what_shrinks_is_packed_and_a_foreign_report_is_refused(tiny_llama):
+    pack(tiny_llama)
+    assert not any(isinstance(module, PackedLinear) for module in tiny_llama.modules())
+    masks = {(0, "self_attn.q_proj"): torch.zeros(32, 32, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"block 0, self_attn.q_proj: the report is of other weights"):
+        pack(tiny_llama, masks)
+    with pytest.raises(ValueError, match=r"block 3, self_attn.q_proj: no such projection"):
+        pack(tiny_llama, {(3, "self_attn.q_proj"): masks[0, "self_attn.q_proj"]})
+
+
+@torch.no_grad()
+def test_the_embedded_model_writes_the_same_text_packed(smollm2):
+    dense, tokenizer = smollm2
+    model = copy.deepcopy(dense)
+    for block in find_blocks(model):
+        for projection in projections(block).values():
+            weight = projection.weight.data
+            weight[weight.abs() < weight.abs().quantile(0.5, dim=1, keepdim=True)] = 0
+    ids = tokenizer(["The state of the union", "The first law of motion"], return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=16, do_sample=False)
+    logits = model(expected).logits
+    pack(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=16, do_sample=False), expected)
+    torch.testing.assert_close(model(expected).logits, logits, rtol=1e-5, atol=1e-5 * float(logits.abs().max()))
+
+
+def packed_folder(model, folder, report=None):
+    pack(model, report)
+    save_packed(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_from_pretrained_gives_a_saved_packed_model_back(tiny_llama, windows, tmp_path, dtype):
+    for joint in (True, False):
+        model = copy.deepcopy(tiny_llama).to(dtype)
+        report = JointReport(model, bits=4) if joint else prune_half(model)
+        loaded = AutoModelForCausalLM.from_pretrained(packed_folder(model, tmp_path / str(joint), report), dtype="auto")
+        for (name, tensor), (_, expected) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+            assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+        model.model.rotary_emb = loaded.model.rotary_emb  # its frequencies stay float32 only where nothing is converted
+        assert torch.equal(loaded(windows).logits, model(windows).logits)
+        assert torch.equal(*[m.generate(windows[:2, :5], max_new_tokens=8, do_sample=False) for m in (loaded, model)])
+        packed_folder(loaded, tmp_path / "again")
+
+
+def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
+    prune_half(tiny_llama)
+    file = packed_folder(tiny_llama, tmp_path) / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-5])
+    with pytest.raises(ValueError, match=r"model.safetensors has \d+ bytes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    file.write_bytes(content[:4])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    tensors = safetensors.torch.load(content)
+    tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 1
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: .*row 3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="packed format 2 is not 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_without_packed_projections_is_not_saved_as_packed(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="nothing in this model is packed"):
+        save_packed(tiny_llama, tmp_path)
+
+
+@pytest.mark.parametrize("first", ["besa", "transformers"])
+def test_importing_besa_before_or_after_transformers_is_enough(tiny_llama, tmp_path, first):
+    prune_half(tiny_llama)
+    packed_folder(tiny_llama, tmp_path)
+    imports = ["import besa", "from transformers import AutoModelForCausalLM"]
+    code = "; ".join(imports if first == "besa" else imports[::-1])
+    code += f"; print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).model.layers[0].mlp.up_proj)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("PackedLinear(in_features=32, out_features=80")
