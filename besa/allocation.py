@@ -1,15 +1,18 @@
 """The heart: logits -> beta -> sparsity -> keep-mask, and its gradient (paper Eqn. 3-6).
 
-A row group of a projection has logits theta over D candidate rates p_d. With beta = softmax(sigmoid(theta)):
+A row group of a projection has logits theta over D + 1 candidate rates p_0 = 1, ..., p_D = 0. With
+beta = softmax(sigmoid(theta)):
 
     sparsity             alpha = sum_d beta_d p_d                                   (Eqn. 3)
     pruning probability  P(r)  = sum of the beta_d with floor(C p_d) > r            (Eqn. 4)
     keep-mask            M_ij  = 0 where the rank r of W_ij in its row is below floor(alpha C), else 1   (Eqn. 5)
     gradient             dM_ij := d(1 - P(r_ij)), straight through                  (Eqn. 6)
 
+The mask passes its gradient on to beta alone: alpha is moved by the penalty on the sparsity.
+
 Rank 0 is the least important of the C weights of a row. P is a step function of the rank with at most D steps, so it is
-never stored: an element's bucket is the last candidate that prunes it, and the gradient of beta_d is minus the sum
-over the buckets d, d+1, ... of (dL/dW'_ij W_ij).
+never stored: an element's bucket is the last candidate that prunes it (rates fall, so all before it do too), and the
+gradient of beta_d is minus the sum over the buckets d, d+1, ... of (dL/dW'_ij W_ij).
 """
 
 from dataclasses import dataclass
@@ -83,7 +86,7 @@ def prune_probability(
     beta: Float32[Tensor, "groups n"], counts: Int64[Tensor, "n"], columns: int
 ) -> Float32[Tensor, "groups columns"]:
     """P(r) of Eqn. 4 by rank. For looking at: training never builds it."""
-    prunes = counts[:, None] > torch.arange(columns)  # (n, columns)
+    prunes = counts[:, None] > torch.arange(columns, device=counts.device)  # (n, columns)
     return beta @ prunes.float()
 
 
@@ -134,7 +137,7 @@ class Allocation:
         """The masked weight W * M and the sparsity alpha of each row group, both differentiable in the logits.
 
         Args:
-            weight: masked in place of W and differentiable too: W quantized.
+            weight: masked instead of W and differentiable too: W quantized.
         """
         beta = simplex(logits, self.smooth)
         alpha = beta @ self.rates

@@ -16,7 +16,7 @@ from besa.budget import Budgeted, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
 from besa.importance import Importance, InputStatistics, importance
 from besa.machine.fields import documented
-from besa.machine.processes import mean_, n_ranks
+from besa.machine.processes import from_rank_0, mean_, n_ranks
 from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
 from besa.sensitivity import block_losses, spread_over_blocks
@@ -29,7 +29,10 @@ SENSITIVITY_WINDOWS = 4
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Besa(Method):
-    """Blockwise parameter-efficient sparsity allocation (Xu et al. 2024): the published row-wise recipe by default."""
+    """Blockwise parameter-efficient sparsity allocation (Xu et al. 2024): the published row-wise recipe by default.
+
+    The published layer-wise recipe is `Besa(row_group="layer", targets="dense")`, with a `d_coef` of its own.
+    """
 
     row_group: Literal["row", "layer"] | int = "row"
     """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them."""
@@ -52,11 +55,11 @@ class Besa(Method):
     batch_size: int = 1
     """Windows per step, whose gradients are averaged (published: one). Ranks under torchrun share them out."""
     reconstruct: Literal["projection", "sublayer"] | int = 1
-    """What is reconstructed together, under a budget of its own: each projection, attention and MLP each by itself, or
-    this number of consecutive blocks (published: one)."""
+    """Whose output is reconstructed, under a budget of its own: each projection's, attention's and the MLP's, or that
+    of this number of consecutive blocks (published: one). New values for kept weights: `prune(reconstruct=...)`."""
     budget: Literal["penalty", "exact"] = "penalty"
     """How the sparsity is kept to. "penalty", published: approached, and confined by `smooth`. "exact": any sparsity in
-    (0, 1), met to the weight in every block, by one number per row group in place of candidates (`besa/budget.py`)."""
+    (0, 1), met to the weight in every block (or part), by one number per row group (`besa/budget.py`)."""
     scope: Literal["block", "model"] = "block"
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
@@ -85,6 +88,10 @@ class Besa(Method):
         if min(self.epochs, self.batch_size) < 1 or min(self.penalty, self.d_coef, self.lr) <= 0:
             numbers = f"epochs ({self.epochs}), batch_size ({self.batch_size}), penalty ({self.penalty})"
             raise ValueError(f"{numbers}, d_coef ({self.d_coef}) and lr ({self.lr}) must be positive")
+        if self.span > 1 and self.sparsities:
+            raise ValueError(
+                f"reconstruct {self.reconstruct} prunes several blocks as one, which sparsities tell apart"
+            )
         if self.scope == "model" and (self.budget != "exact" or self.span > 1 or self.sparsities):
             raise ValueError("scope 'model' wants budget 'exact', single blocks and no sparsities of its own")
         if self.scope not in ("block", "model"):
@@ -104,10 +111,10 @@ class Besa(Method):
         extremes = min(self.sparsities or [self.sparsity]), max(self.sparsities or [self.sparsity])
         if not lowest < extremes[0] <= extremes[1] < highest:
             wrong = extremes[0] if extremes[0] <= lowest else extremes[1]
-            raise ValueError(
-                f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}), what {self.candidates} candidates "
-                f"with smooth={self.smooth} can reach" + ("; smooth=False lifts the limit" if self.smooth else "")
-            )
+            reach = f"what {self.candidates} candidates with smooth={self.smooth} can reach"
+            way_out = "; budget='exact' or smooth=False lifts the limit" if self.smooth else ""
+            why = "" if self.budget == "exact" else f", {reach}{way_out}"
+            raise ValueError(f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}){why}")
 
     @property
     def span(self) -> int:
@@ -128,7 +135,7 @@ class Besa(Method):
         if self.scope == "block":
             return self
         levels = max(0.02, self.sparsity - 0.1), min(0.98, self.sparsity + 0.1)
-        losses = block_losses(model, windows[:SENSITIVITY_WINDOWS], levels, progress)
+        losses = from_rank_0(block_losses(model, windows[:SENSITIVITY_WINDOWS], levels, progress))
         sizes = [sum(p.weight.numel() for p in projections(block).values()) for block in find_blocks(model)]
         return replace(self, scope="block", sparsities=spread_over_blocks(losses, levels, sizes, self.sparsity))
 
@@ -139,7 +146,7 @@ class Besa(Method):
         for name in self._parts(block):
             part = block.part(name, whole.weights) if name else block
             learner = (_BudgetLearner if self.budget == "exact" else _Learner)(self, part, name, statistics)
-            learned = self._learn(learner, part, self.sparsity_of(block))
+            learned = self._learn(learner, part)
             for pruned, of_part in (
                 (whole.weights, learned.weights),
                 (whole.keep_masks, learned.keep_masks),
@@ -147,6 +154,7 @@ class Besa(Method):
             ):
                 pruned.update({_joined(name, within): value for within, value in of_part.items()})
             whole.steps.extend(learned.steps)
+            del part, learner  # before the next ones are made
         return whole
 
     def _parts(self, block: Block) -> list[str]:
@@ -158,21 +166,22 @@ class Besa(Method):
         return [""]
 
     @torch.enable_grad()
-    def _learn(self, learner: "_Learner", block: Block, target: float) -> PrunedBlock:
+    def _learn(self, learner: "_Learner", block: Block) -> PrunedBlock:
         """Minimize the block's loss (Eqn. 2) over the windows, a step at a time."""
         # In float16 the gradient of an unscaled loss underflows to 0; a step whose scaled one overflows is skipped.
-        scaler = torch.amp.GradScaler(learner.logits.values.device.type, enabled=block.inputs.dtype == torch.float16)
+        scaler = torch.amp.GradScaler(learner.theta.values.device.type, enabled=block.inputs.dtype == torch.float16)
         log, skipped = [], []
         for step in block.bar(list(self._steps(len(block.inputs))), "learn"):
             learner.zero_grad()
             for window in step:
                 masked, sparsity = learner()
                 error = self._error(block.run(window, masked), block.target(window))  # Eqn. 1
-                loss = error + self.penalty * ((sparsity - target) / target) ** 2  # Eqn. 2
+                loss = error + self.penalty * ((sparsity - learner.sparsity) / learner.sparsity) ** 2  # Eqn. 2
                 scaler.scale(loss / len(step)).backward()  # Eqn. 6
                 log.append(torch.stack([loss, error, sparsity]).detach())
             skipped.append(learner.step(scaler))
-        entries = mean_(torch.stack(log).view(-1, len(step), 3).mean(1))
+        size = self.batch_size // n_ranks()  # windows of a step on this rank
+        entries = mean_(torch.stack(log).view(-1, size, 3).mean(1))
         return learner.pruned(_steps_log(block.index, entries, skipped))
 
     @property
@@ -200,7 +209,7 @@ class _Learner:
     def __init__(self, method: Besa, block: Block, part: str, statistics: dict[str, InputStatistics]) -> None:
         """
         Args:
-            part: what `block` is called in the block that the statistics are of.
+            part: the block's name in the whole block, whose projections the statistics name; empty for the whole.
         """
         self.method, self.quantize, self.sparsity = method, method.quantize, method.sparsity_of(block)
         weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
@@ -208,7 +217,7 @@ class _Learner:
         scores = lambda name: self._scores(weights[name], statistics[_joined(part, name)])
         device = next(iter(weights.values())).device
         self.prepare(weights, scores, device, steps=method.epochs * len(block.inputs) * n_ranks() // method.batch_size)
-        self.learned = [self.logits]
+        self.learned = [self.theta]
         if self.quantize:
             shapes = {name: self.quantize.clipping_shape(weight) for name, weight in weights.items()}
             self.clipping = _Flat(shapes, CLIPPING_START, device)
@@ -230,17 +239,17 @@ class _Learner:
             for name, weight in weights.items()
         }
         # Starting at 0, every candidate is equally likely: sparsity one half.
-        self.logits = _Flat({name: (n, method.candidates) for name, n in groups.items()}, 0.0, device)
-        self.optimizers = [prodigyopt.Prodigy([self.logits.values], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
+        self.theta = _Flat({name: (n, method.candidates) for name, n in groups.items()}, 0.0, device)
+        self.optimizers = [prodigyopt.Prodigy([self.theta.values], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
 
     def _groups(self, weights: dict[str, Tensor]) -> dict[str, int]:
         return {name: len(weight) // self.method._group_rows(weight) for name, weight in weights.items()}
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
         """Masked weights by projection and the block's sparsity, weighted by their sizes; both differentiable."""
-        logits, masked, zeros = self.logits.by_name(), {}, 0.0
+        theta, masked, zeros = self.theta.by_name(), {}, 0.0
         for name, allocation in self.allocations.items():
-            masked[name], alpha = allocation(logits[name], self._quantized(name))
+            masked[name], alpha = allocation(theta[name], self._quantized(name))
             zeros = zeros + alpha.mean() * allocation.weight.numel()
         return masked, zeros / sum(allocation.weight.numel() for allocation in self.allocations.values())
 
@@ -280,26 +289,26 @@ class _Learner:
 
     def keep_masks(self) -> dict[str, Tensor]:
         """M as it is learned by now."""
-        logits = self.logits.by_name()
-        return {name: allocation.keep_mask(logits[name]) for name, allocation in self.allocations.items()}
+        theta = self.theta.by_name()
+        return {name: allocation.keep_mask(theta[name]) for name, allocation in self.allocations.items()}
 
 
 class _BudgetLearner(_Learner):
-    """The same where the sparsities always meet the budget: one number per row group, whatever the target."""
+    """The same where the sparsities always meet the budget: theta is one number per row group, for any target."""
 
     def prepare(
         self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
     ) -> None:
         self.allocations = {name: Budgeted.create(weight, scores(name)) for name, weight in weights.items()}
         self.groups = self._groups(weights)
-        self.logits = _Flat({"": (sum(self.groups.values()),)}, self.sparsity, device)
+        self.theta = _Flat({"": (sum(self.groups.values()),)}, self.sparsity, device)
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(device)
-        self.optimizers = [torch.optim.Adam([self.logits.values], lr=self.method.lr)]
+        self.optimizers = [torch.optim.Adam([self.theta.values], lr=self.method.lr)]
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
 
     def _alpha(self) -> dict[str, Tensor]:
-        alpha = meet_budget(self.logits.values, self.sizes, self.sparsity)
+        alpha = meet_budget(self.theta.values, self.sizes, self.sparsity)
         return dict(zip(self.groups, alpha.split(list(self.groups.values())), strict=True))
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:

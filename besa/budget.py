@@ -31,14 +31,16 @@ def meet_budget(
         sizes: weights of each row group.
     """
     low, high = theta.detach().min() - 1, theta.detach().max()
-    for _ in range(60):  # tau by bisection: the weighted sum falls with it
+    for _ in range(32):  # tau by bisection, to what float32 tells apart: the weighted sum falls with it
         tau = (low + high) / 2
         too_much = (sizes * (theta.detach() - tau).clamp(0, 1)).sum() > sparsity * sizes.sum()
         low, high = torch.where(too_much, tau, low), torch.where(too_much, high, tau)
     free = ((theta - tau > 0) & (theta - tau < 1)).detach()
     full = (theta - tau >= 1).detach()
     share = torch.where(free, sizes, 0.0)
-    left = sparsity * sizes.sum() - sizes[full].sum()  # what the rows that are neither empty nor full must make up
+    left = (
+        sparsity * sizes.sum() - torch.where(full, sizes, 0.0).sum()
+    )  # what the rows that are neither empty nor full must make up
     tau = ((share * theta).sum() - left) / share.sum().clamp_min(1e-30)
     return torch.where(free, theta - tau, full.to(theta.dtype))
 
@@ -63,8 +65,8 @@ def whole_counts(wanted: Float[Tensor, "rows"], limits: Int64[Tensor, "rows"], t
 class _BudgetedWeight(torch.autograd.Function):
     """W' = W * M forward; backward, what a row's loss would gain or lose by the weights next to its threshold.
 
-    dL/dalpha = -C * mean of dL/dM_ij over the ranks within BAND buckets on either side of alpha C, dL/dM_ij being
-    dL/dW'_ij W_ij: these are the next to go or to come back.
+    dL/dalpha = -C * mean of dL/dM_ij over the ranks within BAND buckets on either side of alpha C (to the nearest
+    bucket), summed over the rows of a group, dL/dM_ij being dL/dW'_ij W_ij: these are the next to go or to come back.
     """
 
     @staticmethod
@@ -112,7 +114,7 @@ class Budgeted:
         """The masked weight W * M, differentiable in the sparsities.
 
         Args:
-            weight: masked in place of W and differentiable too: W quantized.
+            weight: masked instead of W and differentiable too: W quantized.
         """
         return _BudgetedWeight.apply(alpha, self.weight if weight is None else weight, self.ranking, self.out)
 

@@ -34,7 +34,7 @@ def prune(
     the same weights.
 
     Args:
-        model: any Hugging Face decoder whose blocks `besa.decoder` finds; its weights are overwritten with zeros.
+        model: any Hugging Face decoder whose blocks `besa.decoder` finds; its pruned weights become 0.
         windows: calibration token ids, from `calibration_windows`; under torchrun the same on every rank.
         method: `Besa`, `Magnitude`, `Wanda` or `SparseGPT`.
         progress: show bars over blocks and windows.
@@ -50,12 +50,13 @@ def prune(
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     with measure() as cost, frozen(model):
         method = method.prepared(model, windows, progress)
-        along = reconstruct is not None and reconstruct.dense
-        for block in walk(model, windows, method.targets, method.span, dense=along, progress=progress):
+        take_dense = reconstruct is not None and reconstruct.needs_dense
+        for block in walk(model, windows, method.targets, method.span, take_dense=take_dense, progress=progress):
             pruned = method.prune_block(block)
             if reconstruct:
                 pruned = reconstruct.improve(block, pruned)
             report.extend(block.finish(pruned))
+            del pruned  # before the next block is learned
     report.seconds, report.peak_bytes = cost.seconds, cost.peak_bytes
     return report
 

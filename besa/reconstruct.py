@@ -1,16 +1,18 @@
 """New values for the weights that a mask, any mask, keeps; the mask stays as it is.
 
-"closed", per projection, from the second moments H of its inputs x (`InputStatistics.hessian`), without training:
+"closed", per projection, from the second moments H of its inputs x (`InputStatistics.hessian`), without training, near
 
     min over Z with zeros where nothing is kept of  tr (Z - W) H (Z - W)^T
 
-by ADMM (Boža 2024, Sec. 3) on columns scaled to a unit diagonal of H. V is the unconstrained step, Z the masked one:
+by some iterations of ADMM (Boža 2024, Sec. 3) on columns scaled to a unit diagonal of H. V is the unconstrained step, Z
+the masked one:
 
     V = (W H + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
 
 "block", from there: gradient descent on the kept weights of a whole block towards the dense model's own hidden states.
 """
 
+import math
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -29,8 +31,8 @@ class Reconstruct:
     """How the kept weights get new values once a block's mask is chosen."""
 
     kind: Literal["closed", "block"] = "closed"
-    """"closed": each projection by itself in closed form, in about SparseGPT's time. "block": closed, then trained
-    together on the block's output, in some times BESA's."""
+    """"closed": each projection by itself, without training, in about SparseGPT's time. "block": closed, then trained
+    together on the block's output, in several times BESA's."""
     _: KW_ONLY
     iterations: int = 20
     """Of ADMM."""
@@ -55,7 +57,7 @@ class Reconstruct:
             raise ValueError(f"held_out {self.held_out} is outside (0, 1)")
 
     @property
-    def dense(self) -> bool:
+    def needs_dense(self) -> bool:
         """Whether the dense model's hidden states must be taken along."""
         return self.kind == "block"
 
@@ -94,8 +96,8 @@ class Reconstruct:
         hessian: Float[Tensor, "columns columns"],
         keep_mask: Bool[Tensor, "rows columns"],
     ) -> Float[Tensor, "rows columns"]:
-        """The masked weight whose outputs are nearest to W's; zeros exactly where nothing is kept."""
-        hessian = hessian.double()
+        """A masked weight whose outputs are near to W's, by ADMM; zeros exactly where nothing is kept."""
+        hessian = hessian.to(torch.float64, copy=True)
         hessian.diagonal().add_(self.damping * hessian.diagonal().mean() + 1e-30)
         scale = hessian.diagonal().sqrt()
         hessian, scale = (hessian / (scale[:, None] * scale)).float(), scale.float()
@@ -113,17 +115,17 @@ class Reconstruct:
         return max(1, round(self.held_out * n_samples))
 
     def _train(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        """Adam on float32 copies of the kept weights, a window at a time; the best epoch's by held-out windows."""
+        """Adam on float32 copies of the kept weights, a window (of every rank) at a time; the best epoch's count."""
         n_samples = len(block.inputs)
         trained = range(n_samples - self._n_held_out(n_samples))
         masters = {
             name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in pruned.weights.items()
         }
-        dtype = block.inputs.dtype
-        current = lambda: {name: (w * pruned.keep_masks[name]).to(dtype) for name, w in masters.items()}
+        cast = lambda name, master: (master * pruned.keep_masks[name]).to(pruned.weights[name].dtype)
+        current = lambda: {name: cast(name, master) for name, master in masters.items()}
         optimizer = torch.optim.Adam(masters.values(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.epochs * len(trained))
-        scaler = torch.amp.GradScaler(block.device.type, enabled=dtype == torch.float16)
+        scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
         first = self._held_out_error(block, pruned.weights)
         best = first, pruned.weights
         for _ in range(self.epochs):
@@ -148,4 +150,5 @@ class Reconstruct:
         n_samples = len(block.inputs)
         numbers = range(n_samples - self._n_held_out(n_samples), n_samples)
         errors = [token_error(block.run(number, weights), block.dense_output(number)) for number in numbers]
-        return float(mean_(torch.stack(errors).mean()))
+        error = float(mean_(torch.stack(errors).mean()))
+        return error if math.isfinite(error) else math.inf  # never the best

@@ -70,12 +70,14 @@ class Report:
     @property
     def sparsity(self) -> float:
         """Fraction of the projections' weights that are pruned, counted from the keep-masks."""
-        return sum(row["zeros"] for row in self.rows) / sum(row["rows"] * row["columns"] for row in self.rows)
+        weights = sum(row["rows"] * row["columns"] for row in self.rows)
+        return sum(row["zeros"] for row in self.rows) / weights if weights else 0.0
 
     def to_frame(self) -> pd.DataFrame:
         """One row per block and projection.
 
-        `sparsity` and `zeros` are counted from the keep-masks. `block_error` is the mean of Eqn. 1 over the windows;
+        `sparsity` and `zeros` are counted from the keep-masks. `block_error` is the mean of Eqn. 1 over the windows,
+        against the method's own targets: errors of methods with pruned and with dense targets do not compare;
         `projection_error` is ||(W - W')x||^2 / ||Wx||^2 over the first window, x being the projection's input in the
         pruned block.
         """
@@ -97,7 +99,7 @@ class Report:
 
     def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
         """Heat map of the sparsity, blocks x projections."""
-        return allocation(self.to_frame(), ax)
+        return plot_allocation(self.to_frame(), ax)
 
     def __str__(self) -> str:
         blocks = len({row["block"] for row in self.rows})
@@ -114,7 +116,7 @@ class Report:
         return f"<p>{self}</p>{self.summary().to_html(float_format='{:.4f}'.format)}" if self.rows else f"<p>{self}</p>"
 
 
-def allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
+def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
     """Heat map of `sparsity` over `block` and `projection`, the columns of `Report.to_frame()`."""
     import matplotlib.pyplot as plt  # slow to import
 

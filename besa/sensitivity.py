@@ -24,8 +24,8 @@ def block_losses(
         block, linear = blocks[index], projections(blocks[index])
         with collect_statistics(linear, len(windows), hessian=False) as statistics:
             dense = [run_block(block, window, calls[index]) for window in hidden]
+        scores = {name: wanda(projection.weight, statistics[name]) for name, projection in linear.items()}
         for number, level in enumerate(levels):
-            scores = {name: wanda(projection.weight, statistics[name]) for name, projection in linear.items()}
             masked = {name: linear[name].weight * keep_largest(each, level) for name, each in scores.items()}
             for window, tokens in zip(hidden, windows, strict=True):
                 state = run_block(block, window, calls[index], masked)
@@ -59,7 +59,8 @@ def spread_over_blocks(
     Args:
         losses: from `block_losses`.
         sizes: weights of each block.
-        most: how far a block's sparsity may lie from the model's.
+        sparsity: the model's.
+        most: how far a block's may lie from it, and never as far as nothing or everything.
     """
     log_loss = losses.double().clamp_min(1e-5).log()
     slope = ((log_loss[:, 1] - log_loss[:, 0]) / (levels[1] - levels[0])).clamp_min(0.5)
@@ -68,7 +69,7 @@ def spread_over_blocks(
     for _ in range(100):  # the log of what a weight costs, by bisection
         price = (low + high) / 2
         wanted = sum(levels) / 2 + (price + size.log() - slope.log() - start) / slope
-        wanted = wanted.clamp(max(0.0, sparsity - most), min(1.0, sparsity + most))
+        wanted = wanted.clamp(max(sparsity / 2, sparsity - most), min((1 + sparsity) / 2, sparsity + most))
         low, high = (price, high) if (wanted * size).sum() < sparsity * size.sum() else (low, price)
     counts = whole_counts(wanted * size, size.long(), round(sparsity * int(size.sum())))
     return tuple((counts.double() / size).tolist())

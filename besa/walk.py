@@ -7,6 +7,7 @@ Every block sees what the already pruned blocks before it put out. One at a time
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ def walk(
     targets: Targets = "pruned",
     span: int = 1,
     *,
-    dense: bool = False,
+    take_dense: bool = False,
     load: Callable[[nn.Module], nn.Module] = lambda block: block,
     room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     progress: bool = True,
@@ -71,7 +72,7 @@ def walk(
         windows: token ids, the same on every rank.
         targets: what a pruned block must reproduce: "pruned", the unpruned block's output on the same inputs, which the
             pruned blocks before it made; or "dense", the dense model's own hidden states.
-        dense: take the dense model's hidden states along whatever the targets.
+        take_dense: take the dense model's hidden states along whatever the targets.
         load: what to work on in a block's stead, such as a copy of it on another device.
         room: makes room for the hidden states of all windows, given shape and precision; by default where the model is.
     """
@@ -80,7 +81,7 @@ def walk(
     inputs = _enter(model, mine, room)
     more_room = lambda: (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)
     outputs = more_room() if targets == "pruned" else None
-    along = more_room().copy_(inputs) if dense or targets == "dense" else None
+    along = more_room().copy_(inputs) if take_dense or targets == "dense" else None
     together = spans(find_blocks(model), calls, span)
     for index, (module, call) in tqdm(together.items(), desc="prune", unit="block", disable=not progress):
         module = load(module)
@@ -163,8 +164,7 @@ class Block:
         """What the pruned block must put out, for every window."""
         if self._outputs is None:
             return self.dense_outputs
-        if not self._observed:
-            self._refuse(self._run_unpruned())
+        self.observe()
         return self._outputs
 
     @property
@@ -172,14 +172,25 @@ class Block:
         """What the dense model's block puts out in the dense model, for every window.
 
         Raises:
-            RuntimeError: they are not taken along: `walk(..., dense=True)`.
+            RuntimeError: they are not taken along: `walk(..., take_dense=True)`.
         """
         if self._dense is None:
-            raise RuntimeError(f"block {self.index}: the dense hidden states are not taken along: walk(dense=True)")
+            raise RuntimeError(f"block {self.index}: the dense hidden states are not taken along: walk(take_dense=True)")
+        self._move_dense()
+        return self._dense
+
+    def observe(self) -> None:
+        """Make the targets, while the block is still unpruned; what is made already stays."""
+        if self._outputs is not None and not self._observed:
+            self._refuse(self._run_unpruned())
+        if self._dense is not None:
+            self._move_dense()
+
+    def _move_dense(self) -> None:
+        """The dense model's hidden states move on to the block's output, once."""
         if not self._moved:
             self._advance(self._dense)
             self._moved = True
-        return self._dense
 
     @torch.no_grad()
     def _run_unpruned(self) -> Tensor:
@@ -240,7 +251,7 @@ class Block:
         Returns:
             What this did to the block.
         """
-        self._make_targets()
+        self.observe()
         errors = []
         with _projection_errors(self.projections, pruned.weights) as projection_errors:
             for number in self.bar(range(len(self.inputs)), "advance"):
@@ -248,23 +259,21 @@ class Block:
                 errors.append(reconstruction_error(output, self.target(number)))
                 self.inputs[number] = output[0]
         error = float(mean_(torch.stack(errors).mean()))
+        for name in self.projections.keys() - projection_errors.keys():
+            raise ValueError(f"{self._named(name)}: never called; conditional projections are not supported")
+        if not math.isfinite(error):
+            raise ValueError(f"block {self.index}: pruned, its output holds NaN or infinity; try dtype float32")
         for name, projection in self.projections.items():
             projection.weight.data = pruned.weights[name].detach()  # no copy: the old ones may be mapped from a file
         self._finished = True
         seconds = time.perf_counter() - self._start
         return Report.of_block(self.index, self.module, pruned, error, projection_errors, seconds)
 
-    def _make_targets(self) -> None:
-        """While the block is still unpruned."""
-        self.targets  # noqa: B018
-        if self._dense is not None:
-            self.dense_outputs  # noqa: B018
-
     @torch.no_grad()
     def skip(self, state: dict[str, Tensor]) -> None:
         """Take the tensors that an earlier run left, by their names in the module, and move on."""
         if self._dense is not None:
-            self.dense_outputs  # noqa: B018  made by the unpruned block
+            self._move_dense()  # by the unpruned block
         self.module.load_state_dict(state, assign=True)
         self._advance(self.inputs)
         self._finished = True
@@ -309,10 +318,10 @@ def token_error(
 
 
 @contextlib.contextmanager
-def _projection_errors(dense: dict[str, nn.Linear], weights: dict[str, Tensor]) -> Iterator[dict[str, float]]:
-    """While active, ||(W - W')x||^2 / ||Wx||^2 of each projection over the first window that passes."""
+def _projection_errors(linear: dict[str, nn.Linear], weights: dict[str, Tensor]) -> Iterator[dict[str, float]]:
+    """While active, ||(W - W')x||^2 / ||Wx||^2 of each projection over the first window (of this rank) that passes."""
     errors: dict[str, float] = {}
-    before = {name: projection.weight for name, projection in dense.items()}
+    before = {name: projection.weight for name, projection in linear.items()}
 
     def hook(name: str, x: Tensor) -> None:
         if name not in errors:
@@ -322,7 +331,7 @@ def _projection_errors(dense: dict[str, nn.Linear], weights: dict[str, Tensor]) 
 
     handles = [
         projection.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, inputs[0]))
-        for name, projection in dense.items()
+        for name, projection in linear.items()
     ]
     try:
         yield errors
@@ -338,13 +347,15 @@ def frozen(model: PreTrainedModel, device: torch.device | None = None) -> Iterat
     Args:
         device: what computes; the model's own by default.
     """
-    training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    training = [module.training for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
     on_gpu = (device or model.device).type == "cuda"
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad(), deterministic(True) if on_gpu else contextlib.nullcontext():
             yield
     finally:
-        model.train(training)
+        for module, was_training in zip(model.modules(), training, strict=True):
+            module.training = was_training
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)

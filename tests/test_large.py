@@ -61,7 +61,7 @@ def test_what_was_pruned_from_checkpoint_to_checkpoint_goes_on_as_it_began(sourc
 
 
 def test_a_large_model_is_not_converted_and_needs_room_on_the_disk(source, windows, tmp_path, too_large, monkeypatch):
-    check = lambda methods, dtype: large.check_fit(source, windows, methods, tmp_path, dtype, CPU)
+    check = lambda methods, dtype: large.precision_that_fits(source, windows, methods, tmp_path, dtype, CPU)
     assert check([None], torch.bfloat16) == torch.bfloat16
     with pytest.raises(ValueError, match=r"stored in torch.float32 and too large to be converted .*give dtype=float32"):
         check([None, besa.Wanda()], torch.bfloat16)
@@ -75,4 +75,4 @@ def test_a_large_model_is_not_converted_and_needs_room_on_the_disk(source, windo
 
 def test_methods_that_do_not_fit_the_model_are_refused(source, windows, tmp_path):
     with pytest.raises(ValueError, match="32 rows do not divide into groups of 5"):
-        large.check_fit(source, windows, [besa.Besa(row_group=5)], tmp_path, None, CPU)
+        large.precision_that_fits(source, windows, [besa.Besa(row_group=5)], tmp_path, None, CPU)

@@ -33,7 +33,7 @@ def prune_if_large(
         name: any that `load_model` takes.
         method: None is the dense model, which is never touched.
         work: folder for the pruned checkpoint; one in which an earlier call was interrupted is continued.
-        dtype: what the model is to compute in, from `check_fit`.
+        dtype: what the model is to compute in, from `precision_that_fits`.
 
     Returns:
         What to load, and what pruning did: (work, report), or (name, None) where the model can be pruned in memory.
@@ -47,7 +47,7 @@ def prune_if_large(
     return str(work), prune_checkpoint(name, work, windows, method, device=str(device))
 
 
-def check_fit(
+def precision_that_fits(
     name: str,
     windows: Int64[Tensor, "n_samples seq_len"],
     methods: Iterable[Method | None],

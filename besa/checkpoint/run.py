@@ -96,6 +96,7 @@ def prune_checkpoint(
                         if reconstruct:
                             pruned = reconstruct.improve(block, pruned)
                         shards.write(block, block.finish(pruned))
+                        del pruned  # before the next block is learned
         shards.close()
         return shards.report()
 
@@ -287,7 +288,7 @@ class Shards:
     @property
     def _along(self) -> bool:
         """Whether the dense model's hidden states are taken along for the reconstruction."""
-        return self.reconstruct is not None and self.reconstruct.dense
+        return self.reconstruct is not None and self.reconstruct.needs_dense
 
     # The loop's side
 
@@ -298,7 +299,7 @@ class Shards:
             self.windows,
             self.method.targets,
             self.method.span,
-            dense=self._along,
+            take_dense=self._along,
             load=lambda block: _copy_to(self.device, block),
             room=self.room,
             progress=self.progress,
