@@ -175,7 +175,7 @@ class Block:
             RuntimeError: they are not taken along: `walk(..., take_dense=True)`.
         """
         if self._dense is None:
-            raise RuntimeError(f"block {self.index}: its dense hidden states are not taken along: walk(take_dense=True)")
+            raise RuntimeError(f"block {self.index}: the dense model is not taken along: walk(take_dense=True)")
         self._move_dense()
         return self._dense
 
