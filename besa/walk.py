@@ -9,7 +9,7 @@ Every block sees what the already pruned blocks before it put out. One at a time
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -232,9 +232,9 @@ class Block:
         """One window where the block computes; no copy where it is there already."""
         return stream[number : number + 1].to(device_of(self.module), non_blocking=True)
 
-    def bar(self, steps: Iterable[Any], what: str) -> Iterable[Any]:
-        """The same with a progress bar, where it takes longer than a second."""
-        return tqdm(steps, desc=what, leave=False, delay=1, disable=not self.progress)
+    def bar(self, steps: Sequence[Any], what: str) -> Iterable[Any]:
+        """The same with a progress bar, once it has taken a second."""
+        return _patient_bar(steps, what) if self.progress else steps
 
     @torch.no_grad()
     def part(self, name: str, weights: dict[str, Tensor]) -> "Block":
@@ -293,6 +293,19 @@ class Block:
         if not self._finished:
             raise RuntimeError(f"block {self.index} was not finished: call block.finish(method.prune_block(block))")
         del self.module, self.call, self.inputs, self._outputs, self._dense
+
+
+def _patient_bar(steps: Sequence[Any], what: str) -> Iterator[Any]:
+    """A bar is made late: in a notebook each one is a widget, which takes longer than a short pass."""
+    start, bar = time.perf_counter(), None
+    for number, step in enumerate(steps):
+        if bar is None and time.perf_counter() - start > 1:
+            bar = tqdm(total=len(steps), initial=number, desc=what, leave=False)
+        yield step
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
 
 
 def reconstruction_error(

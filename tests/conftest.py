@@ -3,12 +3,12 @@ import os
 import jaxtyping
 import pytest
 import torch
-from nbval.plugin import IPyNbFile
+from nbval.plugin import IPyNbCell
 from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("BESA_PROFILE", "smoke")
 # nbval waits 5 seconds for a cell's outputs behind its end: too few on a busy machine.
-IPyNbFile.output_timeout = property(lambda self: 60, lambda self, seconds: None)
+IPyNbCell.output_timeout = property(lambda self: 60, lambda self, seconds: None)
 
 
 @pytest.fixture(autouse=True, scope="session")
