@@ -148,4 +148,4 @@ class Allocation:
         """M: True where the weight is kept, (rows, columns)."""
         alpha = simplex(logits, self.smooth) @ self.rates
         rows, columns = self.weight.shape
-        return self.ranking.ranks >= prune_counts(alpha, columns, rows)[:, None]
+        return self.ranking.kept_above(prune_counts(alpha, columns, rows))

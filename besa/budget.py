@@ -120,4 +120,4 @@ class Budgeted:
 
     def keep_mask(self, counts: Int64[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
         """M: False for as many of each row's least important weights."""
-        return self.ranking.ranks >= counts[:, None]
+        return self.ranking.kept_above(counts)

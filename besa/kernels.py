@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa.machine.device import deterministic
@@ -33,6 +33,10 @@ class Ranking:
     buckets: UInt8[Tensor, "rows columns"]
     """Index of the last candidate that prunes the element."""
     bucket_of_rank: UInt8[Tensor, "columns"]
+
+    def kept_above(self, prune_counts: Int[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
+        """The keep-mask where as many of each row go; compared in the ranks' own precision, for torch copies the rest."""
+        return self.ranks >= prune_counts.to(self.ranks.dtype)[:, None]
 
 
 def masked_rows(
