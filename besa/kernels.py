@@ -35,7 +35,7 @@ class Ranking:
     bucket_of_rank: UInt8[Tensor, "columns"]
 
     def kept_above(self, prune_counts: Int[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
-        """The keep-mask where as many of each row go; compared in the ranks' own precision, for torch copies the rest."""
+        """The keep-mask where as many of each row go; compared in the ranks' precision, for torch would copy them."""
         return self.ranks >= prune_counts.to(self.ranks.dtype)[:, None]
 
 
