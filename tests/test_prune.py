@@ -1,4 +1,6 @@
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +285,11 @@ def test_a_masked_output_that_overflows_is_an_error_that_names_block_and_step(wi
         mlp.down_proj.weight.copy_(torch.tensor([30.0, -30.0]).repeat_interleave(128))
     with pytest.raises(ValueError, match=r"block 0, training step \d+: the loss is (nan|inf).*bfloat16"):
         besa.prune(model, windows, besa.Besa(epochs=3), progress=False)
+
+
+def test_the_method_that_contributing_shows_prunes(tiny_llama, windows):
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    names = {"__name__": __name__}  # dataclasses look their module up
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    report = besa.prune(tiny_llama, windows, names["Random"](sparsity=0.25), progress=False)
+    assert (report.to_frame()["sparsity"] == 0.25).all()
