@@ -1,5 +1,6 @@
 """Magnitude, Wanda and SparseGPT as block methods of the same loop, and every method by name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,8 @@ from transformers import PreTrainedModel
 from besa.besa import Besa
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
 from besa.machine.fields import documented
-from besa.masks import keep_largest
-from besa.prune import Method
+from besa.masks import parse_pattern
+from besa.prune import DEFAULT_SPARSITY, Method
 from besa.quantize import Quantize
 from besa.walk import Block, PrunedBlock
 
@@ -28,7 +29,7 @@ class Magnitude(Method):
         pruned = PrunedBlock()
         for name, projection in block.projections.items():
             scores = magnitude(projection.weight).flatten()[None]
-            pruned.keep_masks[name] = keep_largest(scores, self.sparsity_of(block)).view_as(projection.weight)
+            pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block)).view_as(projection.weight)
             pruned.weights[name] = projection.weight * pruned.keep_masks[name]
         return pruned
 
@@ -44,6 +45,7 @@ class Wanda(Method):
     name: ClassVar[str] = "wanda"
 
     def check(self, model: PreTrainedModel) -> None:
+        super().check(model)
         if self.quantize:
             self.quantize.check(model)
 
@@ -53,7 +55,7 @@ class Wanda(Method):
             weight = projection.weight
             codes = self.quantize.codes(weight) if self.quantize else None
             scores = wanda(codes.dequantize(weight.dtype) if codes else weight, statistics[name])
-            keep_mask = pruned.keep_masks[name] = keep_largest(scores, self.sparsity_of(block))
+            keep_mask = pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block))
             if codes:
                 pruned.quantized[name] = codes.pruned(keep_mask)
             pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
@@ -68,7 +70,7 @@ class SparseGPT(Method):
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean; raised where the Hessian cannot be factorized."""
     block_columns: int = 128
-    """Columns that share one selection of what is pruned."""
+    """Columns that share one selection of what is pruned; with a pattern, each group of M has its own."""
 
     name: ClassVar[str] = "sparsegpt"
 
@@ -91,29 +93,39 @@ class SparseGPT(Method):
         factor = inverse_cholesky(statistics.hessian, self.damping)
         new = weight.float().masked_fill(statistics.hessian.diag() == 0, 0.0)
         keep_mask = torch.empty_like(weight, dtype=torch.bool)
-        for start in range(0, weight.shape[1], self.block_columns):
-            columns = slice(start, start + self.block_columns)
-            upper = factor.upper[columns, columns]
-            scores = new[:, columns].square() / upper.diag().square()  # OBS saliency
-            keep = keep_mask[:, columns] = keep_largest(scores.flatten()[None], sparsity).view_as(scores)
-            new[:, columns], errors = _prune_columns(new[:, columns], keep, upper)
-            new[:, start + self.block_columns :] -= errors @ factor.upper[columns, start + self.block_columns :]
+        choose = lambda scores: self.keep_mask(scores.flatten()[None], sparsity).view_as(scores)
+        together = parse_pattern(self.pattern)[1] if self.pattern else self.block_columns
+        size = max(together, self.block_columns // together * together)
+        for start in range(0, weight.shape[1], size):
+            columns, right = slice(start, start + size), slice(start + size, None)
+            pruned = _prune_columns(new[:, columns], factor.upper[columns, columns], choose, together)
+            new[:, columns], keep_mask[:, columns], errors = pruned
+            new[:, right] -= errors @ factor.upper[columns, right]
         note = f"damping {factor.damping:g}, {str(factor.dtype).removeprefix('torch.')}"
         return new.to(weight.dtype), keep_mask, note
 
 
 def _prune_columns(
-    weight: Float[Tensor, "rows n"], keep: Bool[Tensor, "rows n"], upper: Float[Tensor, "n n"]
-) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """Zero what is not kept, spreading each column's error over the columns right of it; also returns the errors."""
-    weight, errors = weight.clone(), torch.zeros_like(weight)
+    weight: Float[Tensor, "rows n"], upper: Float[Tensor, "n n"], choose: Callable[[Tensor], Tensor], together: int
+) -> tuple[Float[Tensor, "rows n"], Bool[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """Zero what is not kept, spreading each column's error over the columns right of it.
+
+    What is kept of columns that are chosen `together` is chosen by their saliency as they then are.
+
+    Returns:
+        the weight, its keep-mask, and the errors.
+    """
+    weight, errors, keep = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.bool)
     for j in range(weight.shape[1]):
+        if j % together == 0:
+            here = slice(j, j + together)
+            keep[:, here] = choose(weight[:, here].square() / upper.diag()[here].square())  # OBS saliency
         errors[:, j] = weight[:, j] * ~keep[:, j] / upper[j, j]
         weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
-    return weight * keep, errors
+    return weight * keep, keep, errors
 
 
-def named_method(name: str, sparsity: float = 0.5, **fields) -> Method:
+def named_method(name: str, sparsity: float = DEFAULT_SPARSITY, **fields) -> Method:
     """A method by the name it has in tables; `fields` go to its dataclass.
 
     Raises:

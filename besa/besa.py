@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from fractions import Fraction
+from typing import Any, ClassVar, Literal
 
 import prodigyopt
 import torch
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 
 from besa.allocation import Allocation, candidate_rates, reachable_sparsity
 from besa.budget import Budgeted, meet_budget, whole_counts
-from besa.decoder import find_blocks, projections
+from besa.decoder import find_blocks, projections, pruned_projections
 from besa.importance import Importance, InputStatistics, importance
 from besa.machine.fields import documented
 from besa.machine.processes import from_rank_0, mean_, n_ranks
+from besa.masks import parse_pattern
+from besa.patterns import SCORE_LR, Patterned, stepped_counts
 from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
 from besa.sensitivity import block_losses, spread_over_blocks
@@ -35,7 +38,8 @@ class Besa(Method):
     """
 
     row_group: Literal["row", "layer"] | int = "row"
-    """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them."""
+    """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them. With a
+    pattern they share the score that is learned for each of their columns; "row" learns one for each weight."""
     targets: Literal["pruned", "dense"] = "pruned"
     """What a pruned block must reproduce: the dense block's output on the same (pruned) inputs, as the released code
     does row-wise, or the dense model's own hidden states, as Algorithm 1 is written and the released code does
@@ -59,15 +63,16 @@ class Besa(Method):
     of this number of consecutive blocks (published: one). New values for kept weights: `prune(reconstruct=...)`."""
     budget: Literal["penalty", "exact"] = "penalty"
     """How the sparsity is kept to. "penalty", published: approached, and confined by `smooth`. "exact": any sparsity in
-    (0, 1), met to the weight in every block (or part), by one number per row group (`besa/budget.py`)."""
+    (0, 1), met to the weight in every block (or part), by one number per row group (`besa/budget.py`). It counts what
+    is ignored as kept, but a block that is ignored as a whole has no budget. A pattern N:M needs none."""
     scope: Literal["block", "model"] = "block"
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
     lr: float = 0.01
-    """Adam's step size for exact budgets, which falls to 0 as a cosine."""
+    """Adam's step size for exact budgets, which falls to 0 as a cosine; three times as much for a pattern's scores."""
     loss: Literal["channel", "token"] | None = None
     """What a window's error is relative to: the norm of each output channel, published, or of each token, which is less
-    easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget."""
+    easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget or a pattern."""
     quantize: Quantize | None = None
     """Quantize the weights too, their clipping learned beside the allocation (joint compression, Eqn. 7)."""
     seed: int | None = None
@@ -92,8 +97,10 @@ class Besa(Method):
             raise ValueError(
                 f"reconstruct {self.reconstruct} prunes several blocks as one, which sparsities tell apart"
             )
-        if self.scope == "model" and (self.budget != "exact" or self.span > 1 or self.sparsities):
-            raise ValueError("scope 'model' wants budget 'exact', single blocks and no sparsities of its own")
+        if self.scope == "model" and (not self._has_budget or self.span > 1 or self.sparsities):
+            raise ValueError(
+                "scope 'model' wants budget 'exact', no fixed pattern, single blocks and no sparsities of its own"
+            )
         if self.scope not in ("block", "model"):
             raise ValueError(f"scope {self.scope!r} is not 'block' or 'model'")
         if self.budget not in ("penalty", "exact") or self.loss not in ("channel", "token", None):
@@ -107,13 +114,14 @@ class Besa(Method):
                 f"reconstruct {self.reconstruct!r} with targets 'dense': only whole blocks have the "
                 "dense model's outputs; take targets 'pruned'"
             )
-        lowest, highest = (0.0, 1.0) if self.budget == "exact" else reachable_sparsity(self.candidates, self.smooth)
+        free = self.budget == "exact" or self.pattern
+        lowest, highest = (0.0, 1.0) if free else reachable_sparsity(self.candidates, self.smooth)
         extremes = min(self.sparsities or [self.sparsity]), max(self.sparsities or [self.sparsity])
         if not lowest < extremes[0] <= extremes[1] < highest:
             wrong = extremes[0] if extremes[0] <= lowest else extremes[1]
             reach = f"what {self.candidates} candidates with smooth={self.smooth} can reach"
             way_out = "; budget='exact' or smooth=False lifts the limit" if self.smooth else ""
-            why = "" if self.budget == "exact" else f", {reach}{way_out}"
+            why = "" if free else f", {reach}{way_out}"
             raise ValueError(f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}){why}")
 
     @property
@@ -121,23 +129,56 @@ class Besa(Method):
         return self.reconstruct if isinstance(self.reconstruct, int) else 1
 
     def check(self, model: PreTrainedModel) -> None:
-        for index, block in enumerate(find_blocks(model)):
-            for name, projection in projections(block).items():
-                rows = len(projection.weight)
-                if rows % self._group_rows(projection.weight):
-                    raise ValueError(
-                        f"block {index}, {name}: {rows} rows do not divide into groups of {self.row_group}"
-                    )
+        super().check(model)
+        for (index, name), projection in pruned_projections(model, self.ignore).items():
+            rows = len(projection.weight)
+            if rows % self._group_rows(projection.weight):
+                raise ValueError(f"block {index}, {name}: {rows} rows do not divide into groups of {self.row_group}")
+        if self._has_budget:
+            self._check_budgets(self._sizes(model))
         if self.quantize:
             self.quantize.check(model)
+
+    @property
+    def _has_budget(self) -> bool:
+        """Whether a budget is met that what is ignored counts in; a fixed pattern has none."""
+        return self.budget == "exact" and (not self.pattern or parse_pattern(self.pattern)[0] is None)
+
+    def _sizes(self, model: PreTrainedModel) -> list[tuple[int, int]]:
+        """Of each block or span of blocks, how many weights may be pruned, and how many there are."""
+        blocks = [projections(block).values() for block in find_blocks(model)]
+        sizes = [[0, sum(linear.weight.numel() for linear in block)] for block in blocks]
+        for (index, _), linear in pruned_projections(model, self.ignore).items():
+            sizes[index][0] += linear.weight.numel()
+        together = [sizes[start : start + self.span] for start in range(0, len(sizes), self.span)]
+        return [(sum(some for some, _ in each), sum(whole for _, whole in each)) for each in together]
+
+    def _check_budgets(self, sizes: list[tuple[int, int]]) -> None:
+        """Refuse a budget for which what is not ignored would have to go as a whole."""
+        names, targets = [f"block {index * self.span}" for index in range(len(sizes))], self.sparsities
+        if self.scope == "model":
+            names, sizes = ["the model"], [(sum(some for some, _ in sizes), sum(whole for _, whole in sizes))]
+        for name, (some, whole), sparsity in zip(names, sizes, targets or [self.sparsity] * len(sizes), strict=True):
+            if some and sparsity * whole >= some:
+                raise ValueError(
+                    f"{name}: ignore keeps {1 - some / whole:.1%} of its weights, so that it stays below sparsity "
+                    f"{some / whole:.4g}; {sparsity} cannot be reached. Take a lower sparsity, or ignore less"
+                )
 
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Besa":
         if self.scope == "block":
             return self
         levels = max(0.02, self.sparsity - 0.1), min(0.98, self.sparsity + 0.1)
         losses = from_rank_0(block_losses(model, windows[:SENSITIVITY_WINDOWS], levels, progress))
-        sizes = [sum(p.weight.numel() for p in projections(block).values()) for block in find_blocks(model)]
-        return replace(self, scope="block", sparsities=spread_over_blocks(losses, levels, sizes, self.sparsity))
+        sizes = self._sizes(model)
+        left = [index for index, (some, _) in enumerate(sizes) if some]  # the others are ignored as a whole
+        some, whole = sum(size for size, _ in sizes), sum(size for _, size in sizes)
+        needed = self.sparsity * (whole / some)
+        spread = spread_over_blocks(losses[left], levels, [sizes[index][0] for index in left], needed)
+        sparsities = [self.sparsity] * len(sizes)
+        for index, sparsity in zip(left, spread, strict=True):
+            sparsities[index] = sparsity * (sizes[index][0] / sizes[index][1])
+        return replace(self, scope="block", sparsities=tuple(sparsities))
 
     def prune_block(self, block: Block) -> PrunedBlock:
         """Learn the allocation of the block, or of each of its parts in turn, then mask its weights with it."""
@@ -145,8 +186,7 @@ class Besa(Method):
         whole = PrunedBlock()
         for name in self._parts(block):
             part = block.part(name, whole.weights) if name else block
-            learner = (_BudgetLearner if self.budget == "exact" else _Learner)(self, part, name, statistics)
-            learned = self._learn(learner, part)
+            learned = self._learn(learner := self._learner(block, part, name, statistics), part)
             for pruned, of_part in (
                 (whole.weights, learned.weights),
                 (whole.keep_masks, learned.keep_masks),
@@ -157,13 +197,21 @@ class Besa(Method):
             del part, learner  # before the next ones are made
         return whole
 
+    def _learner(self, block: Block, part: Block, name: str, statistics: dict[str, InputStatistics]) -> "_Learner":
+        """Of a part of the block; under a budget, what is not ignored makes up for what is."""
+        kind = _PatternLearner if self.pattern else _BudgetLearner if self.budget == "exact" else _Learner
+        some = sum(linear.weight.numel() for linear in block.projections.values())
+        whole = sum(linear.weight.numel() for linear in projections(block.module).values())
+        return kind(self, part, name, statistics, Fraction(whole, some) if self._has_budget else Fraction(1))
+
     def _parts(self, block: Block) -> list[str]:
         """Names of the submodules that are learned one after the other; the block's own name is empty."""
         if self.reconstruct == "projection":
             return list(block.projections)
         if self.reconstruct == "sublayer":
-            return [name for name, child in block.module.named_children() if projections(child)]
-        return [""]
+            starts = {name.partition(".")[0] for name in block.projections}
+            return [name for name, _ in block.module.named_children() if name in starts]
+        return [""] if block.projections else []
 
     @torch.enable_grad()
     def _learn(self, learner: "_Learner", block: Block) -> PrunedBlock:
@@ -186,7 +234,7 @@ class Besa(Method):
 
     @property
     def _error(self) -> Callable[[Tensor, Tensor], Tensor]:
-        per_token = self.loss == "token" or (self.loss is None and self.budget == "exact")
+        per_token = self.loss == "token" or (self.loss is None and (self.budget == "exact" or self.pattern is not None))
         return token_error if per_token else reconstruction_error
 
     def _group_rows(self, weight: Tensor) -> int:
@@ -206,18 +254,22 @@ class Besa(Method):
 class _Learner:
     """What is learned of one block: the logits of every projection's rows, and the clipping where it is quantized."""
 
-    def __init__(self, method: Besa, block: Block, part: str, statistics: dict[str, InputStatistics]) -> None:
+    def __init__(
+        self, method: Besa, block: Block, part: str, statistics: dict[str, InputStatistics], share: Fraction
+    ) -> None:
         """
         Args:
             part: the block's name in the whole block, whose projections the statistics name; empty for the whole.
+            share: weights that the sparsity is a fraction of, for each that may be pruned.
         """
-        self.method, self.quantize, self.sparsity = method, method.quantize, method.sparsity_of(block)
+        self.method, self.quantize, self.share = method, method.quantize, share
+        self.target = method.sparsity_of(block)
+        self.sparsity = self.target * float(share)
         weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
         # Scores take twice a bfloat16 weight's memory: they are made for one projection at a time.
         scores = lambda name: self._scores(weights[name], statistics[_joined(part, name)])
         device = next(iter(weights.values())).device
         self.prepare(weights, scores, device, steps=method.epochs * len(block.inputs) * n_ranks() // method.batch_size)
-        self.learned = [self.theta]
         if self.quantize:
             shapes = {name: self.quantize.clipping_shape(weight) for name, weight in weights.items()}
             self.clipping = _Flat(shapes, CLIPPING_START, device)
@@ -240,6 +292,7 @@ class _Learner:
         }
         # Starting at 0, every candidate is equally likely: sparsity one half.
         self.theta = _Flat({name: (n, method.candidates) for name, n in groups.items()}, 0.0, device)
+        self.learned = [self.theta]
         self.optimizers = [prodigyopt.Prodigy([self.theta.values], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
 
     def _groups(self, weights: dict[str, Tensor]) -> dict[str, int]:
@@ -299,12 +352,21 @@ class _BudgetLearner(_Learner):
     def prepare(
         self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
     ) -> None:
-        self.allocations = {name: Budgeted.create(weight, scores(name)) for name, weight in weights.items()}
+        self.allocations = {name: self._create(weight, scores(name)) for name, weight in weights.items()}
         self.groups = self._groups(weights)
         self.theta = _Flat({"": (sum(self.groups.values()),)}, self.sparsity, device)
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(device)
-        self.optimizers = [torch.optim.Adam([self.theta.values], lr=self.method.lr)]
+        self.total = round(self.target * float(self.share * sum(weight.numel() for weight in weights.values())))
+        self._descend({self.theta: self.method.lr}, steps)
+
+    def _create(self, weight: Tensor, scores: Tensor) -> Any:
+        return Budgeted.create(weight, scores)
+
+    def _descend(self, learned: "dict[_Flat, float]", steps: int) -> None:
+        """What is learned, with its step sizes."""
+        self.learned = list(learned)
+        self.optimizers = [torch.optim.Adam([{"params": [flat.values], "lr": lr} for flat, lr in learned.items()])]
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
 
     def _alpha(self) -> dict[str, Tensor]:
@@ -327,10 +389,56 @@ class _BudgetLearner(_Learner):
             wanted.append((alpha * columns).repeat_interleave(rows // len(alpha)))
             limits.append(torch.full((rows,), columns, device=alpha.device))
         limits = torch.cat(limits)
-        counts = whole_counts(torch.cat(wanted), limits, round(self.sparsity * int(limits.sum())))
+        counts = whole_counts(torch.cat(wanted), limits, self.total)
         rows = [len(allocation.weight) for allocation in self.allocations.values()]
         by_name = zip(self.allocations.items(), counts.split(rows), strict=True)
         return {name: allocation.keep_mask(count) for (name, allocation), count in by_name}
+
+
+class _PatternLearner(_BudgetLearner):
+    """The same where a pattern is kept to: a score for each column of a row group says which of M stay.
+
+    Where the pattern leaves N open, theta says how many of each M; else it is not learned.
+    """
+
+    def prepare(
+        self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
+    ) -> None:
+        self.n, self.m = parse_pattern(self.method.pattern)
+        super().prepare(weights, scores, device, steps)
+        shapes = {name: (n, weights[name].shape[1]) for name, n in self.groups.items()}
+        self.scores, lr = _Flat(shapes, 0.0, device), self.method.lr
+        rates = {self.scores: SCORE_LR * lr} | ({self.theta: lr} if self.n is None else {})
+        self._descend(rates, steps)
+
+    def _create(self, weight: Tensor, scores: Tensor) -> Patterned:
+        return Patterned.create(weight, scores, self.m)
+
+    def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How many weights of each row go."""
+        rows = [len(each.weight) for each in self.allocations.values()]
+        steps = [
+            a.new_full((n,), self.allocations[name].step) for n, (name, a) in zip(rows, alpha.items(), strict=True)
+        ]
+        steps = torch.cat(steps).long()
+        if self.n is not None:
+            counts = steps * (self.m - self.n)
+        else:
+            shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
+            counts = stepped_counts(torch.cat(shares) * steps * self.m, steps, self.m, self.total)
+        return dict(zip(self.allocations, counts.split(rows), strict=True))
+
+    def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
+        alpha, scores, masked = self._alpha(), self.scores.by_name(), {}
+        counts = self._counts(alpha)
+        for name, allocation in self.allocations.items():
+            learned = alpha[name] if self.n is None else None
+            masked[name] = allocation(scores[name], counts[name], learned, self._quantized(name))
+        return masked, torch.full((), self.sparsity, device=self.sizes.device)
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        scores, counts = self.scores.by_name(), self._counts(self._alpha())
+        return {name: each.keep_mask(scores[name], counts[name]) for name, each in self.allocations.items()}
 
 
 def _joined(part: str, name: str) -> str:

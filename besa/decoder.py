@@ -6,7 +6,8 @@ Nothing here names an argument of a block: the calls that the model makes are re
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,46 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 def projections(block: nn.Module) -> dict[str, nn.Linear]:
     """The prunable linear maps of a block by their name in it (`self_attn.q_proj`); weights are (rows, columns)."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def pruned_projections(model: PreTrainedModel, ignore: Sequence[str] = ()) -> dict[tuple[int, str], nn.Linear]:
+    """The projections of all blocks by block and name, but for those that stay dense.
+
+    Args:
+        ignore: names as the model has them (`model.layers.3.mlp.down_proj`), without what comes before the block's
+            number (`3.mlp.down_proj`) or without the block (`mlp.down_proj`), of projections or of what holds them
+            (`3.mlp`, `3`); or "re:" and a regular expression, matched from the start of the name in the model, as in
+            llm-compressor (`re:.*down_proj`).
+
+    Raises:
+        ValueError: an entry names no linear map of the model, or nothing is left.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    every = {
+        (i, name): linear for i, block in enumerate(find_blocks(model)) for name, linear in projections(block).items()
+    }
+    names = {key: (paths[id(linear)], f"{key[0]}.{key[1]}", key[1]) for key, linear in every.items()}
+    # lm_head is never pruned: naming it, as llm-compressor's users do, is no mistake.
+    elsewhere = [(path,) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = set(every)
+    for entry in ignore:
+        left -= {key for key, known in names.items() if _matches(entry, known)}
+        if not any(_matches(entry, known) for known in [*names.values(), *elsewhere]):
+            example = names[next(iter(names))]
+            raise ValueError(f"ignore {entry!r} names no projection; there are {', '.join(example)}, ...")
+    if not left:
+        raise ValueError(f"ignore {list(ignore)} leaves no projection to prune; name fewer")
+    return {key: linear for key, linear in every.items() if key in left}
+
+
+def _matches(entry: str, names: tuple[str, ...]) -> bool:
+    """Whether an entry of `ignore` names a projection, whose name in the model comes first."""
+    if not entry.startswith("re:"):
+        return any(f"{name}.".startswith(f"{entry}.") for name in names)
+    try:
+        return re.match(entry.removeprefix("re:"), names[0]) is not None
+    except re.error as error:
+        raise ValueError(f"ignore {entry!r} is no regular expression ({error}); write 're:.*down_proj'") from error
 
 
 def weight_of(projection: nn.Linear) -> Float[Tensor, "rows columns"]:

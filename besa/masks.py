@@ -1,6 +1,7 @@
 """Scores -> keep-mask, and keep-masks held as bits."""
 
 import json
+import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -23,6 +24,32 @@ def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool
     lower, equal = scores < threshold, scores == threshold
     n_equal = n_pruned - lower.sum(dim=1, keepdim=True)  # that go; at least one does
     return ~(lower | equal & (equal.cumsum(dim=1, dtype=torch.int32) <= n_equal))
+
+
+def parse_pattern(pattern: str) -> tuple[int | None, int]:
+    """N and M of "N:M": N of every M consecutive weights of a row are kept; None for the letter N, left to a budget.
+
+    Raises:
+        ValueError: it is no such pattern.
+    """
+    found = re.fullmatch(r"(N|[0-9]+):([0-9]+)", pattern)
+    n, m = (None if found[1] == "N" else int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < (1 if n is None else n) < m <= 128:
+        raise ValueError(
+            f"pattern {pattern!r} is not 'N:M' with 0 < N < M <= 128: N of every M consecutive weights are kept, as in "
+            "'2:4'; or, with the letter N, 'N:8'"
+        )
+    return n, m
+
+
+def places(scores: Float[Tensor, "rows columns"], m: int) -> UInt8[Tensor, "rows columns"]:
+    """Where each weight stands among its m consecutive ones, 0 for the lowest score; of equals, the first is lower.
+
+    m divides the columns. The N:m mask is `places(scores, m) >= m - N`.
+    """
+    order = scores.reshape(-1, m).sort(dim=1, stable=True).indices
+    place = torch.arange(m, dtype=torch.uint8, device=scores.device)
+    return torch.empty_like(order, dtype=torch.uint8).scatter_(1, order, place.expand_as(order)).view_as(scores)
 
 
 def _nth_lowest(scores: Float[Tensor, "rows columns"], n: int) -> Float[Tensor, "rows 1"]:

@@ -3,16 +3,18 @@
 `besa/besa.py` holds the method this is about, `besa/allocation.py` its heart, `besa/walk.py` what a block is.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from jaxtyping import Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.decoder import check_model, check_tokens, find_blocks
+from besa.decoder import check_model, check_tokens, find_blocks, pruned_projections
 from besa.machine.memory import measure
 from besa.machine.processes import check_share
+from besa.masks import keep_largest, parse_pattern, places
 from besa.quantize import Quantize
 from besa.reconstruct import Reconstruct
 from besa.report import Report
@@ -51,7 +53,8 @@ def prune(
     with measure() as cost, frozen(model):
         method = method.prepared(model, windows, progress)
         take_dense = reconstruct is not None and reconstruct.needs_dense
-        for block in walk(model, windows, method.targets, method.span, take_dense=take_dense, progress=progress):
+        also = {"take_dense": take_dense, "ignore": method.ignore, "progress": progress}
+        for block in walk(model, windows, method.targets, method.span, **also):
             pruned = method.prune_block(block)
             if reconstruct:
                 pruned = reconstruct.improve(block, pruned)
@@ -61,14 +64,28 @@ def prune(
     return report
 
 
+class _Unsaid(float):
+    """A sparsity that nobody gave, which a pattern may replace; one that was given must agree with it."""
+
+
+DEFAULT_SPARSITY = _Unsaid(0.5)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of the pruning methods: a frozen configuration that prunes one block at a time."""
 
-    sparsity: float = 0.5
-    """Fraction of the weights to set to 0, in [0, 1)."""
+    sparsity: float = DEFAULT_SPARSITY
+    """Fraction of the weights to set to 0, in [0, 1); with a pattern N:M by itself 1 - N/M. Of the projections that are
+    not ignored; an exact budget (`Besa`) is of all, so that those not ignored make up for the others."""
     sparsities: tuple[float, ...] | None = None
     """One for each block, in their order; None takes `sparsity` for all."""
+    pattern: str | None = None
+    """"N:M", such as "2:4": N of every M consecutive weights of a row are kept. With the letter N, "N:8", every row
+    group (`Besa`) learns an N of its own under an exact budget."""
+    ignore: Sequence[str] = ()
+    """Projections and blocks that stay dense, by name ("3.mlp.down_proj", "3") or by a regular expression for the name
+    in the model, as in llm-compressor ("re:.*down_proj"); see `besa.decoder.pruned_projections`."""
 
     name: ClassVar[str]
     targets: ClassVar[Targets] = "pruned"
@@ -80,12 +97,41 @@ class Method:
     quantize: ClassVar[Quantize | None] = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.ignore, str):
+            raise ValueError(f"ignore {self.ignore!r} is one name; write a tuple of names: ignore=({self.ignore!r},)")
+        object.__setattr__(self, "ignore", tuple(self.ignore))  # hashable, whatever was given
+        if self.pattern:
+            self._follow(self.pattern)
         for sparsity in (self.sparsity, *(self.sparsities or ())):
             if not 0 <= sparsity < 1:
                 raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
 
+    def _follow(self, pattern: str) -> None:
+        """Take the sparsity that a pattern implies."""
+        n, m = parse_pattern(pattern)
+        if n is None:
+            if getattr(self, "budget", None) != "exact":
+                raise ValueError(f"pattern {pattern!r} leaves N to a budget: take besa.Besa(budget='exact'), or give N")
+            return
+        implied = 1 - n / m
+        if isinstance(self.sparsity, _Unsaid):
+            object.__setattr__(self, "sparsity", _Unsaid(implied))
+        if self.sparsities or abs(self.sparsity - implied) > 1e-6:
+            given = f"sparsities {self.sparsities}" if self.sparsities else f"sparsity {self.sparsity}"
+            raise ValueError(
+                f"{given} contradicts pattern {pattern!r}, which prunes {implied:.4g}; leave one of them out"
+            )
+
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the configuration does not fit the model's projections."""
+        pruned = pruned_projections(model, self.ignore)
+        for (index, name), linear in pruned.items() if self.pattern else ():
+            columns, (_, m) = linear.weight.shape[1], parse_pattern(self.pattern)
+            if columns % m:
+                raise ValueError(
+                    f"block {index}, {name}: {columns} columns do not divide into the groups of {m} of pattern "
+                    f"{self.pattern!r}; take another M, or ignore the projection"
+                )
 
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Method":
         """The method once it has seen the dense model; most need not."""
@@ -95,13 +141,23 @@ class Method:
         """What a block is pruned to."""
         return self.sparsities[block.index] if self.sparsities else self.sparsity
 
+    def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
+        """False for the lowest scores of each row, or where there is a pattern of each of its groups."""
+        if self.pattern:
+            n, m = parse_pattern(self.pattern)
+            return places(scores, m) >= m - n
+        return keep_largest(scores, sparsity)
+
     def prune_block(self, block: Block) -> PrunedBlock:
         """New weights and keep-masks of one block; the block itself stays as it is."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """Name and fields, for records."""
-        return {"method": self.name, **asdict(self)}
+        """Name and fields, for records, as JSON gives them back; pattern and ignore only where they are used."""
+        fields = {"method": self.name, **asdict(self)}
+        unused = {name for name in ("pattern", "ignore") if not fields[name]}  # as in the records made before them
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {name: value for name, value in plain.items() if name not in unused}
 
 
 def check_arguments(windows: Tensor, method: Method) -> None:

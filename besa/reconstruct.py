@@ -83,6 +83,8 @@ class Reconstruct:
     @torch.no_grad()
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
         """The same masks with better weights."""
+        if not pruned.weights:  # all projections are ignored
+            return pruned
         statistics, weights = block.statistics(hessian=True), {}
         for name, projection in block.projections.items():
             hessian, keep_mask = statistics[name].hessian, pruned.keep_masks[name]

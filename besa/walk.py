@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,9 @@ from besa.decoder import (
     device_of,
     embed,
     find_blocks,
+    locate,
     projections,
+    pruned_projections,
     record_calls,
     record_part,
     run_block,
@@ -60,6 +62,7 @@ def walk(
     span: int = 1,
     *,
     take_dense: bool = False,
+    ignore: Sequence[str] = (),
     load: Callable[[nn.Module], nn.Module] = lambda block: block,
     room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     progress: bool = True,
@@ -73,6 +76,7 @@ def walk(
         targets: what a pruned block must reproduce: "pruned", the unpruned block's output on the same inputs, which the
             pruned blocks before it made; or "dense", the dense model's own hidden states.
         take_dense: take the dense model's hidden states along whatever the targets.
+        ignore: names of projections or blocks that stay dense (`besa.decoder.pruned_projections`).
         load: what to work on in a block's stead, such as a copy of it on another device.
         room: makes room for the hidden states of all windows, given shape and precision; by default where the model is.
     """
@@ -82,11 +86,13 @@ def walk(
     more_room = lambda: (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)
     outputs = more_room() if targets == "pruned" else None
     along = more_room().copy_(inputs) if take_dense or targets == "dense" else None
-    together = spans(find_blocks(model), calls, span)
+    together, pruned = spans(find_blocks(model), calls, span), pruned_projections(model, ignore)
     for index, (module, call) in tqdm(together.items(), desc="prune", unit="block", disable=not progress):
         module = load(module)
+        ignored = frozenset(name for name in projections(module) if locate(index, module, name) not in pruned)
         call = call.to(device_of(module))
-        block = Block(index, module, call, inputs, outputs, along, n_samples=len(windows), progress=progress)
+        about = {"n_samples": len(windows), "progress": progress, "ignored": ignored}
+        block = Block(index, module, call, inputs, outputs, along, **about)
         del module  # the block alone holds it, and gives it up before the next one comes
         yield block
         block.leave()
@@ -116,6 +122,7 @@ class Block:
         n_samples: int,
         progress: bool,
         observed: bool = False,
+        ignored: frozenset[str] = frozenset(),
     ) -> None:
         """
         Args:
@@ -125,16 +132,17 @@ class Block:
             dense: the dense model's hidden states that enter the block, if they are taken along; they move on too.
             n_samples: windows on all ranks.
             observed: `outputs` are there already.
+            ignored: projections that stay dense.
         """
         self.index, self.module, self.call, self.inputs = index, module, call, inputs
         self._outputs, self._dense, self._observed, self._moved = outputs, dense, observed, False
-        self.n_samples, self.progress = n_samples, progress
+        self.n_samples, self.progress, self.ignored = n_samples, progress, ignored
         self._finished, self._start = False, time.perf_counter()
 
     @property
     def projections(self) -> dict[str, nn.Linear]:
-        """The prunable linear maps by name; their weights stay dense until `finish`."""
-        return projections(self.module)
+        """The linear maps to prune, by name, without the ignored; their weights stay dense until `finish`."""
+        return {name: linear for name, linear in projections(self.module).items() if name not in self.ignored}
 
     @torch.no_grad()
     def statistics(self, hessian: bool = False) -> dict[str, InputStatistics]:
@@ -146,6 +154,8 @@ class Block:
         Raises:
             ValueError: a projection is never called, or what enters it or leaves the block is not finite.
         """
+        if not self.projections:  # all are ignored
+            return {}
         with collect_statistics(self.projections, self.n_samples, hessian) as statistics:
             broken = self._run_unpruned()
         for name in self.projections:
@@ -241,7 +251,8 @@ class Block:
         """A submodule as a block: fed by this block with `weights` in it, it must reproduce its own output."""
         inputs, call, outputs = record_part(self.module, name, self.inputs, self.call, weights)
         module = self.module.get_submodule(name)
-        about = {"n_samples": self.n_samples, "progress": self.progress, "observed": True}
+        ignored = frozenset(each.removeprefix(f"{name}.") for each in self.ignored if each.startswith(f"{name}."))
+        about = {"n_samples": self.n_samples, "progress": self.progress, "observed": True, "ignored": ignored}
         return Block(self.index, module, call, inputs, outputs, None, **about)
 
     @torch.no_grad()
@@ -266,6 +277,12 @@ class Block:
         for name, projection in self.projections.items():
             projection.weight.data = pruned.weights[name].detach()  # no copy: the old ones may be mapped from a file
         self._finished = True
+        for name in self.ignored:  # they count, as kept
+            projection_errors[name] = 0.0
+            whole = torch.ones_like(self.module.get_submodule(name).weight, dtype=torch.bool)
+            pruned = replace(
+                pruned, keep_masks=pruned.keep_masks | {name: whole}, notes=pruned.notes | {name: "ignored"}
+            )
         seconds = time.perf_counter() - self._start
         return Report.of_block(self.index, self.module, pruned, error, projection_errors, seconds)
 

@@ -300,6 +300,7 @@ class Shards:
             self.method.targets,
             self.method.span,
             take_dense=self._along,
+            ignore=self.method.ignore,
             load=lambda block: _copy_to(self.device, block),
             room=self.room,
             progress=self.progress,
