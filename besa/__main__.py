@@ -69,7 +69,14 @@ def prune(
     source: Annotated[str, typer.Argument(help="folder with safetensors, llama-7b ... llama2-70b, or a hub id")],
     output: Annotated[Path, typer.Argument(help="folder to make, or one in which this run was interrupted")],
     method: Annotated[str, typer.Option(help="besa, besa-layer-wise, wanda, sparsegpt or magnitude")] = "besa",
-    sparsity: Annotated[float, typer.Option(help="fraction of the weights to set to 0")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="fraction of the weights to set to 0; 0.5, or what the pattern prunes")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M, such as 2:4: N of every M weights are kept")] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="projection or block that stays dense: a name, or re:.*down_proj; repeat it"),
+    ] = None,
     calibration: Annotated[str, typer.Option(help="their text: sotu, c4, wikitext2, ptb or your own")] = "sotu",
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: SeqLen = 2048,
@@ -99,7 +106,8 @@ def prune(
     from besa.machine import processes
 
     batch_size = batch_size or (processes.n_ranks() if method.startswith("besa") else None)
-    chosen = _method(method, sparsity, bits, group_size, d_coef=d_coef, epochs=epochs, batch_size=batch_size)
+    fields = {"sparsity": sparsity, "pattern": pattern, "ignore": ignore, "d_coef": d_coef, "epochs": epochs}
+    chosen = _method(method, bits, group_size, **fields, batch_size=batch_size)
     tokenizer = load_tokenizer(str(find_checkpoint(source)), trust_remote_code)
     windows = besa.calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
     places: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
@@ -169,7 +177,7 @@ def random(
     _say(f"wrote {folder}")
 
 
-def _method(name: str, sparsity: float, bits: int | None, group_size: int | None, **fields: Any) -> Any:
+def _method(name: str, bits: int | None, group_size: int | None, **fields: Any) -> Any:
     """A method by name; what is None keeps its default."""
     from besa.baselines import named_method
 
@@ -179,9 +187,9 @@ def _method(name: str, sparsity: float, bits: int | None, group_size: int | None
     if bits is not None:
         fields["quantize"] = besa.Quantize(bits=bits, group_size=group_size)
     name = {"besa": "besa-row-wise"}.get(name, name)
-    named_method(name, sparsity)  # an unknown name, before what it may not take
+    named_method(name)  # an unknown name, before what it may not take
     try:
-        return named_method(name, sparsity, **fields)
+        return named_method(name, **fields)
     except TypeError as error:
         raise ValueError(f"method {name!r}: {error}") from error
 
