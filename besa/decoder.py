@@ -194,7 +194,7 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
 
 
 class _Entered(Exception):
-    """The model has come to its first block."""
+    """A run has come to where it is to stop; holds what enters there."""
 
 
 @torch.no_grad()
@@ -281,6 +281,49 @@ def run_block(
     parameters = {f"{name}.weight".lstrip("."): weight for name, weight in (weights or {}).items()}
     output = torch.func.functional_call(block, parameters, (hidden, *call.args), call.kwargs)
     return output[0] if call.in_tuple else output
+
+
+@torch.no_grad()
+def run_until(
+    block: nn.Module,
+    name: str,
+    hidden: Float[Tensor, "batch seq_len hidden"],
+    call: BlockCall,
+    weights: dict[str, Tensor] | None = None,
+) -> Float[Tensor, "*batch columns"]:
+    """What enters a projection of a block, which is run no further.
+
+    Raises:
+        ValueError: the block does not call it.
+    """
+
+    def stop(_, inputs: tuple[Tensor, ...]) -> None:
+        raise _Entered(inputs[0])
+
+    handle = block.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        run_block(block, hidden, call, weights)
+    except _Entered as entered:
+        return entered.args[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{name}: never called; conditional projections are not supported")
+
+
+@torch.no_grad()
+def inputs_shared(
+    block: nn.Module, hidden: Float[Tensor, "batch seq_len hidden"], call: BlockCall, linear: dict[str, nn.Linear]
+) -> list[list[str]]:
+    """Names of projections in the order in which the block calls them, those that are fed by one tensor together."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # id -> (the tensor, kept alive so that the id stays its own; names)
+    note = lambda name: lambda _, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in linear.items()]
+    try:
+        run_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [names for _, names in seen.values()]
 
 
 @torch.no_grad()

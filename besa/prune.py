@@ -52,8 +52,7 @@ def prune(
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
     with measure() as cost, frozen(model):
         method = method.prepared(model, windows, progress)
-        take_dense = reconstruct is not None and reconstruct.needs_dense
-        also = {"take_dense": take_dense, "ignore": method.ignore, "progress": progress}
+        also = {"take_dense": reconstruct is not None, "ignore": method.ignore, "progress": progress}
         for block in walk(model, windows, method.targets, method.span, **also):
             pruned = method.prune_block(block)
             if reconstruct:

@@ -1,13 +1,14 @@
 """New values for the weights that a mask, any mask, keeps; the mask stays as it is.
 
-"closed", per projection, from the second moments H of its inputs x (`InputStatistics.hessian`), without training, near
+"closed", one projection after the other, without training: y enters it behind what is pruned and reconstructed already, x
+in the dense model, and near to
 
-    min over Z with zeros where nothing is kept of  tr (Z - W) H (Z - W)^T
+    min over Z with zeros where nothing is kept of  sum over tokens of ||Z y - W (y + a (x - y))||^2
 
-by some iterations of ADMM (Boža 2024, Sec. 3) on columns scaled to a unit diagonal of H. V is the unconstrained step, Z
-the masked one:
+come some iterations of ADMM (Boža 2024, Sec. 3, where a = 0) with H = sum y y^T and T = sum (y + a (x - y)) y^T, on
+columns scaled to a unit diagonal of H. V is the unconstrained step, Z the masked one:
 
-    V = (W H + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
+    V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
 
 "block", from there: gradient descent on the kept weights of a whole block towards the dense model's own hidden states.
 """
@@ -36,6 +37,9 @@ class Reconstruct:
     _: KW_ONLY
     iterations: int = 20
     """Of ADMM."""
+    toward_dense: float = 0.3
+    """a in [0, 1]: how much of what was lost before a projection it makes up for. 0 mends its own pruning alone; 1 asks
+    for what the dense model has there, more than can be had."""
     rho: float = 1.0
     """ADMM's penalty, for a Hessian of unit diagonal."""
     damping: float = 0.01
@@ -53,13 +57,10 @@ class Reconstruct:
         if min(self.iterations, self.epochs) < 1 or min(self.rho, self.damping, self.lr) <= 0:
             numbers = f"iterations ({self.iterations}), epochs ({self.epochs}), rho ({self.rho})"
             raise ValueError(f"{numbers}, damping ({self.damping}) and lr ({self.lr}) must be positive")
+        if not 0 <= self.toward_dense <= 1:
+            raise ValueError(f"toward_dense {self.toward_dense} is outside [0, 1]")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out {self.held_out} is outside (0, 1)")
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense model's hidden states must be taken along."""
-        return self.kind == "block"
 
     def check(self, n_samples: int, quantized: bool) -> None:
         """Refuse what cannot be reconstructed, before any work.
@@ -85,10 +86,11 @@ class Reconstruct:
         """The same masks with better weights."""
         if not pruned.weights:  # all projections are ignored
             return pruned
-        statistics, weights = block.statistics(hessian=True), {}
-        for name, projection in block.projections.items():
-            hessian, keep_mask = statistics[name].hessian, pruned.keep_masks[name]
-            weights[name] = self.closed_form(projection.weight, hessian, keep_mask)
+        weights: dict[str, Tensor] = {}
+        for names in block.fed_alike():
+            moments = block.moments(names[0], weights, self.toward_dense)
+            for name in names:
+                weights[name] = self.closed_form(block.projections[name].weight, *moments, pruned.keep_masks[name])
         pruned = replace(pruned, weights=weights)
         return self._train(block, pruned) if self.kind == "block" else pruned
 
@@ -96,22 +98,28 @@ class Reconstruct:
         self,
         weight: Float[Tensor, "rows columns"],
         hessian: Float[Tensor, "columns columns"],
+        toward: Float[Tensor, "columns columns"],
         keep_mask: Bool[Tensor, "rows columns"],
     ) -> Float[Tensor, "rows columns"]:
-        """A masked weight whose outputs are near to W's, by ADMM; zeros exactly where nothing is kept."""
-        hessian = hessian.to(torch.float64, copy=True)
-        hessian.diagonal().add_(self.damping * hessian.diagonal().mean() + 1e-30)
+        """A masked weight that puts out nearly what is wanted, by ADMM; zeros exactly where nothing is kept.
+
+        Args:
+            hessian, toward: H and T, from `Block.moments`; with T = H the projection's own pruning is mended alone.
+        """
+        hessian, toward = hessian.to(torch.float64, copy=True), toward.to(torch.float64, copy=True)
+        damping = self.damping * hessian.diagonal().mean() + 1e-30
+        hessian.diagonal().add_(damping)
+        toward.diagonal().add_(damping)
         scale = hessian.diagonal().sqrt()
-        hessian, scale = (hessian / (scale[:, None] * scale)).float(), scale.float()
-        w = weight.float() * scale
-        eye = torch.eye(len(hessian), device=weight.device)
-        inverse, wh = torch.cholesky_inverse(torch.linalg.cholesky(hessian + self.rho * eye)), w @ hessian
+        hessian, toward = (hessian / (scale[:, None] * scale)).float(), (toward / (scale[:, None] * scale)).float()
+        w, eye = weight.float() * scale.float(), torch.eye(len(hessian), device=weight.device)
+        inverse, wanted = torch.cholesky_inverse(torch.linalg.cholesky(hessian + self.rho * eye)), w @ toward
         z, u = w * keep_mask, torch.zeros_like(w)
         for _ in range(self.iterations):
-            v = (wh + self.rho * (z - u)) @ inverse
+            v = (wanted + self.rho * (z - u)) @ inverse
             z = (v + u) * keep_mask
             u += v - z
-        return (z / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
+        return (z / scale.float()).to(weight.dtype).masked_fill_(~keep_mask, 0)
 
     def _n_held_out(self, n_samples: int) -> int:
         return max(1, round(self.held_out * n_samples))

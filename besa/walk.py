@@ -24,12 +24,14 @@ from besa.decoder import (
     device_of,
     embed,
     find_blocks,
+    inputs_shared,
     locate,
     projections,
     pruned_projections,
     record_calls,
     record_part,
     run_block,
+    run_until,
     spans,
 )
 from besa.importance import InputStatistics, collect_statistics
@@ -75,7 +77,7 @@ def walk(
         windows: token ids, the same on every rank.
         targets: what a pruned block must reproduce: "pruned", the unpruned block's output on the same inputs, which the
             pruned blocks before it made; or "dense", the dense model's own hidden states.
-        take_dense: take the dense model's hidden states along whatever the targets.
+        take_dense: take the dense model's hidden states along whatever the targets, for `Block.moments`.
         ignore: names of projections or blocks that stay dense (`besa.decoder.pruned_projections`).
         load: what to work on in a block's stead, such as a copy of it on another device.
         room: makes room for the hidden states of all windows, given shape and precision; by default where the model is.
@@ -86,16 +88,19 @@ def walk(
     more_room = lambda: (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)
     outputs = more_room() if targets == "pruned" else None
     along = more_room().copy_(inputs) if take_dense or targets == "dense" else None
+    ahead = more_room() if take_dense and targets == "dense" else None
     together, pruned = spans(find_blocks(model), calls, span), pruned_projections(model, ignore)
     for index, (module, call) in tqdm(together.items(), desc="prune", unit="block", disable=not progress):
         module = load(module)
         ignored = frozenset(name for name in projections(module) if locate(index, module, name) not in pruned)
         call = call.to(device_of(module))
         about = {"n_samples": len(windows), "progress": progress, "ignored": ignored}
-        block = Block(index, module, call, inputs, outputs, along, **about)
+        block = Block(index, module, call, inputs, outputs, along, ahead, **about)
         del module  # the block alone holds it, and gives it up before the next one comes
         yield block
         block.leave()
+        if ahead is not None:
+            along, ahead = ahead, along
 
 
 def _enter(model: PreTrainedModel, windows: Tensor, room: Callable[..., Tensor] | None) -> Tensor:
@@ -118,6 +123,7 @@ class Block:
         inputs: Float[Tensor, "n_samples seq_len n_in"],
         outputs: Float[Tensor, "n_samples seq_len n_out"] | None,
         dense: Float[Tensor, "n_samples seq_len n_in"] | None,
+        ahead: Float[Tensor, "n_samples seq_len n_in"] | None,
         *,
         n_samples: int,
         progress: bool,
@@ -129,13 +135,15 @@ class Block:
             index: of the block in the model, of a span's first.
             inputs: hidden states of this rank's windows; they move on in place.
             outputs: room for what the unpruned block makes of them; None where the dense model's are the targets.
-            dense: the dense model's hidden states that enter the block, if they are taken along; they move on too.
+            dense: the dense model's hidden states that enter the block, if they are taken along.
+            ahead: room for what the dense model's block makes of them; None: they move on in place.
             n_samples: windows on all ranks.
             observed: `outputs` are there already.
             ignored: projections that stay dense.
         """
         self.index, self.module, self.call, self.inputs = index, module, call, inputs
-        self._outputs, self._dense, self._observed, self._moved = outputs, dense, observed, False
+        self._outputs, self._observed = outputs, observed
+        self._dense, self._ahead, self._moved = dense, dense if ahead is None else ahead, False
         self.n_samples, self.progress, self.ignored = n_samples, progress, ignored
         self._finished, self._start = False, time.perf_counter()
 
@@ -174,7 +182,7 @@ class Block:
         """What the pruned block must put out, for every window."""
         if self._outputs is None:
             return self.dense_outputs
-        self.observe()
+        self._observe()
         return self._outputs
 
     @property
@@ -187,20 +195,48 @@ class Block:
         if self._dense is None:
             raise RuntimeError(f"block {self.index}: the dense model is not taken along: walk(take_dense=True)")
         self._move_dense()
-        return self._dense
+        return self._ahead
 
-    def observe(self) -> None:
-        """Make the targets, while the block is still unpruned; what is made already stays."""
+    def _observe(self) -> None:
+        """Make the targets, while the block is still unpruned, once."""
         if self._outputs is not None and not self._observed:
             self._refuse(self._run_unpruned())
-        if self._dense is not None:
-            self._move_dense()
 
     def _move_dense(self) -> None:
         """The dense model's hidden states move on to the block's output, once."""
         if not self._moved:
-            self._advance(self._dense)
+            self._advance(self._dense, self._ahead)
             self._moved = True
+
+    def fed_alike(self) -> list[list[str]]:
+        """Names of the projections in the order in which the block calls them, those that share an input together."""
+        return inputs_shared(self.module, self._here(self.inputs, 0), self.call, self.projections)
+
+    @torch.no_grad()
+    def moments(
+        self, name: str, weights: dict[str, Tensor], toward_dense: float
+    ) -> tuple[Float32[Tensor, "columns columns"], Float32[Tensor, "columns columns"]]:
+        """Second moments H = sum y y^T and T = sum (y + a (x - y)) y^T of a projection's inputs, all ranks' windows.
+
+        y enters the projection in this block with `weights` in it, x in the dense model; `toward_dense` is a.
+
+        Raises:
+            ValueError: the inputs are not finite.
+            RuntimeError: the dense model's hidden states are not taken along, or have moved on in place.
+        """
+        if self._dense is None or (self._moved and self._ahead is self._dense):
+            raise RuntimeError(f"block {self.index}: the dense model's inputs are gone: walk(take_dense=True)")
+        columns = self.module.get_submodule(name).weight.shape[1]
+        hessian = torch.zeros(columns, columns, device=self.device)
+        toward, share = torch.zeros_like(hessian), 1 / self.n_samples
+        for number in self.bar(range(len(self.inputs)), "observe"):
+            y = run_until(self.module, name, self._here(self.inputs, number), self.call, weights).flatten(0, -2).float()
+            x = run_until(self.module, name, self._here(self._dense, number), self.call).flatten(0, -2).float()
+            hessian.addmm_(y.T, y, alpha=share)
+            toward.addmm_(y.lerp(x, toward_dense).T, y, alpha=share)
+        if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(toward)).all():
+            raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
+        return hessian, toward
 
     @torch.no_grad()
     def _run_unpruned(self) -> Tensor:
@@ -253,7 +289,7 @@ class Block:
         module = self.module.get_submodule(name)
         ignored = frozenset(each.removeprefix(f"{name}.") for each in self.ignored if each.startswith(f"{name}."))
         about = {"n_samples": self.n_samples, "progress": self.progress, "observed": True, "ignored": ignored}
-        return Block(self.index, module, call, inputs, outputs, None, **about)
+        return Block(self.index, module, call, inputs, outputs, None, None, **about)
 
     @torch.no_grad()
     def finish(self, pruned: PrunedBlock) -> Report:
@@ -262,7 +298,9 @@ class Block:
         Returns:
             What this did to the block.
         """
-        self.observe()
+        self._observe()
+        if self._dense is not None:
+            self._move_dense()
         errors = []
         with _projection_errors(self.projections, pruned.weights) as projection_errors:
             for number in self.bar(range(len(self.inputs)), "advance"):
@@ -292,14 +330,14 @@ class Block:
         if self._dense is not None:
             self._move_dense()  # by the unpruned block
         self.module.load_state_dict(state, assign=True)
-        self._advance(self.inputs)
+        self._advance(self.inputs, self.inputs)
         self._finished = True
 
     @torch.no_grad()
-    def _advance(self, stream: Tensor) -> None:
-        """Hidden states move on to the block's output in place."""
+    def _advance(self, stream: Tensor, ahead: Tensor) -> None:
+        """Hidden states move on to the block's output, in place where `ahead` is the stream itself."""
         for number in self.bar(range(len(stream)), "advance"):
-            stream[number] = run_block(self.module, self._here(stream, number), self.call)[0]
+            ahead[number] = run_block(self.module, self._here(stream, number), self.call)[0]
 
     def leave(self) -> None:
         """Give up the module and the hidden states.
@@ -309,7 +347,7 @@ class Block:
         """
         if not self._finished:
             raise RuntimeError(f"block {self.index} was not finished: call block.finish(method.prune_block(block))")
-        del self.module, self.call, self.inputs, self._outputs, self._dense
+        del self.module, self.call, self.inputs, self._outputs, self._dense, self._ahead
 
 
 def _patient_bar(steps: Sequence[Any], what: str) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from test_shards import assert_same, load, save
 import besa
 from besa.decoder import find_blocks, projections
 from besa.reconstruct import Reconstruct
+from besa.walk import frozen, walk
 
 METHODS = {
     "wanda": besa.Wanda(),
@@ -48,16 +49,64 @@ def test_many_iterations_come_to_each_rows_least_squares_solution(problem):
     weight, hessian, keep_mask = problem
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24)
     exact = least_squares(weight, damped, keep_mask)
-    found = Reconstruct(iterations=5000).closed_form(weight, hessian, keep_mask)
+    found = Reconstruct(iterations=5000).closed_form(weight, hessian, hessian, keep_mask)
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
-    few = Reconstruct().closed_form(weight, hessian, keep_mask)
+    few = Reconstruct().closed_form(weight, hessian, hessian, keep_mask)
     least = lost(weight, exact, damped)
     assert least <= lost(weight, few, damped) < 1.05 * least < lost(weight, weight * keep_mask, damped)
 
 
+def test_outputs_move_toward_the_dense_models(problem):
+    """Against least squares, row by row, on outputs between the projection's own and the dense model's."""
+    weight, _, keep_mask = problem
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(400, 24, generator=generator)
+    x = y + 0.3 * torch.randn(400, 24, generator=generator)
+    for a in (0.0, 0.3, 1.0):
+        wanted = (y + a * (x - y)).double() @ weight.T.double()
+        exact = torch.zeros_like(weight, dtype=torch.float64)
+        for row, kept in enumerate(keep_mask):
+            exact[row, kept] = torch.linalg.lstsq(y[:, kept].double(), wanted[:, row]).solution
+        moments = y.T @ y, (y + a * (x - y)).T @ y
+        found = Reconstruct(iterations=2000, damping=1e-7).closed_form(weight, *moments, keep_mask)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_moments_are_of_what_enters_here_and_in_the_dense_model(tiny_llama, windows):
+    """Against hooks on whole runs of both models."""
+    dense, name, inputs = copy.deepcopy(tiny_llama), "mlp.down_proj", {}
+    a, method = 0.25, besa.Wanda()
+    with frozen(tiny_llama):
+        for block in walk(tiny_llama, windows, take_dense=True, progress=False):
+            pruned = method.prune_block(block)
+            if block.index == 1:
+                hessian, toward = block.moments(name, pruned.weights, a)
+            block.finish(pruned)
+            if block.index == 1:
+                break
+    for key, model in {"dense": dense, "pruned": tiny_llama}.items():
+        down = find_blocks(model)[1].mlp.down_proj
+        handle = down.register_forward_hook(lambda _, args, out, key=key: inputs.__setitem__(key, args[0]))
+        with torch.no_grad():
+            model(windows)
+        handle.remove()
+    x, y = inputs["dense"].flatten(0, 1), inputs["pruned"].flatten(0, 1)
+    torch.testing.assert_close(hessian, y.T @ y / len(windows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(toward, (y + a * (x - y)).T @ y / len(windows), rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_models_inputs_must_be_there(tiny_llama, windows):
+    with frozen(tiny_llama):
+        for block in walk(tiny_llama, windows, progress=False):
+            assert [len(names) for names in block.fed_alike()] == [3, 1, 2, 1]
+            with pytest.raises(RuntimeError, match="the dense model's inputs are gone"):
+                block.moments("mlp.down_proj", {}, 0.3)
+            break
+
+
 def test_zeros_stay_and_full_rows_stay_as_they_are(problem):
     weight, hessian, keep_mask = problem
-    found = Reconstruct().closed_form(weight, hessian, keep_mask)
+    found = Reconstruct().closed_form(weight, hessian, hessian, keep_mask)
     assert not found[~keep_mask].any() and not found[4].any()
     torch.testing.assert_close(found[3], weight[3], rtol=1e-3, atol=1e-3)
 
@@ -111,9 +160,7 @@ def test_a_checkpoint_is_reconstructed_to_the_bit_as_in_memory_and_resumes(tiny_
     (out / "besa" / "block-00002.json").unlink()
     besa.prune_checkpoint(source, out, windows, method, **options)
     assert_same(load(out), tiny_llama)
-    assert json.loads((out / "besa" / "plan.json").read_text())["streams_bytes"] == (3 if kind == "block" else 2) * (
-        windows.numel() * 32 * 4
-    )
+    assert json.loads((out / "besa" / "plan.json").read_text())["streams_bytes"] == 3 * windows.numel() * 32 * 4
     with pytest.raises(ValueError, match="another reconstruct"):
         besa.prune_checkpoint(source, out, windows, method, device="cpu", progress=False)
 
@@ -124,6 +171,7 @@ def test_a_checkpoint_is_reconstructed_to_the_bit_as_in_memory_and_resumes(tiny_
         ({"kind": "open"}, "reconstruct 'open' is not 'closed' or 'block'"),
         ({"rho": 0.0}, r"rho \(0.0\), .* must be positive"),
         ({"epochs": 0}, r"epochs \(0\)"),
+        ({"toward_dense": 1.5}, r"toward_dense 1.5 is outside \[0, 1\]"),
         ({"held_out": 1.0}, r"held_out 1.0 is outside \(0, 1\)"),
     ],
 )

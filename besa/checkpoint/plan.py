@@ -65,7 +65,7 @@ def bytes_for(block: nn.Module, method: Method, device: torch.device, reconstruc
     weights = [projection.weight for projection in projections(block).values()]
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
     per_weight = 2 * itemsize + 3 + itemsize * (device.type == "cuda") + 24 * (method.quantize is not None)
-    per_weight += 20 * (reconstruct is not None and reconstruct.needs_dense)
+    per_weight += 20 * (reconstruct is not None and reconstruct.kind == "block")
     per_weight += 20 * (method.pattern is not None and method.name == "besa")
     total = n_weights * per_weight + BESIDE
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):

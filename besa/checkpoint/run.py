@@ -228,7 +228,7 @@ class Shards:
         rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
         return make_plan(
             block_bytes=bytes_for(Span(blocks[: self.method.span]), self.method, self.device, self.reconstruct),
-            streams=3 if self._along and self.method.targets == "pruned" else 2,
+            streams=3 if self.reconstruct else 2,
             n_windows=len(self.windows[rank() :: n_ranks()]),
             window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
             shard_bytes=rest + sum(self._bytes_of(blocks[index]) for index in left),
@@ -285,11 +285,6 @@ class Shards:
             path.unlink(missing_ok=True)
         self._lock.release()
 
-    @property
-    def _along(self) -> bool:
-        """Whether the dense model's hidden states are taken along for the reconstruction."""
-        return self.reconstruct is not None and self.reconstruct.needs_dense
-
     # The loop's side
 
     def blocks(self) -> Iterator[Block]:
@@ -299,7 +294,7 @@ class Shards:
             self.windows,
             self.method.targets,
             self.method.span,
-            take_dense=self._along,
+            take_dense=self.reconstruct is not None,
             ignore=self.method.ignore,
             load=lambda block: _copy_to(self.device, block),
             room=self.room,
