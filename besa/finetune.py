@@ -1,7 +1,7 @@
 """Train a pruned model as a whole on the next token, every zero kept.
 
-"low-rank": W + (B A) * keep_mask * (alpha / r) with adapters of peft (`besa/adapters.py`). "full": the kept weights
-themselves, in float32, and no number for those that are pruned. By step t of T the learning rate is
+"low-rank": W + (B A) * keep_mask * (alpha / r) with adapters of peft (`besa/adapters.py`). "full": the weights
+themselves, in float32, with gradients for kept ones only. By step t of T the learning rate is
 
     lr * min(1, (t + 1) / warmup) * (1 + cos(pi t / T)) / 2
 
@@ -50,7 +50,7 @@ Masks = Report | Mapping[tuple[int, str], Tensor]
 """What `besa.prune` returned, or keep-masks (rows, columns) by block and projection."""
 Pruned = dict[tuple[int, str], tuple[nn.Linear, Bool[Tensor, "rows columns"]]]
 
-LR = {"low-rank": 1e-3, "full": 1e-4}
+LR = {"low-rank": 3e-3, "full": 3e-4}
 WARMUP = 0.1
 """Of the steps."""
 EVALUATIONS = 8
@@ -69,14 +69,14 @@ class FineTune:
     """How a pruned model is trained as a whole."""
 
     kind: Literal["low-rank", "full"] = "low-rank"
-    """"low-rank": masked adapters, merged at the end; "full": every kept weight, with 16 bytes of state for each."""
+    """"low-rank": masked adapters, merged at the end; "full": every kept weight, with 20 bytes of state a weight."""
     _: KW_ONLY
     rank: int = 16
     """Of the adapters ("low-rank")."""
     alpha: float = 32.0
     """What the adapters are scaled by, times the rank ("low-rank")."""
     lr: float | None = None
-    """AdamW's largest step size; None takes 1e-3 ("low-rank") or 1e-4 ("full")."""
+    """AdamW's largest step size; None takes 3e-3 ("low-rank") or 3e-4 ("full")."""
     epochs: int = 2
     """Passes over the windows that are trained on."""
     batch_size: int = 4
@@ -257,10 +257,15 @@ def _problem(module: nn.Module | None, keep_mask: Tensor) -> str | None:
         return "packed weights cannot be trained; unpack first: besa.unpack(model)"
     if not isinstance(module, nn.Linear) or module.weight.is_meta or module.weight.shape != keep_mask.shape:
         return f"no such projection of shape {tuple(keep_mask.shape)} in this model's memory; are the masks its own?"
-    n_alive = int(module.weight[~keep_mask.to(module.weight.device)].count_nonzero())
+    n_alive = _count_alive(module.weight, keep_mask.to(module.weight.device))
     if n_alive:
         return f"{n_alive} weights are not 0 that the mask has pruned; pass the masks of this very model"
     return None
+
+
+def _count_alive(weight: Tensor, keep_mask: Tensor) -> int:
+    """Pruned weights that are not 0."""
+    return int(((weight != 0) & ~keep_mask).sum())
 
 
 def _check_windows(model: PreTrainedModel, windows: Tensor, config: FineTune) -> None:
@@ -293,16 +298,18 @@ def _check_zeros(pruned: Pruned) -> None:
         RuntimeError: one is not, which is a fault of besa.
     """
     for (index, name), (projection, keep_mask) in pruned.items():
-        if projection.weight[~keep_mask].any():
+        if _count_alive(projection.weight, keep_mask):
             raise RuntimeError(f"block {index}, {name}: a pruned weight is not 0 any more; do not use this model")
 
 
 class _Masters:
-    """The kept weights in float32; what is pruned has no number that could change."""
+    """The weights in float32; gradients of the pruned ones are dropped, and AdamW leaves a 0 without gradient at 0."""
 
     def __init__(self, pruned: Pruned) -> None:
         self.pruned = pruned
-        self.values = {key: nn.Parameter(linear.weight[mask].float()) for key, (linear, mask) in pruned.items()}
+        self.values = {
+            key: nn.Parameter(linear.weight.to(torch.float32, copy=True)) for key, (linear, _) in pruned.items()
+        }
 
     def __enter__(self) -> "_Masters":
         return self
@@ -316,17 +323,17 @@ class _Masters:
 
     def of_block(self, index: int) -> dict[str, Float[Tensor, "rows columns"]]:
         """Weights to run a block with."""
-        return {name: self._weight(block, name) for block, name in self.pruned if block == index}
+        dtype = lambda key: self.pruned[key][0].weight.dtype
+        return {key[1]: value.to(dtype(key)) for key, value in self.values.items() if key[0] == index}
 
-    def _weight(self, index: int, name: str) -> Float[Tensor, "rows columns"]:
-        linear, keep_mask = self.pruned[index, name]
-        return linear.weight.float().masked_scatter(keep_mask, self.values[index, name]).to(linear.weight.dtype)
+    def mask_gradients(self) -> None:
+        """Before each step."""
+        for key, (_, keep_mask) in self.pruned.items():
+            self.values[key].grad.mul_(keep_mask)
 
     def merge(self, values: list[Tensor]) -> None:
         """Leave these values in the model."""
-        _assign(self.parameters, values)
-        for (index, name), (linear, _) in self.pruned.items():
-            linear.weight.copy_(self._weight(index, name))
+        _assign([linear.weight for linear, _ in self.pruned.values()], values)
 
 
 class _Adapters:
@@ -355,6 +362,9 @@ class _Adapters:
     def of_block(self, index: int) -> dict[str, Tensor]:
         """Nothing: the block holds its adapters."""
         return {}
+
+    def mask_gradients(self) -> None:
+        """The product is masked."""
 
     def merge(self, values: list[Tensor]) -> None:
         """Leave the sum of weights and these values in the model."""
@@ -425,6 +435,7 @@ class _Training:
                 f"the loss of step {step + 1} is {loss}; lower lr ({self.config.lr or LR[self.config.kind]})"
             )
         self.scaler.unscale_(self.optimizer)
+        self.trained.mask_gradients()
         nn.utils.clip_grad_norm_(self.trained.parameters, LARGEST_NORM)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
