@@ -517,8 +517,8 @@ class _State:
         self.path, self.written = path and Path(path), time.monotonic()
         if self.path is None:
             return
-        if not self.path.parent.is_dir():
-            raise ValueError(f"checkpoint {str(path)!r}: there is no folder {str(self.path.parent)!r}; make it first")
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint {str(path)!r}: name a file in a folder that is there")
         masks = [pack_bits(pruned[key][1]) for key in sorted(pruned)]
         self.identity = {
             "config": config.config(),

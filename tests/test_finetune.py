@@ -171,8 +171,9 @@ def test_a_finished_checkpoint_is_read_and_one_of_another_run_refused(pruned, te
     path.write_bytes(b"no state")
     with pytest.raises(ValueError, match="is no state of finetune"):
         besa.finetune(model, text, report, config, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="there is no folder"):
-        besa.finetune(model, text, report, config, checkpoint=tmp_path / "no" / "state.pt", progress=False)
+    for nowhere in (tmp_path, tmp_path / "no" / "state.pt"):
+        with pytest.raises(ValueError, match="name a file in a folder that is there"):
+            besa.finetune(model, text, report, config, checkpoint=nowhere, progress=False)
 
 
 def test_the_seed_decides_every_bit(pruned, text):
