@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # for editors and type checkers, the same as _HOMES
     from besa.evaluate.perplexity import perplexity as perplexity
     from besa.evaluate.zero_shot import ZeroShot as ZeroShot
     from besa.evaluate.zero_shot import zero_shot as zero_shot
+    from besa.finetune import FineTune as FineTune
+    from besa.finetune import finetune as finetune
     from besa.inputs.models import load_model as load_model
     from besa.inputs.text import calibration_windows as calibration_windows
     from besa.inputs.text import test_tokens as test_tokens
@@ -48,6 +50,8 @@ _HOMES = {
     "Magnitude": "baselines",
     "Quantize": "quantize",
     "Reconstruct": "reconstruct",
+    "finetune": "finetune",
+    "FineTune": "finetune",
     "Report": "report",
     "perplexity": "evaluate.perplexity",
     "zero_shot": "evaluate.zero_shot",

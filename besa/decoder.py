@@ -360,7 +360,6 @@ def record_part(
     return stack(inputs), calls[0], stack(outputs)
 
 
-@torch.no_grad()
 def run_head(
     model: PreTrainedModel, hidden: Float[Tensor, "1 n hidden"], call: BlockCall
 ) -> Float[Tensor, "1 n vocab"]:

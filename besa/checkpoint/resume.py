@@ -20,8 +20,9 @@ from besa.prune import Method
 
 STATE = "besa"
 """Folder in the output for what is no part of the checkpoint."""
+_AFTERWARDS = ("finetune.py", "adapters.py")
 _PACKED = ("packed.py", "packed_files.py", "packed_kernels.py")
-_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", *_PACKED, "__init__.py", "__main__.py")
+_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", *_PACKED, *_AFTERWARDS, "__init__.py", "__main__.py")
 """Of the package: what decides no byte of a pruned checkpoint (its windows and its source are summed themselves)."""
 _HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|\.tmp\w{6}|hidden-\d+-\d+\.bin")
 """Temporary names: ours, those of safetensors, and hidden states."""

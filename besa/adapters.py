@@ -1,0 +1,82 @@
+"""Low-rank adapters of peft that keep every zero, in the manner of SPP (Lu et al. 2024) and of PERP's MaskLoRA
+(Zimmer et al. 2023): W + (B A) * keep_mask * (alpha / r), which merges into a weight with the zeros of W.
+
+peft takes a layer of one's own for a layer type, which is all that the mask needs; choosing, initialising, saving and
+merging stay peft's.
+"""
+
+import copy
+import warnings
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from besa.finetune import Masks, pruned_projections
+
+
+class MaskedLora(lora.Linear):
+    """A projection whose adapters change kept weights only; without a keep-mask, all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("keep_mask", None, persistent=False)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """(B A) * keep_mask * (alpha / r); merging adds it too."""
+        delta = super().get_delta_weight(adapter)
+        return delta if self.keep_mask is None else torch.where(self.keep_mask, delta, -0.0)  # 0 + -0 is 0, -0 + -0 -0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With the sum in the weight's own precision, as it will be once merged."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x)
+        weight = self.base_layer.weight
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
+        return torch.func.functional_call(self.base_layer, {"weight": weight}, (x,))
+
+
+def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> PeftModel:
+    """A pruned model with adapters for peft, Trainer or TRL, in training and merging of which every zero stays.
+
+    The model itself gets the adapters, as peft does it; `merge_and_unload` leaves it as it was, with new values.
+
+    Args:
+        report: what `besa.prune` returned, or keep-masks by (block, projection).
+        config: plain LoRA of any rank, alpha and pattern; `target_modules` None takes every pruned projection.
+
+    Raises:
+        ValueError: `pruned_projections` finds fault, or the config is of a LoRA that is not W + (B A) * (alpha / r).
+    """
+    _check_plain(config)
+    pruned = pruned_projections(model, report)
+    names = {id(module): name for name, module in model.named_modules()}
+    config = copy.deepcopy(config)
+    config.target_modules = config.target_modules or {names[id(projection)] for projection, _ in pruned.values()}
+    config._register_custom_module({nn.Linear: MaskedLora})
+    with warnings.catch_warnings():  # peft asks transformers 5 by a name of transformers 4
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = get_peft_model(model, config)
+    layers = {id(layer.base_layer): layer for layer in adapted.modules() if isinstance(layer, MaskedLora)}
+    for projection, keep_mask in pruned.values():
+        if id(projection) in layers:
+            layers[id(projection)].keep_mask = keep_mask
+    return adapted
+
+
+def _check_plain(config: LoraConfig) -> None:
+    """Refuse what has other products, biases or first values: PiSSA and its like write into the zeros."""
+    variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    others = {*variants, "use_dora", "lora_dropout", "lora_bias", "layer_replication", "megatron_config"}
+    wrong = [name for name in sorted(others) if getattr(config, name, None)]
+    wrong += ["bias"] * (config.bias != "none")
+    wrong += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
+    if wrong:
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        raise ValueError(f"{values}: not plain LoRA, which alone is known to keep zeros; leave it at its default")
