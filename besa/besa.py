@@ -25,8 +25,8 @@ from besa.quantize import CLIPPING_START, Quantize
 from besa.sensitivity import block_losses, spread_over_blocks
 from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
 
-SENSITIVITY_WINDOWS = 4
-"""Calibration windows on which a block's sensitivity is measured."""
+SENSITIVITY_WINDOWS, SENSITIVITY_TOKENS = 8, 512
+"""Calibration windows, and tokens of each, on which a block's sensitivity is measured."""
 
 
 @documented
@@ -165,11 +165,16 @@ class Besa(Method):
                     f"{some / whole:.4g}; {sparsity} cannot be reached. Take a lower sparsity, or ignore less"
                 )
 
+    @property
+    def measures_model(self) -> bool:
+        return self.scope == "model"
+
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Besa":
         if self.scope == "block":
             return self
         levels = max(0.02, self.sparsity - 0.1), min(0.98, self.sparsity + 0.1)
-        losses = from_rank_0(block_losses(model, windows[:SENSITIVITY_WINDOWS], levels, progress))
+        some_tokens = windows[:SENSITIVITY_WINDOWS, :SENSITIVITY_TOKENS]
+        losses = from_rank_0(block_losses(model, some_tokens, levels, progress))
         sizes = self._sizes(model)
         left = [index for index, (some, _) in enumerate(sizes) if some]  # the others are ignored as a whole
         some, whole = sum(size for size, _ in sizes), sum(size for _, size in sizes)

@@ -132,6 +132,11 @@ class Method:
                     f"{self.pattern!r}; take another M, or ignore the projection"
                 )
 
+    @property
+    def measures_model(self) -> bool:
+        """Whether the dense model as a whole must be in memory before its first block is pruned: for `prepared`."""
+        return False
+
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Method":
         """The method once it has seen the dense model; most need not."""
         return self

@@ -1,7 +1,7 @@
 """New values for the weights that a mask, any mask, keeps; the mask stays as it is.
 
-"closed", one projection after the other, without training: y enters it behind what is pruned and reconstructed already, x
-in the dense model, and near to
+"closed", one projection after the other, without training: y enters it behind what is pruned and reconstructed already,
+x in the dense model, and near to
 
     min over Z with zeros where nothing is kept of  sum over tokens of ||Z y - W (y + a (x - y))||^2
 
@@ -37,7 +37,7 @@ class Reconstruct:
     _: KW_ONLY
     iterations: int = 20
     """Of ADMM."""
-    toward_dense: float = 0.3
+    toward_dense: float = 0.5
     """a in [0, 1]: how much of what was lost before a projection it makes up for. 0 mends its own pruning alone; 1 asks
     for what the dense model has there, more than can be had."""
     rho: float = 1.0

@@ -16,6 +16,7 @@ from besa.inputs.models import load_shapes, weight_bytes
 from besa.machine.device import resolve_dtype
 from besa.machine.memory import USABLE, free_device
 from besa.prune import Method
+from besa.reconstruct import Reconstruct
 from besa.report import Report
 
 
@@ -26,6 +27,7 @@ def prune_if_large(
     work: Path,
     dtype: torch.dtype,
     device: torch.device,
+    reconstruct: Reconstruct | None = None,
 ) -> tuple[str, Report | None]:
     """Prune a model that is too large for the memory, from checkpoint to checkpoint; leave every other one alone.
 
@@ -34,6 +36,7 @@ def prune_if_large(
         method: None is the dense model, which is never touched.
         work: folder for the pruned checkpoint; one in which an earlier call was interrupted is continued.
         dtype: what the model is to compute in, from `precision_that_fits`.
+        reconstruct: give the kept weights new values, as `prune` does.
 
     Returns:
         What to load, and what pruning did: (work, report), or (name, None) where the model can be pruned in memory.
@@ -44,7 +47,7 @@ def prune_if_large(
     if method is None or not (work.exists() or _is_too_large(load_shapes(name), windows, dtype, device)):
         return name, None
     _check_stored(name, precision_of(find_checkpoint(name)), dtype, device)
-    return str(work), prune_checkpoint(name, work, windows, method, device=str(device))
+    return str(work), prune_checkpoint(name, work, windows, method, device=str(device), reconstruct=reconstruct)
 
 
 def precision_that_fits(

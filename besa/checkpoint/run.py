@@ -134,10 +134,10 @@ def opened(
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
     check_arguments(windows, method)
-    if getattr(method, "scope", "block") == "model":
+    if method.measures_model:
         raise ValueError(
-            "scope 'model' measures a model that is in memory; prune it there, or give the `sparsities` that "
-            "besa.sensitivity.spread_over_blocks finds"
+            f"{method.name} with these options measures a model that is in memory; prune it there, or give the "
+            "`sparsities` that method.prepared(model, windows, progress=True) finds where there is room for the model"
         )
     folder, output = find_checkpoint(source), Path(output)
     check_apart(folder, output)

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from besa.baselines import Wanda
 from besa.decoder import find_blocks, projections, weight_of
-from besa.importance import collect_statistics, wanda
+from besa.importance import InputStatistics, collect_statistics, wanda
 from besa.masks import keep_largest
 from besa.prune import Method
 from besa.quantize import QuantizedFiles, QuantizedWeight, save_quantized
@@ -46,8 +47,50 @@ class WandaOneKind(Method):
         return pruned
 
 
+@dataclass(frozen=True, kw_only=True)
+class Owl(Wanda):
+    """Wanda with a sparsity for each block: the more outliers it has, the more is kept (Yin et al. 2024, OWL).
+
+    An outlier is an importance of more than `times` the mean of its projection's; with D_l their share in block l,
+
+        s_l = sparsity - (d_l - mean of d),    d_l = 2 most (D_l - min D) / (max D - min D)
+    """
+
+    times: float = 5.0
+    """M."""
+    most: float = 0.08
+    """lambda."""
+
+    name: ClassVar[str] = "owl"
+
+    @property
+    def measures_model(self) -> bool:
+        return True
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Owl":
+        shares = []
+        for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
+            scores = [wanda(weight_of(each), statistics[name]) for name, each in projections(block).items()]
+            outliers = sum(int((each > self.times * each.mean()).sum()) for each in scores)
+            shares.append(outliers / sum(each.numel() for each in scores))
+        shares = torch.tensor(shares, dtype=torch.float64)
+        d = 2 * self.most * (shares - shares.min()) / (shares.max() - shares.min()).clamp_min(1e-12)
+        return replace(self, sparsities=tuple((self.sparsity - (d - d.mean())).tolist()))
+
+
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """Of the rows' sparsities, by projection."""
+
+
+@torch.no_grad()
+def dense_statistics(model: PreTrainedModel, windows: Tensor) -> list[dict[str, InputStatistics]]:
+    """Of what enters every block's projections in the dense model; one pass over the windows."""
+    with contextlib.ExitStack() as stack:
+        collected = [collect_statistics(projections(block), len(windows), False) for block in find_blocks(model)]
+        statistics = [stack.enter_context(each) for each in collected]
+        for window in windows.split(1):
+            model.base_model(window.to(model.device), use_cache=False)
+    return statistics
 
 
 @torch.no_grad()
@@ -58,16 +101,10 @@ def row_features(
 
     The importance is Wanda's on the dense model's own inputs: what can be known of a row before any pruning.
     """
-    blocks = find_blocks(model)
-    with contextlib.ExitStack() as stack:
-        statistics = [
-            stack.enter_context(collect_statistics(projections(block), len(windows), False)) for block in blocks
-        ]
-        for window in windows.split(1):
-            model.base_model(window.to(model.device), use_cache=False)
+    statistics = dense_statistics(model, windows)
     return {
         (index, name): importance_features(weight, wanda(weight, statistics[index][name]))
-        for index, block in enumerate(blocks)
+        for index, block in enumerate(find_blocks(model))
         for name, projection in projections(block).items()
         for weight in [weight_of(projection)]
     }

@@ -233,6 +233,12 @@ class Run:
             run.config["test_sha256"] = {name: tensor_sha256(tokens) for name, tokens in texts.items()}
         return run
 
+    def apart(self, **config: Any) -> "Run":
+        """The same run, its records told apart by what else a row depends on."""
+        run = copy.copy(self)
+        run.config = self.config | config
+        return run
+
     def row_config(self, row: str, method: Method | None) -> dict[str, Any]:
         """Everything that a row's numbers depend on, beside the code and the machine."""
         asked = {"item": self.item, "model": self.model, "profile": self.profile.name, **self.config}
