@@ -37,7 +37,7 @@ def kept_of_each(keep_mask, m):
     return keep_mask.view(len(keep_mask), -1, m).sum(2)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "3:16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_n_of_every_m(tiny_llama, windows, name, pattern):
     n, m = map(int, pattern.split(":"))
@@ -135,12 +135,10 @@ def test_besa_learns_which_weights_of_a_group_stay(tiny_llama, windows, pattern)
 
 @pytest.mark.parametrize("scope", ["block", "model"])
 @pytest.mark.parametrize("row_group", ["row", 8, "layer"])
-@pytest.mark.parametrize(
-    "sparsity, pattern", [(0.5, "N:8"), (0.37, "N:4"), (0.9, "N:16"), (0.01, "N:8"), (0.99, "N:4")]
-)
+@pytest.mark.parametrize("sparsity, pattern", [(0.37, "N:8"), (0.9, "N:16"), (0.01, "N:4")])
 def test_an_open_n_spreads_over_rows_and_meets_the_budget(tiny_llama, windows, sparsity, pattern, row_group, scope):
     m = int(pattern[2:])
-    method = Besa(sparsity=sparsity, pattern=pattern, budget="exact", row_group=row_group, scope=scope, epochs=2)
+    method = Besa(sparsity=sparsity, pattern=pattern, budget="exact", row_group=row_group, scope=scope)
     report = besa.prune(tiny_llama, windows, method, progress=False)
     frame = report.to_frame()
     sizes = frame["rows"] * frame["columns"]
@@ -216,6 +214,16 @@ def test_a_pattern_that_does_not_divide_the_columns_is_refused_by_name(tiny_llam
     with pytest.raises(ValueError, match=message):
         besa.prune(tiny_llama, windows, method(pattern="3:5"), progress=False)
     besa.prune(tiny_llama, windows, method(pattern="3:5", ignore=["re:.*(attn|up|gate)"]), progress=False)
+
+
+def test_the_command_takes_patterns_and_ignored_parts():
+    from besa.__main__ import _method
+
+    asked = {"sparsity": None, "pattern": "1:4", "ignore": ["0", "re:.*down_proj"]}
+    assert _method("besa", None, None, **asked) == Besa(pattern="1:4", ignore=("0", "re:.*down_proj"))
+    assert _method("magnitude", None, None, sparsity=None, pattern=None, ignore=None) == besa.Magnitude()
+    with pytest.raises(ValueError, match=r"sparsity 0.5 contradicts pattern '1:4'"):
+        _method("wanda", None, None, sparsity=0.5, pattern="1:4")
 
 
 def test_a_sparsity_that_nobody_gave_follows_the_pattern_and_configurations_stay_as_they_were():
