@@ -132,7 +132,7 @@ def named_method(name: str, sparsity: float = DEFAULT_SPARSITY, **fields) -> Met
         ValueError: unknown name.
     """
     if name == "besa-row-wise":
-        return Besa(sparsity=sparsity, row_group="row", targets="pruned", **fields)
+        return Besa(sparsity=sparsity, row_group="row", **fields)
     if name == "besa-layer-wise":
         return Besa(sparsity=sparsity, row_group="layer", targets="dense", **fields)
     methods = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}

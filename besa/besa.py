@@ -19,9 +19,9 @@ from besa.importance import Importance, InputStatistics, importance
 from besa.machine.fields import documented
 from besa.machine.processes import from_rank_0, mean_, n_ranks
 from besa.masks import parse_pattern
-from besa.patterns import SCORE_LR, Patterned, stepped_counts
 from besa.prune import Method
 from besa.quantize import CLIPPING_START, Quantize
+from besa.scores import SCORE_LR, Scored, stepped_counts
 from besa.sensitivity import block_losses, spread_over_blocks
 from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
 
@@ -38,12 +38,12 @@ class Besa(Method):
     """
 
     row_group: Literal["row", "layer"] | int = "row"
-    """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them. With a
-    pattern they share the score that is learned for each of their columns; "row" learns one for each weight."""
-    targets: Literal["pruned", "dense"] = "pruned"
+    """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them. Where
+    scores are learned, they share that of each column; "row" learns one for each weight."""
+    targets: Literal["pruned", "dense"] | None = None
     """What a pruned block must reproduce: the dense block's output on the same (pruned) inputs, as the released code
     does row-wise, or the dense model's own hidden states, as Algorithm 1 is written and the released code does
-    layer-wise."""
+    layer-wise. None takes "pruned" with a penalty and "dense" with an exact budget or a pattern, where it can be."""
     importance: Importance = "wanda"
     """What weights are ranked by."""
     smooth: bool = True
@@ -65,11 +65,14 @@ class Besa(Method):
     """How the sparsity is kept to. "penalty", published: approached, and confined by `smooth`. "exact": any sparsity in
     (0, 1), met to the weight in every block (or part), by one number per row group (`besa/budget.py`). It counts what
     is ignored as kept, but a block that is ignored as a whole has no budget. A pattern N:M needs none."""
+    scores: bool | None = None
+    """Learn which weights are kept too, by a score for each that is added to its log importance (`besa/scores.py`).
+    None: with an exact budget or a pattern. False learns how many of each row alone, which is cheaper."""
     scope: Literal["block", "model"] = "block"
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
     lr: float = 0.01
-    """Adam's step size for exact budgets, which falls to 0 as a cosine; three times as much for a pattern's scores."""
+    """Adam's step size for exact budgets, which falls to 0 as a cosine; three times as much for scores."""
     loss: Literal["channel", "token"] | None = None
     """What a window's error is relative to: the norm of each output channel, published, or of each token, which is less
     easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget or a pattern."""
@@ -82,6 +85,17 @@ class Besa(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        beyond = self.budget == "exact" or self.pattern is not None
+        if self.targets is None:
+            whole = beyond and not isinstance(self.reconstruct, str)
+            object.__setattr__(self, "targets", "dense" if whole else "pruned")
+        if self.scores is None:
+            object.__setattr__(self, "scores", beyond)
+        if self.scores != beyond and (self.scores or self.pattern):
+            raise ValueError(
+                f"scores {self.scores} with budget {self.budget!r} and pattern {self.pattern!r}: scores are learned "
+                "with budget 'exact' or a pattern, which has nothing else to learn"
+            )
         if self.row_group not in ("row", "layer") and (isinstance(self.row_group, str) or self.row_group < 1):
             raise ValueError(f"row_group {self.row_group!r} is not 'row', 'layer' or a number of rows")
         if self.targets not in ("pruned", "dense"):
@@ -204,7 +218,7 @@ class Besa(Method):
 
     def _learner(self, block: Block, part: Block, name: str, statistics: dict[str, InputStatistics]) -> "_Learner":
         """Of a part of the block; under a budget, what is not ignored makes up for what is."""
-        kind = _PatternLearner if self.pattern else _BudgetLearner if self.budget == "exact" else _Learner
+        kind = _ScoreLearner if self.scores else _BudgetLearner if self.budget == "exact" else _Learner
         some = sum(linear.weight.numel() for linear in block.projections.values())
         whole = sum(linear.weight.numel() for linear in projections(block.module).values())
         return kind(self, part, name, statistics, Fraction(whole, some) if self._has_budget else Fraction(1))
@@ -400,37 +414,39 @@ class _BudgetLearner(_Learner):
         return {name: allocation.keep_mask(count) for (name, allocation), count in by_name}
 
 
-class _PatternLearner(_BudgetLearner):
-    """The same where a pattern is kept to: a score for each column of a row group says which of M stay.
+class _ScoreLearner(_BudgetLearner):
+    """The same where a score for each weight (of a row group: each column) says which stay, of a row or of every M.
 
-    Where the pattern leaves N open, theta says how many of each M; else it is not learned.
+    Where a pattern leaves nothing open, how many stay is not learned.
     """
 
     def prepare(
         self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
     ) -> None:
-        self.n, self.m = parse_pattern(self.method.pattern)
+        self.n, self.m = parse_pattern(self.method.pattern) if self.method.pattern else (None, None)
         super().prepare(weights, scores, device, steps)
         shapes = {name: (n, weights[name].shape[1]) for name, n in self.groups.items()}
         self.scores, lr = _Flat(shapes, 0.0, device), self.method.lr
         rates = {self.scores: SCORE_LR * lr} | ({self.theta: lr} if self.n is None else {})
         self._descend(rates, steps)
 
-    def _create(self, weight: Tensor, scores: Tensor) -> Patterned:
-        return Patterned.create(weight, scores, self.m)
+    def _create(self, weight: Tensor, scores: Tensor) -> Scored:
+        return Scored.create(weight, scores, self.m)
 
     def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
         """How many weights of each row go."""
         rows = [len(each.weight) for each in self.allocations.values()]
-        steps = [
-            a.new_full((n,), self.allocations[name].step) for n, (name, a) in zip(rows, alpha.items(), strict=True)
-        ]
-        steps = torch.cat(steps).long()
+        per_row = lambda numbers: torch.tensor(numbers).repeat_interleave(torch.tensor(rows)).to(self.sizes.device)
+        columns = per_row([each.weight.shape[1] for each in self.allocations.values()])
+        steps = per_row([each.step for each in self.allocations.values()])
+        shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
+        wanted = torch.cat(shares) * columns
         if self.n is not None:
             counts = steps * (self.m - self.n)
+        elif self.m:
+            counts = stepped_counts(wanted, steps, self.m, self.total)
         else:
-            shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
-            counts = stepped_counts(torch.cat(shares) * steps * self.m, steps, self.m, self.total)
+            counts = whole_counts(wanted, columns, self.total)
         return dict(zip(self.allocations, counts.split(rows), strict=True))
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:

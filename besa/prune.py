@@ -159,7 +159,7 @@ class Method:
     def config(self) -> dict[str, Any]:
         """Name and fields, for records, as JSON gives them back; pattern and ignore only where they are used."""
         fields = {"method": self.name, **asdict(self)}
-        unused = {name for name in ("pattern", "ignore") if not fields[name]}  # as in the records made before them
+        unused = {name for name in ("pattern", "ignore", "scores") if not fields.get(name)}  # as in older records
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {name: value for name, value in plain.items() if name not in unused}
 

@@ -16,7 +16,7 @@ from besa.besa import Besa
 from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, inverse_cholesky
 from besa.masks import parse_pattern, places
-from besa.patterns import Patterned, stepped_counts
+from besa.scores import Scored, stepped_counts
 
 METHODS = {
     "magnitude": besa.Magnitude,
@@ -175,7 +175,7 @@ def test_scores_and_sparsities_get_the_gradient_of_the_mask():
     generator = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(6, 32, generator=generator), torch.rand(6, 32, generator=generator)
     toward, scores = torch.randn(6, 32, generator=generator), torch.zeros(3, 32, requires_grad=True)
-    patterned, alpha = Patterned.create(weight, importance, 8), torch.tensor([0.5, 0.25, 0.75], requires_grad=True)
+    patterned, alpha = Scored.create(weight, importance, 8), torch.tensor([0.5, 0.25, 0.75], requires_grad=True)
     counts = torch.tensor([16, 16, 8, 8, 24, 24])
     masked = patterned(scores, counts, alpha)
     pruned = (counts // 4)[:, None]
@@ -189,9 +189,47 @@ def test_scores_and_sparsities_get_the_gradient_of_the_mask():
     torch.testing.assert_close(alpha.grad, each[0::2] + each[1::2])
 
 
+def test_unstructured_scores_rank_a_whole_row_and_meet_the_counts_exactly():
+    generator = torch.Generator().manual_seed(0)
+    weight, importance = torch.randn(6, 40, generator=generator), torch.rand(6, 40, generator=generator)
+    importance[:, 3:9] = importance[:, 3:4]  # equals: the first goes first
+    toward, scores = torch.randn(6, 40, generator=generator), torch.randn(6, 40, generator=generator) / 10
+    scores[:, 3:9] = 0
+    scores.requires_grad_()
+    scored, alpha = Scored.create(weight, importance, None), torch.full((6,), 0.5, requires_grad=True)
+    counts = torch.tensor([20, 1, 39, 40, 0, 17])
+    keep_mask = scored.keep_mask(scores, counts)
+    assert ((~keep_mask).sum(1) == counts).all()
+    ranked = (importance.log() + scores).detach()
+    order = ranked.sort(dim=1, stable=True).indices.tolist()
+    assert [{j for j, kept in enumerate(row) if not kept} for row in keep_mask.tolist()] == [
+        set(row[:count]) for row, count in zip(order, counts.tolist(), strict=True)
+    ]
+    masked = scored(scores, counts, alpha)
+    assert ((masked != 0) >= keep_mask).all()  # while it is learned, equals at the threshold stay together
+    (masked * toward).sum().backward()
+    torch.testing.assert_close(scores.grad, toward * weight)
+    for row, count in enumerate(counts.tolist()):
+        near = order[row][max(count - 2, 0) : count + 2]  # 5 % of 40 on either side
+        expected = -40 * (toward * weight)[row, near].mean()
+        if not set(near) & set(range(3, 9)):
+            torch.testing.assert_close(alpha.grad[row], expected)
+
+
+def test_a_learned_choice_loses_less_than_learned_counts(tiny_llama, windows):
+    counts, choice = (
+        besa.prune(copy.deepcopy(tiny_llama), windows, Besa(budget="exact", scores=scores, epochs=8), progress=False)
+        for scores in (False, True)
+    )
+    assert choice.sparsity == pytest.approx(counts.sparsity, abs=1e-9)
+    assert choice.rows[0]["block_error"] < counts.rows[0]["block_error"]
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: Besa(scores=True), "scores True with budget 'penalty' and pattern None"),
+        (lambda: Besa(scores=False, pattern="2:4"), "scores False with budget 'penalty' and pattern '2:4'"),
         (lambda: besa.Wanda(pattern="4:2"), "pattern '4:2' is not 'N:M' with 0 < N < M <= 128"),
         (lambda: besa.Wanda(pattern="2/4"), "pattern '2/4' is not 'N:M'"),
         (lambda: besa.Wanda(pattern="0:4"), "pattern '0:4' is not 'N:M'"),

@@ -59,14 +59,14 @@ def bytes_for(block: nn.Module, method: Method, device: torch.device, reconstruc
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
     takes a matrix of columns x columns in float32 for each projection's inputs, three while one is factorized;
-    reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight. What BESA learns of a
-    pattern takes as much.
+    reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight. Scores that BESA
+    learns take as much.
     """
     weights = [projection.weight for projection in projections(block).values()]
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
     per_weight = 2 * itemsize + 3 + itemsize * (device.type == "cuda") + 24 * (method.quantize is not None)
     per_weight += 20 * (reconstruct is not None and reconstruct.kind == "block")
-    per_weight += 20 * (method.pattern is not None and method.name == "besa")
+    per_weight += 20 * bool(getattr(method, "scores", False))
     total = n_weights * per_weight + BESIDE
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
