@@ -545,7 +545,7 @@ class _State:
             raise ValueError(f"checkpoint {str(self.path)!r} is no state of finetune ({error}); {advice}") from error
         for name, now in self.identity.items():
             if there[name] != now:
-                raise ValueError(f"checkpoint {str(self.path)!r} is of a run with another {name}; {advice}")
+                raise ValueError(f"checkpoint {str(self.path)!r} is of a run with other {name}; {advice}")
         _assign(training.trained.parameters, state["parameters"])
         _assign(training.best, state["best"])
         training.optimizer.load_state_dict(state["optimizer"])

@@ -166,7 +166,7 @@ def test_a_finished_checkpoint_is_read_and_one_of_another_run_refused(pruned, te
         "weights": (first, text, config),
     }
     for name, (network, windows, other) in others.items():
-        with pytest.raises(ValueError, match=f"of a run with another {name}; give the same again"):
+        with pytest.raises(ValueError, match=f"of a run with other {name}; give the same again"):
             besa.finetune(network, windows, report, other, checkpoint=path, progress=False)
     path.write_bytes(b"no state")
     with pytest.raises(ValueError, match="is no state of finetune"):
