@@ -36,6 +36,7 @@ from besa.kernels import over_rows
 from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
 from besa.masks import pack_bits
+from besa.packed_files import save_pretrained
 from besa.quantize import QuantizedWeight
 
 PADDING = 64
@@ -313,22 +314,51 @@ def pack(model: PreTrainedModel, report: Any = None) -> None:
     quantized = getattr(report, "quantized", None) or {}
     blocks = find_blocks(model)
     found = {(index, name): linear for index, block in enumerate(blocks) for name, linear in projections(block).items()}
-    wanted = list(found) if keep_masks is None else [*{**keep_masks, **quantized}]
-    for index, name in wanted:
+    for index, name in [*(found if keep_masks is None else keep_masks), *quantized]:
         if (index, name) not in found or found[index, name].weight.is_meta:
             raise ValueError(f"block {index}, {name}: no such projection in the memory of this {type(model).__name__}")
-    for index, name in wanted:
-        linear, keep_mask = found[index, name], (keep_masks or {}).get((index, name))
-        if (index, name) in quantized:
-            codes = quantized[index, name]
-            bias = None if linear.bias is None else linear.bias.to(codes.codes.device)
-            packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, bias).to(linear.weight.device)
-        else:
-            packed = PackedLinear.from_linear(linear, keep_mask)
-        if not torch.equal(packed.dense(), linear.weight):
-            raise ValueError(f"block {index}, {name}: the report is of other weights than the model's; prune it again")
-        if packed.nbytes < sum(parameter.nbytes for parameter in linear.parameters()):
-            blocks[index].set_submodule(name, packed.train(linear.training))
+    for index, block in enumerate(blocks):
+        pack_block(index, block, keep_masks, quantized)
+    model.save_pretrained = functools.partial(save_pretrained, model)  # what it writes loads back packed
+
+
+def pack_block(
+    index: int,
+    block: nn.Module,
+    keep_masks: Mapping[tuple[int, str], Tensor] | None,
+    quantized: Mapping[tuple[int, str], QuantizedWeight],
+) -> None:
+    """`pack` for a model's block of this index.
+
+    Raises:
+        ValueError: a mask or codes are of other weights.
+    """
+    for name, linear in projections(block).items():
+        key = index, name
+        if keep_masks is not None and key not in keep_masks and key not in quantized:
+            continue
+        try:
+            packed = _packed_or_none(linear, (keep_masks or {}).get(key), quantized.get(key))
+        except ValueError as error:
+            raise ValueError(f"block {index}, {name}: {error}") from error
+        if packed is not None:
+            block.set_submodule(name, packed)
+
+
+def _packed_or_none(
+    linear: nn.Linear, keep_mask: Bool[Tensor, "rows columns"] | None, codes: QuantizedWeight | None = None
+) -> PackedLinear | None:
+    """A projection packed, by its codes where there are any; None where that is not smaller."""
+    weight, bias = linear.weight, linear.bias
+    if codes is None:
+        packed = PackedLinear.from_linear(linear, keep_mask)
+    else:
+        bias = None if bias is None else bias.to(codes.codes.device)
+        packed = PackedLinear.from_quantized(codes, keep_mask, weight.dtype, bias).to(weight.device)
+    if not torch.equal(packed.dense(), weight):
+        raise ValueError("the report is of other weights than the model's; prune it again")
+    smaller = packed.nbytes < sum(parameter.nbytes for parameter in linear.parameters())
+    return packed.train(linear.training) if smaller else None
 
 
 def unpack(model: PreTrainedModel) -> None:
@@ -336,6 +366,7 @@ def unpack(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.unpack())
+    vars(model).pop("save_pretrained", None)
 
 
 def find_fault(in_features: int, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]) -> str | None:

@@ -1,10 +1,13 @@
 import copy
+import json
 import pickle
+import struct
 import subprocess
 import sys
 import warnings
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,8 +15,10 @@ from hypothesis import given, settings
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import besa
 from besa import packed as packed_module
 from besa import packed_kernels as kernels
+from besa.checkpoint.pack import pack_checkpoint
 from besa.decoder import find_blocks, projections
 from besa.packed import PADDING, PackedLinear, pack, unpack
 from besa.packed_files import save_packed
@@ -139,40 +144,6 @@ def test_products_of_codes_are_those_of_the_dense_weight(shape, bits, group, dty
     torch.testing.assert_close(
         out, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype] * (1e-2 + float(expected.abs().max()))
     )
-
-
-def naive_weights(tensors, rows, columns):
-    """Read as the layout in besa/packed.py says, one weight at a time."""
-    weight = torch.zeros(rows, columns)
-    for i in range(rows):
-        at, half = int(tensors["starts"][i]), 0
-        for j in range(columns):
-            if j % 64 == 0:
-                at, half = at + half, 0
-            if not tensors["mask"][i, j // 8] >> (j % 8) & 1:
-                continue
-            value = tensors["values"][at].item()
-            if tensors["scale"] is None:
-                weight[i, j], at = value, at + 1
-                continue
-            if tensors["values"].dtype == torch.uint8:
-                value, at, half = value >> 4 * half & 15, at + half, 1 - half
-            else:
-                value, at = value % 256, at + 1
-            group = j * tensors["scale"].shape[1] // columns
-            weight[i, j] = float(tensors["scale"][i, group]) * (value - int(tensors["zero_point"][i, group]))
-    return weight
-
-
-def test_the_layout_is_the_documented_one():
-    linear = pruned_linear(3, 150, torch.float32, 0.5)
-    packed = PackedLinear.from_linear(linear)
-    assert torch.equal(naive_weights(packed._buffers, 3, 150), linear.weight)
-    for bits in (4, 8):
-        quantized, keep = pruned_codes(3, 150, bits, 75, 0.5)
-        packed = PackedLinear.from_quantized(quantized, keep, torch.float32)
-        weight = quantized.pruned(keep).dequantize(torch.float32)
-        torch.testing.assert_close(naive_weights(packed._buffers, 3, 150), weight, rtol=1e-6, atol=0)
 
 
 def test_half_zeros_take_9_bits_and_joint_codes_3():
@@ -449,3 +420,121 @@ def test_importing_besa_before_or_after_transformers_is_enough(tiny_llama, tmp_p
     code += f"; print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).model.layers[0].mlp.up_proj)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("PackedLinear(in_features=32, out_features=80")
+
+
+def read_by_the_documents(folder, name):
+    """A projection's dense float32 weight by numpy alone, from what besa/packed.py and packed_files.py document."""
+    file, kinds = (folder / "model.safetensors").read_bytes(), {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I64": "<i8"}
+    (length,) = struct.unpack("<Q", file[:8])
+    parts = {}
+    for key, entry in json.loads(file[8 : 8 + length]).items():
+        if key.rpartition(".")[0] == name:
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            stored = np.frombuffer(file[start:end], kinds.get(entry["dtype"], "u1")).reshape(entry["shape"])
+            is_bfloat16 = entry["dtype"] == "BF16"
+            parts[key.rpartition(".")[2]] = (stored.astype("u4") << 16).view("f4") if is_bfloat16 else stored
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]["projections"][name]
+    columns, values = config["in_features"], parts["values"][:-64]
+    kept = np.unpackbits(parts["mask"], axis=1, bitorder="little")  # (rows, columns up to a multiple of 64)
+    if config["tensors"]["values"][0] == "uint8":  # two codes a byte; a word of 64 columns starts a new one
+        counts = kept.reshape(-1, 64).sum(1)
+        ends = (2 * ((counts + 1) // 2)).cumsum()
+        halves = np.stack([values & 15, values >> 4], 1).flatten()
+        values = np.delete(halves, ends[counts % 2 == 1] - 1)
+    weight = np.zeros((len(kept), columns), "f4")
+    weight[kept[:, :columns] == 1] = values
+    if "scale" in parts:
+        size = columns // parts["scale"].shape[1]
+        scale, zero = (parts[part].astype("f4").repeat(size, axis=1) for part in ("scale", "zero_point"))
+        weight = np.where(kept[:, :columns] == 1, scale * (weight - zero), 0)
+    return torch.from_numpy(weight)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@torch.no_grad()
+def test_a_reader_written_from_the_documents_reads_a_file(tiny_llama, tmp_path, bits):
+    model = tiny_llama.to(torch.bfloat16)
+    report = JointReport(model, bits) if bits else prune_half(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "_proj" in name}
+    packed_folder(model, tmp_path, report)
+    for name, weight in weights.items():
+        assert torch.equal(read_by_the_documents(tmp_path, name.removesuffix(".weight")).bfloat16(), weight), name
+
+
+@torch.no_grad()
+def test_a_packed_model_saves_itself_and_an_unpacked_one_as_any_other(tiny_llama, windows, tmp_path):
+    prune_half(tiny_llama)
+    dense = copy.deepcopy(tiny_llama)
+    pack(tiny_llama)
+    for number, model in enumerate([tiny_llama, copy.deepcopy(tiny_llama), pickle.loads(pickle.dumps(tiny_llama))]):
+        model.save_pretrained(tmp_path / str(number))
+        assert not hasattr(model.config, "quantization_config")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert torch.equal(loaded(windows).logits, tiny_llama(windows).logits)
+        loaded.save_pretrained(tmp_path / "again")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").model.layers[0].mlp.up_proj.nbytes
+    unpack(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(windows).logits, dense(windows).logits)
+
+
+@pytest.fixture
+def pruned_folder(tiny_llama, windows, tmp_path):
+    """What `prune_checkpoint` leaves of a model with a tokenizer beside it, by method."""
+    tiny_llama.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"tokens")
+
+    def prune(method):
+        folder = tmp_path / "pruned"
+        besa.prune_checkpoint(tmp_path / "source", folder, windows, method, progress=False, device="cpu")
+        return folder
+
+    return prune
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_pack_writes_a_pruned_checkpoint_block_by_block(pruned_folder, tmp_path, bits):
+    folder = pruned_folder(besa.Wanda(quantize=besa.Quantize(bits=bits) if bits else None))
+    command = [sys.executable, "-m", "besa", "pack", str(folder), str(tmp_path / "packed")]
+    assert "MB of weights" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "packed" / "tokenizer.model").read_bytes() == b"tokens"
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")
+    projection = model.model.layers[1].mlp.up_proj
+    assert projection.values.dtype == (torch.uint8 if bits else torch.bfloat16)
+    assert len(list((tmp_path / "packed").glob("model-*.safetensors"))) == 3 + 1
+    save_packed(model, tmp_path / "saved")  # says the same of itself
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("packed", "saved")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    unpack(model)
+    for (name, weight), (_, expected) in zip(model.state_dict().items(), dense.state_dict().items(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def test_pack_takes_any_checkpoint_with_zeros_and_load_model_gives_it_packed_or_dense(
+    tiny_llama, smollm2, tmp_path, windows
+):
+    prune_half(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path / "zeros")
+    smollm2[1].save_pretrained(tmp_path / "zeros")
+    before, after = pack_checkpoint(tmp_path / "zeros", tmp_path / "packed")
+    assert after < before
+    packed, _ = besa.load_model(str(tmp_path / "packed"), "float32", "cpu")
+    dense, _ = besa.load_model(str(tmp_path / "packed"), "float32", "cpu", packed=False)
+    assert isinstance(packed.model.layers[0].mlp.up_proj, PackedLinear)
+    for (name, weight), (_, expected) in zip(dense.state_dict().items(), tiny_llama.state_dict().items(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def test_pack_refuses_what_it_cannot_do_and_leaves_nothing(tiny_llama, pruned_folder, tmp_path):
+    folder = pruned_folder(besa.Wanda())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="too few zeros"):
+        pack_checkpoint(tmp_path / "source", tmp_path / "packed")
+    with pytest.raises(ValueError, match="lies in or around"):
+        pack_checkpoint(folder, folder / "packed")
+    masks = sorted((folder / "besa").glob("masks-*"))
+    masks[0].write_bytes(masks[1].read_bytes().replace(b'"1.', b'"0.').replace(b'\\"1.', b'\\"0.'))
+    with pytest.raises(ValueError, match=r"block 0, .*: the report is of other weights"):
+        pack_checkpoint(folder, tmp_path / "packed")
+    assert sorted(tmp_path.iterdir()) == before
