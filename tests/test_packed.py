@@ -80,6 +80,8 @@ def bits_of(tensor):
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 200))
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 seeds = st.integers(0, 1000)
+products = st.sampled_from(["packed", "tiles", "dense"])
+tiled = pytest.mark.skipif(not kernels.has_tiles(), reason="no tile registers here")
 
 
 @settings(deadline=None, max_examples=150)
@@ -111,13 +113,13 @@ def test_codes_give_the_weights_of_the_joint_model(shape, bits, groups, dtype, s
 
 
 @settings(deadline=None, max_examples=150)
-@given(shapes, st.sampled_from(DTYPES), sparsities, st.sampled_from(PATHS), st.integers(1, 40), seeds, st.booleans())
-def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, tokens, seed, all_packed):
+@given(shapes, st.sampled_from(DTYPES), sparsities, st.sampled_from(PATHS), st.integers(1, 40), seeds, products)
+def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, tokens, seed, product):
     linear = pruned_linear(*shape, dtype, sparsity, seed)
     x = torch.randn(2, tokens, shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
     with on_path(path):
         packed = PackedLinear.from_linear(linear)
-        packed._most_packed = lambda: 1000 if all_packed else 1
+        packed._fastest = lambda n: product if product in packed._products() else "dense"
         out = packed(x)
     expected = linear.double()(x.double())
     assert out.dtype == dtype and out.shape == (2, tokens, shape[0])
@@ -129,16 +131,18 @@ def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, to
 @settings(deadline=None, max_examples=150)
 @given(
     shapes, st.sampled_from([3, 4, 8]), st.sampled_from([None, 64, 128]), st.sampled_from(DTYPES), sparsities,
-    st.sampled_from(PATHS), st.integers(1, 20), seeds,
+    st.sampled_from(PATHS), st.integers(1, 40), seeds, products,
 )  # fmt: skip
-def test_products_of_codes_are_those_of_the_dense_weight(shape, bits, group, dtype, sparsity, path, tokens, seed):
+def test_products_of_codes_are_those_of_the_dense_weight(
+    shape, bits, group, dtype, sparsity, path, tokens, seed, product
+):
     rows, columns = shape[0], 128 * (1 + shape[1] // 64) if group else shape[1]
     quantized, keep = pruned_codes(rows, columns, bits, group, sparsity, seed)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(seed)).to(dtype)
     with on_path(path):
         packed = PackedLinear.from_quantized(quantized, keep, dtype, bias)
-        packed._most_packed = lambda: 1000
+        packed._fastest = lambda n: product if product in packed._products() else "packed"
         out = packed(x).double()
     expected = x.double() @ quantized.pruned(keep).dequantize(torch.float32).double().T + bias.double()
     torch.testing.assert_close(
@@ -161,13 +165,14 @@ def test_a_mask_prunes_and_may_keep_a_zero():
     assert len(packed.values) == keep.sum() + PADDING
 
 
-def test_the_same_bits_every_time_and_on_any_number_of_threads():
+@pytest.mark.parametrize("product", ["packed", pytest.param("tiles", marks=tiled)])
+def test_the_same_bits_every_time_and_on_any_number_of_threads(product):
     packed = PackedLinear.from_linear(pruned_linear(600, 4096, torch.bfloat16, 0.5))
     x = torch.randn(3, 4096).bfloat16()
     outs, n_threads = [], torch.get_num_threads()
     for n in (1, 2, 1, 2):
         torch.set_num_threads(n)
-        outs += [packed._multiply_packed(x), packed._multiply_packed(x[:2])]
+        outs += [packed._products()[product](x), packed._products()[product](x[:2])]
     torch.set_num_threads(n_threads)
     assert all(torch.equal(out, outs[0]) for out in outs[::2])
     assert all(torch.equal(out, outs[1]) for out in outs[1::2])
@@ -278,14 +283,31 @@ def test_a_processor_without_instructions_is_told_once():
 
 
 @pytest.mark.skipif(kernels.instructions() == "none", reason="nothing is compiled here")
-def test_a_crossover_is_measured_once_on_a_machine(monkeypatch, tmp_path):
+def test_the_fastest_product_is_measured_once_on_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(packed_module, "cache_folder", lambda: tmp_path)
-    packed = PackedLinear.from_linear(pruned_linear(64, 128, torch.float32, 0.5))
-    found = packed._most_packed()
-    assert found in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    packed_module._known_crossovers.cache_clear()  # another process
-    monkeypatch.setattr(packed_module, "_measure_crossover", lambda packed: pytest.fail("measured again"))
-    assert packed._most_packed() == found
+    packed = PackedLinear.from_linear(pruned_linear(64, 128, torch.bfloat16, 0.5))
+    packed(torch.ones(1, 128).bfloat16())
+    found = packed._fastest(9)
+    assert found in packed._products()
+    packed_module._known_products.cache_clear()  # another process
+    monkeypatch.setattr(packed_module, "_measure_products", lambda *_: pytest.fail("measured again"))
+    assert packed._fastest(16) == found
+
+
+@tiled
+@pytest.mark.parametrize("codes", [False, True])
+def test_tiles_hold_many_rows_and_tokens_beside_torchs_own(codes):
+    """More rows than are dense at a time, more tokens than a pass takes, and torch's tile registers in between."""
+    if codes:
+        packed = PackedLinear.from_quantized(*pruned_codes(301, 640, 4, 128, 0.5), torch.bfloat16)
+    else:
+        packed = PackedLinear.from_linear(pruned_linear(301, 640, torch.bfloat16, 0.5))
+    linear, x = packed.unpack(), torch.randn(530, 640, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for n in (530, 33, 2):
+        before = nn.functional.linear(x[:n], linear.weight)
+        out = packed._multiply_tiles(x[:n])
+        assert torch.equal(nn.functional.linear(x[:n], linear.weight), before)
+        torch.testing.assert_close(out, linear(x[:n]), rtol=1e-2, atol=1e-2 * float(out.abs().max()))
 
 
 def prune_half(model):
