@@ -2,7 +2,9 @@
 
 A projection `model.layers.0.mlp.up_proj` is stored as `model.layers.0.mlp.up_proj.mask`, `.starts`, `.values` and,
 where it has them, `.scale`, `.zero_point` and `.bias`. config.json says in `quantization_config`: `quant_method`
-"besa_packed", `format_version`, and by projection its `in_features`, `dtype`, and each tensor's dtype and shape.
+"besa_packed", `format_version`, and by projection its `in_features` (columns), `dtype`, and each tensor's dtype and
+shape, under `projections`. Everything else is stored as in any other checkpoint. safetensors: 8 bytes little-endian n,
+n bytes of JSON (by tensor its dtype, shape and first and last offset behind the JSON), then the tensors.
 
 Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` read such a folder. `import besa` sees
 to it once transformers is loaded, when files of besa may be half loaded: so packed.py is imported where it is used.

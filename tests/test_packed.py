@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa import packed as packed_module
@@ -407,9 +407,11 @@ def test_from_pretrained_gives_a_saved_packed_model_back(tiny_llama, windows, tm
         packed_folder(loaded, tmp_path / "again")
 
 
-def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
-    prune_half(tiny_llama)
-    file = packed_folder(tiny_llama, tmp_path) / "model.safetensors"
+@pytest.mark.parametrize("joint", [False, True])
+@torch.no_grad()
+def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path, joint):
+    report = JointReport(tiny_llama, bits=4) if joint else prune_half(tiny_llama)
+    file = packed_folder(tiny_llama, tmp_path, report) / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-5])
     with pytest.raises(ValueError, match=r"model.safetensors has \d+ bytes"):
@@ -418,7 +420,8 @@ def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     tensors = safetensors.torch.load(content)
-    tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 1
+    tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 0b111  # by an odd number; a byte holds two codes
+    tensors["model.layers.1.mlp.up_proj.mask"][3, 1:4] = 255
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: .*row 3"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -560,3 +563,33 @@ def test_pack_refuses_what_it_cannot_do_and_leaves_nothing(tiny_llama, pruned_fo
     with pytest.raises(ValueError, match=r"block 0, .*: the report is of other weights"):
         pack_checkpoint(folder, tmp_path / "packed")
     assert sorted(tmp_path.iterdir()) == before
+
+
+RESIDENT = """
+import ctypes, gc, sys
+import psutil, torch
+import besa.packed
+from transformers import AutoModelForCausalLM
+
+model = None
+for _ in range(2):  # the first round loads libraries and compiled code, too
+    model = None
+    gc.collect(), ctypes.CDLL(None).malloc_trim(0)
+    before = psutil.Process().memory_info().rss
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+    model(torch.ones(1, 1, dtype=torch.int64))
+    ctypes.CDLL(None).malloc_trim(0)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to give memory back")
+@pytest.mark.parametrize("joint", [False, True])
+@torch.no_grad()
+def test_a_loaded_model_takes_the_memory_of_its_file(tmp_path, joint):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=64)).to(torch.bfloat16)
+    folder = packed_folder(model, tmp_path, JointReport(model, 4) if joint else prune_half(model))
+    done = subprocess.run([sys.executable, "-c", RESIDENT, str(folder)], capture_output=True, text=True, check=True)
+    size = (folder / "model.safetensors").stat().st_size
+    assert int(done.stdout) < 1.1 * size + 2e6
