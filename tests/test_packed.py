@@ -565,6 +565,13 @@ def test_pack_refuses_what_it_cannot_do_and_leaves_nothing(tiny_llama, pruned_fo
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_packed_model_is_not_pruned_but_told_how_to_become_dense(tiny_llama, windows):
+    prune_half(tiny_llama)
+    pack(tiny_llama)
+    with pytest.raises(ValueError, match="a packed model becomes dense"):
+        besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+
+
 RESIDENT = """
 import ctypes, gc, sys
 import psutil, torch
