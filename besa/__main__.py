@@ -1,4 +1,4 @@
-"""`besa`, or `python -m besa`: prune a checkpoint into another one, evaluate one, write the embedded model as one.
+"""`besa`, or `python -m besa`: prune a checkpoint into another one, pack it, evaluate it, write the embedded one.
 
 What is heavy is imported where it is used, so that `--help` answers at once.
 """
@@ -117,6 +117,23 @@ def prune(
         return
     report = besa.prune_checkpoint(source, output, windows, chosen, **places)
     _say(f"{report}\n{output} is an ordinary checkpoint: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+@app.command()
+@_plainly()
+def pack(
+    source: Annotated[str, typer.Argument(help="folder of a pruned checkpoint: of `besa prune`, or any with zeros")],
+    output: Annotated[Path, typer.Argument(help="folder to make")],
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Write a pruned checkpoint packed, one block in memory at a time: a bit per weight and what survived.
+
+    After `import besa`, `from_pretrained` loads it, and it is multiplied as it is.
+    """
+    from besa.checkpoint.pack import pack_checkpoint
+
+    before, after = pack_checkpoint(source, output, trust_remote_code)
+    _say(f"wrote {output}: {after / 1e6:.1f} MB of weights, {after / before:.3f} of the {before / 1e6:.1f} MB before")
 
 
 @app.command()

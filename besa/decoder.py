@@ -127,6 +127,11 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
             problem = _problem(block, name, parameter, values)
             if problem:
                 raise ValueError(f"block {index}, {name}: {problem}")
+        if not projections(block):
+            raise ValueError(
+                f"block {index} has no torch.nn.Linear to prune; a packed model becomes dense by besa.unpack(model) or "
+                "besa.load_model(..., packed=False)"
+            )
 
 
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:

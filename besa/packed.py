@@ -36,12 +36,15 @@ from besa.kernels import over_rows
 from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
 from besa.masks import pack_bits
+from besa.packed_files import save_pretrained
 from besa.quantize import QuantizedWeight
 
 PADDING = 64
 """Zeros behind the last value."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
+MOST_TILED = 512
+"""Tokens whose tiles and sums stay in a cache."""
 SCRATCH, BLOCK = 2**22, 256
 """Weights that are dense at a time while many tokens are multiplied: few enough for a cache, in blocks of rows."""
 
@@ -49,8 +52,9 @@ SCRATCH, BLOCK = 2**22, 256
 class PackedLinear(nn.Module):
     """A linear map whose pruned weights take one bit each; what it computes is `nn.Linear`'s, within rounding.
 
-    Made by `from_linear` or `from_quantized`. Few tokens are multiplied by the packed rows as they are; for many, rows
-    are unpacked in slices, and torch multiplies. Gradients reach the inputs; the weights are not trained.
+    Made by `from_linear` or `from_quantized`. One token is multiplied by the packed rows as they are. Several take what
+    is fastest here: that, tiles of the rows made dense in a cache, or slices of rows made dense for torch's product.
+    Gradients reach the inputs; the weights are not trained.
     """
 
     def __init__(
@@ -169,8 +173,9 @@ class PackedLinear(nn.Module):
             return nn.functional.linear(x, self.dense(), self.bias)
         tokens = x.reshape(-1, self.in_features)
         self._check()
-        few = x.dtype == self.dtype and self._is_compiled() and (len(tokens) == 1 or len(tokens) <= self._most_packed())
-        out = self._multiply_packed(tokens) if few else self._multiply_dense(tokens)
+        compiled = x.dtype == self.dtype and self._is_compiled() and len(tokens) > 0
+        name = "dense" if not compiled else "packed" if len(tokens) == 1 else self._fastest(len(tokens))
+        out = self._products()[name](tokens)
         return out.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -196,6 +201,29 @@ class PackedLinear(nn.Module):
             multiply = lambda *slices, rest=rest: kernels.multiply(*slices, *rest)
             over_rows(multiply, *rows, bias, by_row[:, some], work=8 * rows[0].size)
         return out[: len(tokens)]
+
+    def _multiply_tiles(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
+        """Passes over the packed rows, dense a few at a time, for up to `MOST_TILED` tokens each."""
+        *rows, bias, values = self._arrays
+        out = torch.empty(len(tokens), self.out_features, dtype=self.dtype)
+        for first in range(0, len(tokens), MOST_TILED):
+            xs = self._tiles(tokens[first : first + MOST_TILED])
+            few = len(xs) == 1  # a first-level cache holds two tiles' rows and these, a second-level one the rest
+            sizes = (32, 8 if self.scale is None else 4) if few else (256, 4)
+            rest = values, kernels.tile_shapes(), xs, (0,) * xs.shape[1], *sizes
+            multiply = lambda *slices, rest=rest: kernels.multiply_tiles(*slices, *rest)
+            by_row = _numpy(out[first : first + MOST_TILED]).T
+            over_rows(multiply, *rows, bias, by_row, work=8 * rows[0].size * len(xs))
+        return out
+
+    def _tiles(self, tokens: Float[Tensor, "tokens columns"]) -> np.ndarray:
+        """Inputs as tile registers take them: pairs of columns, 16 tokens wide."""
+        columns, lanes = 8 * self.mask.shape[1], 1 if len(tokens) <= kernels.TILE else 2
+        n_passes = -(-len(tokens) // (lanes * kernels.TILE))
+        room = columns - self.in_features, n_passes * lanes * kernels.TILE - len(tokens)
+        pairs = nn.functional.pad(tokens.detach(), (0, room[0], 0, room[1])).contiguous().view(torch.uint32)
+        pairs = pairs.view(n_passes, lanes, kernels.TILE, columns // 2)
+        return pairs.transpose(2, 3).contiguous().numpy()
 
     def _multiply_dense(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Slices of rows, unpacked one after the other into the same memory."""
@@ -249,10 +277,20 @@ class PackedLinear(nn.Module):
         )
         return whole and self.mask.device.type == "cpu" and kernels.instructions() != "none"
 
-    def _most_packed(self) -> int:
-        """The most tokens that are multiplied faster by packed rows than by dense ones."""
-        kinds = f"{self.values.dtype} {self.dtype} {self.out_features} x {self.in_features}"
-        return _crossover(f"{kinds}, {kernels.instructions()}, {torch.get_num_threads()} threads", self)
+    def _products(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What multiplies inputs of this projection's precision here, by name."""
+        products = {"packed": self._multiply_packed, "dense": self._multiply_dense}
+        wide = self.dtype == torch.bfloat16 and self.values.dtype != torch.int8
+        if wide and kernels.instructions() == "avx512" and kernels.has_tiles():
+            products["tiles"] = self._multiply_tiles
+        return products
+
+    def _fastest(self, n_tokens: int) -> str:
+        """The product that takes the least time for so many tokens, found by measuring."""
+        n_tokens = min(MOST_TILED, 1 << (n_tokens - 1).bit_length())
+        kinds = f"{self.values.dtype} {self.dtype} {self.out_features} x {self.in_features}, {n_tokens} tokens"
+        here = f"{kernels.instructions()} {'/'.join(self._products())}, {torch.get_num_threads()} threads"
+        return _fastest(f"{kinds}, {here}", self, n_tokens)
 
     def _check(self) -> None:
         """Look the tensors through where they are not those looked through last: no kernel reads beyond the values."""
@@ -313,22 +351,51 @@ def pack(model: PreTrainedModel, report: Any = None) -> None:
     quantized = getattr(report, "quantized", None) or {}
     blocks = find_blocks(model)
     found = {(index, name): linear for index, block in enumerate(blocks) for name, linear in projections(block).items()}
-    wanted = list(found) if keep_masks is None else [*{**keep_masks, **quantized}]
-    for index, name in wanted:
+    for index, name in [*(found if keep_masks is None else keep_masks), *quantized]:
         if (index, name) not in found or found[index, name].weight.is_meta:
             raise ValueError(f"block {index}, {name}: no such projection in the memory of this {type(model).__name__}")
-    for index, name in wanted:
-        linear, keep_mask = found[index, name], (keep_masks or {}).get((index, name))
-        if (index, name) in quantized:
-            codes = quantized[index, name]
-            bias = None if linear.bias is None else linear.bias.to(codes.codes.device)
-            packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, bias).to(linear.weight.device)
-        else:
-            packed = PackedLinear.from_linear(linear, keep_mask)
-        if not torch.equal(packed.dense(), linear.weight):
-            raise ValueError(f"block {index}, {name}: the report is of other weights than the model's; prune it again")
-        if packed.nbytes < sum(parameter.nbytes for parameter in linear.parameters()):
-            blocks[index].set_submodule(name, packed.train(linear.training))
+    for index, block in enumerate(blocks):
+        pack_block(index, block, keep_masks, quantized)
+    model.save_pretrained = functools.partial(save_pretrained, model)  # what it writes loads back packed
+
+
+def pack_block(
+    index: int,
+    block: nn.Module,
+    keep_masks: Mapping[tuple[int, str], Tensor] | None,
+    quantized: Mapping[tuple[int, str], QuantizedWeight],
+) -> None:
+    """`pack` for a model's block of this index.
+
+    Raises:
+        ValueError: a mask or codes are of other weights.
+    """
+    for name, linear in projections(block).items():
+        key = index, name
+        if keep_masks is not None and key not in keep_masks and key not in quantized:
+            continue
+        try:
+            packed = _packed_or_none(linear, (keep_masks or {}).get(key), quantized.get(key))
+        except ValueError as error:
+            raise ValueError(f"block {index}, {name}: {error}") from error
+        if packed is not None:
+            block.set_submodule(name, packed)
+
+
+def _packed_or_none(
+    linear: nn.Linear, keep_mask: Bool[Tensor, "rows columns"] | None, codes: QuantizedWeight | None = None
+) -> PackedLinear | None:
+    """A projection packed, by its codes where there are any; None where that is not smaller."""
+    weight, bias = linear.weight, linear.bias
+    if codes is None:
+        packed = PackedLinear.from_linear(linear, keep_mask)
+    else:
+        bias = None if bias is None else bias.to(codes.codes.device)
+        packed = PackedLinear.from_quantized(codes, keep_mask, weight.dtype, bias).to(weight.device)
+    if not torch.equal(packed.dense(), weight):
+        raise ValueError("the report is of other weights than the model's; prune it again")
+    smaller = packed.nbytes < sum(parameter.nbytes for parameter in linear.parameters())
+    return packed.train(linear.training) if smaller else None
 
 
 def unpack(model: PreTrainedModel) -> None:
@@ -336,6 +403,7 @@ def unpack(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.unpack())
+    vars(model).pop("save_pretrained", None)
 
 
 def find_fault(in_features: int, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]) -> str | None:
@@ -454,15 +522,15 @@ def _scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return rooms[dtype, device]
 
 
-def _crossover(kinds: str, packed: PackedLinear) -> int:
-    """The most tokens that packed rows multiply faster than unpacked ones: measured once on a machine, then read.
+def _fastest(kinds: str, packed: PackedLinear, n_tokens: int) -> str:
+    """The name of the fastest product: measured once on a machine, then read.
 
-    From a file in `cache_folder()`, since the two round differently, and a machine should repeat its results.
+    From a file in `cache_folder()`, since they round differently, and a machine should repeat its results.
     """
-    path = cache_folder() / "packed" / f"crossovers-torch-{torch.__version__}.json"
-    key, known = f"{kinds}, {kernels.processor()}", _known_crossovers(path)
+    path = cache_folder() / "packed" / f"products-torch-{torch.__version__}.json"
+    key, known = f"{kinds}, {kernels.processor()}", _known_products(path)
     if key not in known:
-        known[key] = _measure_crossover(packed)
+        known[key] = _measure_products(packed, n_tokens)
         with contextlib.suppress(OSError):  # where nothing can be kept, the next process measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(known, indent=1))
@@ -470,7 +538,7 @@ def _crossover(kinds: str, packed: PackedLinear) -> int:
 
 
 @functools.cache
-def _known_crossovers(path: Path) -> dict[str, int]:
+def _known_products(path: Path) -> dict[str, str]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -478,17 +546,11 @@ def _known_crossovers(path: Path) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _measure_crossover(packed: PackedLinear, most: int = 1024) -> int:
-    n = 1
-    while n < most:
-        tokens = torch.ones(2 * n, packed.in_features, dtype=packed.dtype)
-        products = packed._multiply_packed, packed._multiply_dense
-        seconds = [[_seconds(product, tokens) for product in products] for _ in range(4)]  # the first compiles
-        direct, dense = (min(column) for column in zip(*seconds[1:], strict=True))
-        if direct > dense:
-            break
-        n *= 2
-    return n
+def _measure_products(packed: PackedLinear, n_tokens: int) -> str:
+    tokens, products = torch.ones(n_tokens, packed.in_features, dtype=packed.dtype), packed._products()
+    seconds = [[_seconds(product, tokens) for product in products.values()] for _ in range(8)]  # the first compiles
+    least = [min(column) for column in zip(*seconds[1:], strict=True)]
+    return min(zip(least, products, strict=True))[1]
 
 
 def _seconds(product: Callable[[Tensor], Tensor], tokens: Tensor) -> float:

@@ -2,12 +2,15 @@
 
 A projection `model.layers.0.mlp.up_proj` is stored as `model.layers.0.mlp.up_proj.mask`, `.starts`, `.values` and,
 where it has them, `.scale`, `.zero_point` and `.bias`. config.json says in `quantization_config`: `quant_method`
-"besa_packed", `format_version`, and by projection its `in_features`, `dtype`, and each tensor's dtype and shape.
+"besa_packed", `format_version`, and by projection its `in_features` (columns), `dtype`, and each tensor's dtype and
+shape, under `projections`. Everything else is stored as in any other checkpoint. safetensors: 8 bytes little-endian n,
+n bytes of JSON (by tensor its dtype, shape and first and last offset behind the JSON), then the tensors.
 
 Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` read such a folder. `import besa` sees
 to it once transformers is loaded, when files of besa may be half loaded: so packed.py is imported where it is used.
 """
 
+import functools
 import json
 import struct
 from pathlib import Path
@@ -29,16 +32,33 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: nothing in the model is packed.
     """
+    if not packed_projections(model):
+        raise ValueError("nothing in this model is packed: call besa.packed.pack(model, report) first")
+    save_pretrained(model, folder)
+
+
+def save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
+    """What a packed model's own `save_pretrained` is: transformers', with what is packed told in config.json."""
+    packed = packed_projections(model)
+    if packed:
+        model.config.quantization_config = described(packed)
+    try:
+        type(model).save_pretrained(model, *args, **options)
+    finally:
+        if packed:
+            del model.config.quantization_config
+
+
+def packed_projections(model: nn.Module) -> dict[str, nn.Module]:
+    """The packed projections of a model or block by name."""
     from besa.packed import PackedLinear
 
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    if not packed:
-        raise ValueError("nothing in this model is packed: call besa.packed.pack(model, report) first")
-    model.config.quantization_config = PackedConfig({name: _described(module) for name, module in packed.items()})
-    try:
-        model.save_pretrained(folder)
-    finally:
-        del model.config.quantization_config
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def described(packed: dict[str, nn.Module]) -> "PackedConfig":
+    """What config.json says of packed projections by name."""
+    return PackedConfig({name: _described(module) for name, module in packed.items()})
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
@@ -86,6 +106,7 @@ class PackedQuantizer(HfQuantizer):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; fetch or write the file again") from error
         self.remove_quantization_config(model)
+        model.save_pretrained = functools.partial(save_pretrained, model)
 
     def is_serializable(self) -> bool:
         return True

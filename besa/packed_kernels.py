@@ -6,14 +6,19 @@ nobody needs a compiler:
 
 - avx512 (Sapphire Rapids, Zen 4 and later), for bfloat16 inputs: VPEXPANDW spreads 32 bfloat16 values to their columns,
   VPEXPANDB 64 codes of 4 bits, VDPBF16PS multiplies and sums.
+- amx_bf16 (Sapphire Rapids and later), for 2 and more bfloat16 inputs: some rows at a time are spread in the same way
+  into a cache, whence TDPBF16PS multiplies 16 of them with 16 inputs.
 - avx2, for float32 inputs and any values: 8 bits of mask look up the permutation that spreads 8 values as float32.
 
 Other processors have neither: `instructions` says "none".
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
+import platform
+import sys
 from typing import no_type_check
 
 import numpy as np
@@ -31,6 +36,8 @@ WORD = 64
 """Columns of one mask word."""
 MOST_TOKENS = 16
 """Inputs that one pass over the packed bytes can multiply: their sums fill the registers."""
+TILE, LINE = 16, 64
+"""Rows of a tile register, bytes of each."""
 PREFETCH = 2048  # bytes ahead; without it the product takes twice the time
 AVX2 = {"avx2", "fma", "f16c", "popcnt"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512bf16"}
@@ -41,13 +48,32 @@ def instructions() -> str:
     """What the processor offers that numba compiles for: "avx512", "avx2" or "none"."""
     if numba is None:
         return "none"
-    features = {name[1:] for name in _target()[2].split(",") if name.startswith("+")}
-    return "avx512" if features >= AVX512 else "avx2" if features >= AVX2 else "none"
+    return "avx512" if _features() >= AVX512 else "avx2" if _features() >= AVX2 else "none"
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether there are tile registers for bfloat16, which Linux gives to a process that asks (ARCH_REQ_XCOMP_PERM)."""
+    there = instructions() == "avx512" and {"amx-tile", "amx-bf16"} <= _features()
+    asked = there and sys.platform == "linux" and platform.machine() == "x86_64"
+    return asked and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0  # arch_prctl, for XTILEDATA
+
+
+@functools.cache
+def tile_shapes() -> np.ndarray:
+    """What configures the tile registers: eight of 16 rows of 64 bytes."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0], shapes[16:32:2], shapes[48:56] = 1, LINE, TILE
+    return shapes
 
 
 def processor() -> str:
     """The processor's name, as LLVM knows it."""
     return _target()[1]
+
+
+def _features() -> set[str]:
+    return {name[1:] for name in _target()[2].split(",") if name.startswith("+")}
 
 
 def _target() -> tuple[str, str, str]:
@@ -107,6 +133,11 @@ if numba is not None:
                 self.b.insert_element(undefined, scalar, I32(0)), undefined, self.all(V(I32, count), 0)
             )
 
+        def tile(self, name, *arguments):
+            """An instruction on tile registers (amx_tile, amx_bf16)."""
+            self.call(f"llvm.x86.{name}", ir.VoidType(), *arguments)
+            return self.context.get_dummy_value()
+
         def ones(self, bits):
             count = self.call(f"llvm.ctpop.i{bits.type.width}", bits.type, bits)
             return count if bits.type == I64 else self.b.zext(count, I64)
@@ -159,8 +190,8 @@ if numba is not None:
             self.is_code = self.kind in (types.uint8, types.int8)  # two codes a byte, one
             self.mask, (_, self.words) = self.array(kinds[0], mask)
             self.mask = self.at(self.mask, builder.mul(self.index, self.words), 8)
-            values, _ = self.array(kinds[2], values)
-            self.next = cgutils.alloca_once_value(builder, self.at(values, start, self.kind.bitwidth // 8))
+            self.values, _ = self.array(kinds[2], values)
+            self.next = cgutils.alloca_once_value(builder, self.at(self.values, start, self.kind.bitwidth // 8))
             self.groups = I64(1)
             if self.is_code:
                 self.scale, (_, self.groups) = self.array(kinds[4], scale)
@@ -169,13 +200,17 @@ if numba is not None:
             self.words_of_group = builder.udiv(self.words, self.groups)
             self.permutations = None if kinds[6] == types.none else self.array(kinds[6], permutations)[0]
 
+        def enter_group(self, group):
+            """Take the scale and zero-point of a group of columns; values have none."""
+            if self.is_code:
+                self.h = self.b.fpext(self.load(F16, self.at(self.scale, group, 2)), F32)
+                self.z = self.load(I8, self.at(self.zero_point, group))
+
         @contextlib.contextmanager
         def each_group(self):
             """A loop over the groups of columns that share scale and zero-point; values are one group."""
             with cgutils.for_range(self.b, self.groups) as loop:
-                if self.is_code:
-                    self.h = self.b.fpext(self.load(F16, self.at(self.scale, loop.index, 2)), F32)
-                    self.z = self.load(I8, self.at(self.zero_point, loop.index))
+                self.enter_group(loop.index)
                 yield loop.index
 
         @contextlib.contextmanager
@@ -200,12 +235,17 @@ if numba is not None:
 
         def prefetch(self, word):
             """The lines of mask and values that are needed some words from now."""
-            lines = [(self.at(self.mask, word, 8), 0), (self.b.load(self.next), 0)]
+            self.prefetch_line(self.at(self.mask, word, 8), I64(PREFETCH))
+            self.prefetch_values(I64(PREFETCH))
+
+        def prefetch_values(self, ahead):
+            """The values `ahead` bytes on."""
+            self.prefetch_line(self.b.load(self.next), ahead)
             if self.kind.bitwidth > 8:  # a word may keep more than a line of them
-                lines.append((self.b.load(self.next), 64))
-            for address, more in lines:
-                far = self.at(address, I64(PREFETCH + more))
-                self.call("llvm.prefetch.p0", ir.VoidType(), far, I32(0), I32(3), I32(1))
+                self.prefetch_line(self.b.load(self.next), self.b.add(ahead, I64(64)))
+
+        def prefetch_line(self, address, ahead):
+            self.call("llvm.prefetch.p0", ir.VoidType(), self.at(address, ahead), I32(0), I32(3), I32(1))
 
         def words32(self, word):
             """avx512: a word's columns as two vectors of 32 elements of 16 bits."""
@@ -387,12 +427,144 @@ if numba is not None:
 
         return signature, codegen
 
+    @intrinsic
+    @no_type_check
+    def _spread(typingctx, mask, row, values, at, scale, zero_point, group, first, last, ahead, tiles):
+        """Words `first` to `last` of a row, dense, go to its line of `tiles` (words * 2, 16, 32); the next index.
+
+        `ahead`: bytes from here to the values that are needed after all rows of the tiles have had their turn.
+        """
+        signature = types.int64(mask, row, values, at, scale, zero_point, group, first, last, ahead, tiles)
+
+        def codegen(context, builder, signature, args):
+            kinds = *signature.args[:6], types.none
+            row = _Row(context, builder, kinds, [*args[:6], None])
+            group, first, last, ahead, tiles = args[6:]
+            tiles = row.at(row.array(signature.args[10], tiles)[0], builder.and_(row.index, I64(TILE - 1)), LINE)
+            row.enter_group(group)
+            row.prefetch_line(row.at(row.mask, first, 8), I64(64))
+            with cgutils.for_range(builder, builder.sub(last, first)) as loop:
+                row.prefetch_values(ahead)
+                for half, part in enumerate(row.dense(builder.add(first, loop.index), types.uint16)):
+                    place = builder.add(builder.mul(loop.index, I64(2)), I64(half))
+                    row.store(part, row.at(tiles, place, TILE * LINE))
+            bytes_on = builder.sub(builder.ptrtoint(builder.load(row.next), I64), builder.ptrtoint(row.values, I64))
+            return builder.udiv(bytes_on, I64(row.kind.bitwidth // 8))
+
+        return signature, codegen
+
+    @intrinsic
+    @no_type_check
+    def _open_tiles(typingctx, shapes):
+        """Set this thread's tile registers up."""
+        return types.void(shapes), lambda context, builder, signature, args: _Builder(context, builder).tile(
+            "ldtilecfg", _Builder(context, builder).array(shapes, args[0])[0]
+        )
+
+    @intrinsic
+    @no_type_check
+    def _close_tiles(typingctx):
+        """Give this thread's tile registers back."""
+        return types.void(), lambda context, builder, signature, args: _Builder(context, builder).tile("tilerelease")
+
+    @intrinsic
+    @no_type_check
+    def _multiply_tiles(typingctx, tiles, xs, first, n, sums, lanes):
+        """sums (2, lanes, 16, 16) += `n` of both rows of tiles times those of xs (lanes, columns / 2, 16) from `first`.
+
+        `lanes`: a tuple of as many elements, one or two. Of eight registers 4 take sums, 2 weights, 2 inputs.
+        """
+
+        def codegen(context, builder, signature, args):
+            b, (_, _, first, n, _, _) = _Builder(context, builder), args
+            (tiles, (_, of_row, *_)), (x, (_, pairs, _)) = (b.array(signature.args[k], args[k]) for k in (0, 1))
+            memory, _ = b.array(signature.args[4], args[4])
+            sums = [(I8(k), b.at(memory, I64(k), TILE * LINE)) for k in range(2 * lanes.count)]
+            weights = [(I8(4 + i), b.at(tiles, builder.mul(I64(i), of_row), TILE * LINE)) for i in range(2)]
+            inputs = [
+                (I8(6 + j), b.at(b.at(x, builder.mul(I64(j), pairs), LINE), first, TILE * LINE))
+                for j in range(lanes.count)
+            ]
+            for register, address in sums:
+                b.tile("tileloadd64", register, address, I64(LINE))
+            with cgutils.for_range(builder, n) as loop:
+                for register, address in [*weights, *inputs]:
+                    b.tile("tileloadd64", register, b.at(address, loop.index, TILE * LINE), I64(LINE))
+                for k, ((w, _), (x, _)) in enumerate(itertools.product(weights, inputs)):
+                    b.tile("tdpbf16ps", I8(k), w, x)
+            for register, address in sums:
+                b.tile("tilestored64", register, address, I64(LINE))
+            return context.get_dummy_value()
+
+        return types.void(tiles, xs, first, n, sums, lanes), codegen
+
     @numba.njit(nogil=True, cache=True)
     @no_type_check
     def multiply(mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
         """out = W xs + bias; out is (rows, inputs)."""
         for row in range(mask.shape[0]):
             _multiply_row(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums, bias, out)
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def _round_tiles(bits, out):
+        """Sums (passes, tiles, 16, 16), float32 seen as uint32, to bfloat16 `out` (up to 16 rows, inputs)."""
+        tile, rows = np.empty((TILE, TILE), np.uint16), out.shape[0]
+        for k in range(bits.shape[0]):
+            for t in range(bits.shape[1]):
+                for i in range(TILE):
+                    for j in range(TILE):
+                        odd = (bits[k, t, i, j] >> np.uint32(16)) & np.uint32(1)
+                        tile[i, j] = (bits[k, t, i, j] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+                first = (k * bits.shape[1] + t) * TILE
+                for j in range(min(TILE, out.shape[1] - first)):
+                    for i in range(rows):
+                        out[i, first + j] = tile[i, j]
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def _ahead(at, start, later, word, step):
+        """How far on the values lie that are needed next: what a step took so far, or where a `later` row starts."""
+        return later - at if later else (at - start) // max(word, 1) * step
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def multiply_tiles(mask, starts, scale, zero_point, bias, out, values, shapes, xs, lanes, block, step):
+        """out = W xs + bias in bfloat16, by tiles of 16 rows and of 16 inputs; out is (rows, inputs).
+
+        xs: inputs as pairs of columns, uint32 (passes, lanes, columns / 2, 16); lanes: a tuple of as many elements.
+        block, step: rows, words of each, that are dense at a time and multiplied with all inputs.
+        """
+        rows, words = mask.shape
+        words_of_group = words if scale is None else words // scale.shape[1]
+        room = np.empty((block // TILE * 2 * step + 1) * TILE * TILE, np.uint32)
+        tiles = room[-(room.ctypes.data // 4) % TILE :][: room.size - TILE * TILE]  # whole cache lines
+        tiles = tiles.reshape(block // TILE, 2 * step, TILE, TILE)
+        sums = np.empty((block // TILE // 2, len(xs), 2, len(lanes), TILE, TILE), np.float32)
+        bits, at = sums.view(np.uint32), np.empty(block, np.int64)
+        _open_tiles(shapes)
+        for top in range(0, rows, block):
+            n = min(block, rows - top)
+            at[:n] = starts[top : top + n]
+            sums[:] = 0
+            if bias is not None:
+                for i in range(n):
+                    bits[i // TILE // 2, :, i // TILE % 2, :, i % TILE] = np.uint32(bias[top + i]) << np.uint32(16)
+            for first in range(0, words, words_of_group):
+                for word in range(first, first + words_of_group, step):
+                    last, group = min(word + step, first + words_of_group), first // words_of_group
+                    for i in range(n):
+                        row, tile = top + i, tiles[i // TILE]
+                        later = starts[min(row + block, rows - 1)] if last == words else 0
+                        ahead = _ahead(at[i], starts[row], later, word, step) * values.itemsize
+                        at[i] = _spread(mask, row, values, at[i], scale, zero_point, group, word, last, ahead, tile)
+                    for k in range(len(xs)):
+                        for i in range(-(-n // (2 * TILE))):
+                            pair = tiles[2 * i : 2 * i + 2]
+                            _multiply_tiles(pair, xs[k], 2 * word, 2 * (last - word), sums[i, k], lanes)
+            for i in range(0, n, TILE):
+                _round_tiles(bits[i // TILE // 2, :, i // TILE % 2], out[top + i : top + min(n, i + TILE)])
+        _close_tiles()
 
     @numba.njit(nogil=True, cache=True)
     @no_type_check

@@ -279,6 +279,27 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
     assert "SMOKE RUN" in (folder / "tiny-smoke.md").read_text()
 
 
+def test_packed_measures_three_forms_and_continues(smollm2, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(tmp_path / "tiny")
+    smollm2[1].save_pretrained(tmp_path / "tiny")
+    folder, options = tmp_path / "out", {"model": str(tmp_path / "tiny"), "batches": "1,2", "sparsities": "0.6,0.7"}
+    run("packed.ipynb", folder, **options)
+    before = written(folder)
+    run("packed.ipynb", folder, **options)
+    assert written(folder) == before and len(before) == 3  # smoke takes one sparsity
+    table = pandas.read_csv(folder / "tiny-smoke.csv")
+    assert list(table["form"]) == 2 * ["dense", "packed", "joint 4 bits"]
+    assert (table["MB"].groupby(table["model"]).diff().dropna() < 0).all()
+    projections = pandas.read_csv(folder / "tiny-smoke-projections.csv", index_col="product")
+    assert {"torch dense", "torch CSR, float32", "packed", "joint 4 bits"} <= set(projections.index)
+    for suffix in ("md", "tex", "png", "svg"):
+        assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
+    assert (folder / "tiny-smoke-roofline.png").is_file()
+
+
 @pytest.mark.parametrize(
     "notebook, parameters, message",
     [
@@ -302,6 +323,8 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
         ("ablations.ipynb", {"grid": {"epoch": [3]}}, "'Besa' object has no attribute 'epoch'"),
         ("figure1.ipynb", {"kinds": "q_proj,qkv"}, "unknown kind of projection 'qkv'; this model has q_proj"),
         ("sparsity.ipynb", {"sparsities": "0.5,1.2"}, r"sparsity 1.2 is outside \[0, 1\)"),
+        ("packed.ipynb", {"shape": "llama-8b"}, "unknown shape 'llama-8b'; known: smollm2-135m, llama-7b"),
+        ("packed.ipynb", {"sparsities": "0.5,1.2"}, r"sparsity 1.2 is outside \[0, 1\)"),
         ("scale.ipynb", {"profile": "quick", "runs": [["llama-8b", 2, 2]]}, r"unknown shapes \['llama-8b'\]; known"),
     ],
 )

@@ -133,6 +133,32 @@ def test_an_installed_besa_is_a_command(site, foreign):
     assert f"besa {besa.__version__}" == script.stdout.decode().strip()
 
 
+def test_an_installed_besa_answers_from_a_packed_folder_without_a_compiler(site, foreign):
+    script = """
+import besa, torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **shape)).to(torch.bfloat16)
+for parameter in model.model.layers.parameters():
+    parameter.data[torch.rand(parameter.shape) < 0.5] = 0
+besa.pack(model)
+besa.save_packed(model, "packed")
+"""
+    run("-c", script, cwd=foreign, path=site)
+    script = """
+import shutil
+assert not any(map(shutil.which, ("cc", "gcc", "clang", "c++", "ld", "as", "nvcc")))
+import besa, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("packed", dtype="auto")
+text = model.generate(torch.ones(3, 4, dtype=int), max_new_tokens=5, min_new_tokens=5)
+print(type(model.model.layers[0].mlp.up_proj).__name__, text.shape)
+"""
+    nothing = {"PATH": str(foreign), "NUMBA_CACHE_DIR": str(foreign / "compiled"), "BESA_CACHE": str(foreign / "cache")}
+    assert run("-c", script, cwd=foreign, path=site, **nothing) == "PackedLinear torch.Size([3, 9])"
+    assert list((foreign / "compiled").rglob("*.nbc"))  # compiled here, by numba
+
+
 def test_besas_own_checkout_keeps_its_commit_and_its_results(monkeypatch):
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     if not head:

@@ -1,19 +1,24 @@
 import copy
+import json
 import pickle
+import struct
 import subprocess
 import sys
 import warnings
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import besa
 from besa import packed as packed_module
 from besa import packed_kernels as kernels
+from besa.checkpoint.pack import pack_checkpoint
 from besa.decoder import find_blocks, projections
 from besa.packed import PADDING, PackedLinear, pack, unpack
 from besa.packed_files import save_packed
@@ -75,6 +80,8 @@ def bits_of(tensor):
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 200))
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
 seeds = st.integers(0, 1000)
+products = st.sampled_from(["packed", "tiles", "dense"])
+tiled = pytest.mark.skipif(not kernels.has_tiles(), reason="no tile registers here")
 
 
 @settings(deadline=None, max_examples=150)
@@ -106,13 +113,13 @@ def test_codes_give_the_weights_of_the_joint_model(shape, bits, groups, dtype, s
 
 
 @settings(deadline=None, max_examples=150)
-@given(shapes, st.sampled_from(DTYPES), sparsities, st.sampled_from(PATHS), st.integers(1, 40), seeds, st.booleans())
-def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, tokens, seed, all_packed):
+@given(shapes, st.sampled_from(DTYPES), sparsities, st.sampled_from(PATHS), st.integers(1, 40), seeds, products)
+def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, tokens, seed, product):
     linear = pruned_linear(*shape, dtype, sparsity, seed)
     x = torch.randn(2, tokens, shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
     with on_path(path):
         packed = PackedLinear.from_linear(linear)
-        packed._most_packed = lambda: 1000 if all_packed else 1
+        packed._fastest = lambda n: product if product in packed._products() else "dense"
         out = packed(x)
     expected = linear.double()(x.double())
     assert out.dtype == dtype and out.shape == (2, tokens, shape[0])
@@ -124,55 +131,23 @@ def test_products_are_those_of_the_dense_weight(shape, dtype, sparsity, path, to
 @settings(deadline=None, max_examples=150)
 @given(
     shapes, st.sampled_from([3, 4, 8]), st.sampled_from([None, 64, 128]), st.sampled_from(DTYPES), sparsities,
-    st.sampled_from(PATHS), st.integers(1, 20), seeds,
+    st.sampled_from(PATHS), st.integers(1, 40), seeds, products,
 )  # fmt: skip
-def test_products_of_codes_are_those_of_the_dense_weight(shape, bits, group, dtype, sparsity, path, tokens, seed):
+def test_products_of_codes_are_those_of_the_dense_weight(
+    shape, bits, group, dtype, sparsity, path, tokens, seed, product
+):
     rows, columns = shape[0], 128 * (1 + shape[1] // 64) if group else shape[1]
     quantized, keep = pruned_codes(rows, columns, bits, group, sparsity, seed)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(seed)).to(dtype)
     with on_path(path):
         packed = PackedLinear.from_quantized(quantized, keep, dtype, bias)
-        packed._most_packed = lambda: 1000
+        packed._fastest = lambda n: product if product in packed._products() else "packed"
         out = packed(x).double()
     expected = x.double() @ quantized.pruned(keep).dequantize(torch.float32).double().T + bias.double()
     torch.testing.assert_close(
         out, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype] * (1e-2 + float(expected.abs().max()))
     )
-
-
-def naive_weights(tensors, rows, columns):
-    """Read as the layout in besa/packed.py says, one weight at a time."""
-    weight = torch.zeros(rows, columns)
-    for i in range(rows):
-        at, half = int(tensors["starts"][i]), 0
-        for j in range(columns):
-            if j % 64 == 0:
-                at, half = at + half, 0
-            if not tensors["mask"][i, j // 8] >> (j % 8) & 1:
-                continue
-            value = tensors["values"][at].item()
-            if tensors["scale"] is None:
-                weight[i, j], at = value, at + 1
-                continue
-            if tensors["values"].dtype == torch.uint8:
-                value, at, half = value >> 4 * half & 15, at + half, 1 - half
-            else:
-                value, at = value % 256, at + 1
-            group = j * tensors["scale"].shape[1] // columns
-            weight[i, j] = float(tensors["scale"][i, group]) * (value - int(tensors["zero_point"][i, group]))
-    return weight
-
-
-def test_the_layout_is_the_documented_one():
-    linear = pruned_linear(3, 150, torch.float32, 0.5)
-    packed = PackedLinear.from_linear(linear)
-    assert torch.equal(naive_weights(packed._buffers, 3, 150), linear.weight)
-    for bits in (4, 8):
-        quantized, keep = pruned_codes(3, 150, bits, 75, 0.5)
-        packed = PackedLinear.from_quantized(quantized, keep, torch.float32)
-        weight = quantized.pruned(keep).dequantize(torch.float32)
-        torch.testing.assert_close(naive_weights(packed._buffers, 3, 150), weight, rtol=1e-6, atol=0)
 
 
 def test_half_zeros_take_9_bits_and_joint_codes_3():
@@ -190,13 +165,14 @@ def test_a_mask_prunes_and_may_keep_a_zero():
     assert len(packed.values) == keep.sum() + PADDING
 
 
-def test_the_same_bits_every_time_and_on_any_number_of_threads():
+@pytest.mark.parametrize("product", ["packed", pytest.param("tiles", marks=tiled)])
+def test_the_same_bits_every_time_and_on_any_number_of_threads(product):
     packed = PackedLinear.from_linear(pruned_linear(600, 4096, torch.bfloat16, 0.5))
     x = torch.randn(3, 4096).bfloat16()
     outs, n_threads = [], torch.get_num_threads()
     for n in (1, 2, 1, 2):
         torch.set_num_threads(n)
-        outs += [packed._multiply_packed(x), packed._multiply_packed(x[:2])]
+        outs += [packed._products()[product](x), packed._products()[product](x[:2])]
     torch.set_num_threads(n_threads)
     assert all(torch.equal(out, outs[0]) for out in outs[::2])
     assert all(torch.equal(out, outs[1]) for out in outs[1::2])
@@ -307,14 +283,31 @@ def test_a_processor_without_instructions_is_told_once():
 
 
 @pytest.mark.skipif(kernels.instructions() == "none", reason="nothing is compiled here")
-def test_a_crossover_is_measured_once_on_a_machine(monkeypatch, tmp_path):
+def test_the_fastest_product_is_measured_once_on_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(packed_module, "cache_folder", lambda: tmp_path)
-    packed = PackedLinear.from_linear(pruned_linear(64, 128, torch.float32, 0.5))
-    found = packed._most_packed()
-    assert found in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    packed_module._known_crossovers.cache_clear()  # another process
-    monkeypatch.setattr(packed_module, "_measure_crossover", lambda packed: pytest.fail("measured again"))
-    assert packed._most_packed() == found
+    packed = PackedLinear.from_linear(pruned_linear(64, 128, torch.bfloat16, 0.5))
+    packed(torch.ones(1, 128).bfloat16())
+    found = packed._fastest(9)
+    assert found in packed._products()
+    packed_module._known_products.cache_clear()  # another process
+    monkeypatch.setattr(packed_module, "_measure_products", lambda *_: pytest.fail("measured again"))
+    assert packed._fastest(16) == found
+
+
+@tiled
+@pytest.mark.parametrize("codes", [False, True])
+def test_tiles_hold_many_rows_and_tokens_beside_torchs_own(codes):
+    """More rows than are dense at a time, more tokens than a pass takes, and torch's tile registers in between."""
+    if codes:
+        packed = PackedLinear.from_quantized(*pruned_codes(301, 640, 4, 128, 0.5), torch.bfloat16)
+    else:
+        packed = PackedLinear.from_linear(pruned_linear(301, 640, torch.bfloat16, 0.5))
+    linear, x = packed.unpack(), torch.randn(530, 640, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for n in (530, 33, 2):
+        before = nn.functional.linear(x[:n], linear.weight)
+        out = packed._multiply_tiles(x[:n])
+        assert torch.equal(nn.functional.linear(x[:n], linear.weight), before)
+        torch.testing.assert_close(out, linear(x[:n]), rtol=1e-2, atol=1e-2 * float(out.abs().max()))
 
 
 def prune_half(model):
@@ -414,9 +407,11 @@ def test_from_pretrained_gives_a_saved_packed_model_back(tiny_llama, windows, tm
         packed_folder(loaded, tmp_path / "again")
 
 
-def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
-    prune_half(tiny_llama)
-    file = packed_folder(tiny_llama, tmp_path) / "model.safetensors"
+@pytest.mark.parametrize("joint", [False, True])
+@torch.no_grad()
+def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path, joint):
+    report = JointReport(tiny_llama, bits=4) if joint else prune_half(tiny_llama)
+    file = packed_folder(tiny_llama, tmp_path, report) / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-5])
     with pytest.raises(ValueError, match=r"model.safetensors has \d+ bytes"):
@@ -425,7 +420,8 @@ def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     tensors = safetensors.torch.load(content)
-    tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 1
+    tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 0b111  # by an odd number; a byte holds two codes
+    tensors["model.layers.1.mlp.up_proj.mask"][3, 1:4] = 255
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: .*row 3"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -449,3 +445,158 @@ def test_importing_besa_before_or_after_transformers_is_enough(tiny_llama, tmp_p
     code += f"; print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).model.layers[0].mlp.up_proj)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("PackedLinear(in_features=32, out_features=80")
+
+
+def read_by_the_documents(folder, name):
+    """A projection's dense float32 weight by numpy alone, from what besa/packed.py and packed_files.py document."""
+    file, kinds = (folder / "model.safetensors").read_bytes(), {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I64": "<i8"}
+    (length,) = struct.unpack("<Q", file[:8])
+    parts = {}
+    for key, entry in json.loads(file[8 : 8 + length]).items():
+        if key.rpartition(".")[0] == name:
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            stored = np.frombuffer(file[start:end], kinds.get(entry["dtype"], "u1")).reshape(entry["shape"])
+            is_bfloat16 = entry["dtype"] == "BF16"
+            parts[key.rpartition(".")[2]] = (stored.astype("u4") << 16).view("f4") if is_bfloat16 else stored
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]["projections"][name]
+    columns, values = config["in_features"], parts["values"][:-64]
+    kept = np.unpackbits(parts["mask"], axis=1, bitorder="little")  # (rows, columns up to a multiple of 64)
+    if config["tensors"]["values"][0] == "uint8":  # two codes a byte; a word of 64 columns starts a new one
+        counts = kept.reshape(-1, 64).sum(1)
+        ends = (2 * ((counts + 1) // 2)).cumsum()
+        halves = np.stack([values & 15, values >> 4], 1).flatten()
+        values = np.delete(halves, ends[counts % 2 == 1] - 1)
+    weight = np.zeros((len(kept), columns), "f4")
+    weight[kept[:, :columns] == 1] = values
+    if "scale" in parts:
+        size = columns // parts["scale"].shape[1]
+        scale, zero = (parts[part].astype("f4").repeat(size, axis=1) for part in ("scale", "zero_point"))
+        weight = np.where(kept[:, :columns] == 1, scale * (weight - zero), 0)
+    return torch.from_numpy(weight)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@torch.no_grad()
+def test_a_reader_written_from_the_documents_reads_a_file(tiny_llama, tmp_path, bits):
+    model = tiny_llama.to(torch.bfloat16)
+    report = JointReport(model, bits) if bits else prune_half(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "_proj" in name}
+    packed_folder(model, tmp_path, report)
+    for name, weight in weights.items():
+        assert torch.equal(read_by_the_documents(tmp_path, name.removesuffix(".weight")).bfloat16(), weight), name
+
+
+@torch.no_grad()
+def test_a_packed_model_saves_itself_and_an_unpacked_one_as_any_other(tiny_llama, windows, tmp_path):
+    prune_half(tiny_llama)
+    dense = copy.deepcopy(tiny_llama)
+    pack(tiny_llama)
+    for number, model in enumerate([tiny_llama, copy.deepcopy(tiny_llama), pickle.loads(pickle.dumps(tiny_llama))]):
+        model.save_pretrained(tmp_path / str(number))
+        assert not hasattr(model.config, "quantization_config")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert torch.equal(loaded(windows).logits, tiny_llama(windows).logits)
+        loaded.save_pretrained(tmp_path / "again")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").model.layers[0].mlp.up_proj.nbytes
+    unpack(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(windows).logits, dense(windows).logits)
+
+
+@pytest.fixture
+def pruned_folder(tiny_llama, windows, tmp_path):
+    """What `prune_checkpoint` leaves of a model with a tokenizer beside it, by method."""
+    tiny_llama.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"tokens")
+
+    def prune(method):
+        folder = tmp_path / "pruned"
+        besa.prune_checkpoint(tmp_path / "source", folder, windows, method, progress=False, device="cpu")
+        return folder
+
+    return prune
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_pack_writes_a_pruned_checkpoint_block_by_block(pruned_folder, tmp_path, bits):
+    folder = pruned_folder(besa.Wanda(quantize=besa.Quantize(bits=bits) if bits else None))
+    command = [sys.executable, "-m", "besa", "pack", str(folder), str(tmp_path / "packed")]
+    assert "MB of weights" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (tmp_path / "packed" / "tokenizer.model").read_bytes() == b"tokens"
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")
+    projection = model.model.layers[1].mlp.up_proj
+    assert projection.values.dtype == (torch.uint8 if bits else torch.bfloat16)
+    assert len(list((tmp_path / "packed").glob("model-*.safetensors"))) == 3 + 1
+    save_packed(model, tmp_path / "saved")  # says the same of itself
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("packed", "saved")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    unpack(model)
+    for (name, weight), (_, expected) in zip(model.state_dict().items(), dense.state_dict().items(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def test_pack_takes_any_checkpoint_with_zeros_and_load_model_gives_it_packed_or_dense(
+    tiny_llama, smollm2, tmp_path, windows
+):
+    prune_half(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path / "zeros")
+    smollm2[1].save_pretrained(tmp_path / "zeros")
+    before, after = pack_checkpoint(tmp_path / "zeros", tmp_path / "packed")
+    assert after < before
+    packed, _ = besa.load_model(str(tmp_path / "packed"), "float32", "cpu")
+    dense, _ = besa.load_model(str(tmp_path / "packed"), "float32", "cpu", packed=False)
+    assert isinstance(packed.model.layers[0].mlp.up_proj, PackedLinear)
+    for (name, weight), (_, expected) in zip(dense.state_dict().items(), tiny_llama.state_dict().items(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def test_pack_refuses_what_it_cannot_do_and_leaves_nothing(tiny_llama, pruned_folder, tmp_path):
+    folder = pruned_folder(besa.Wanda())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="too few zeros"):
+        pack_checkpoint(tmp_path / "source", tmp_path / "packed")
+    with pytest.raises(ValueError, match="lies in or around"):
+        pack_checkpoint(folder, folder / "packed")
+    masks = sorted((folder / "besa").glob("masks-*"))
+    masks[0].write_bytes(masks[1].read_bytes().replace(b'"1.', b'"0.').replace(b'\\"1.', b'\\"0.'))
+    with pytest.raises(ValueError, match=r"block 0, .*: the report is of other weights"):
+        pack_checkpoint(folder, tmp_path / "packed")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_packed_model_is_not_pruned_but_told_how_to_become_dense(tiny_llama, windows):
+    prune_half(tiny_llama)
+    pack(tiny_llama)
+    with pytest.raises(ValueError, match="a packed model becomes dense"):
+        besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+
+
+RESIDENT = """
+import ctypes, gc, sys
+import psutil, torch
+import besa.packed
+from transformers import AutoModelForCausalLM
+
+model = None
+for _ in range(2):  # the first round loads libraries and compiled code, too
+    model = None
+    gc.collect(), ctypes.CDLL(None).malloc_trim(0)
+    before = psutil.Process().memory_info().rss
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+    model(torch.ones(1, 1, dtype=torch.int64))
+    ctypes.CDLL(None).malloc_trim(0)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to give memory back")
+@pytest.mark.parametrize("joint", [False, True])
+@torch.no_grad()
+def test_a_loaded_model_takes_the_memory_of_its_file(tmp_path, joint):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=64)).to(torch.bfloat16)
+    folder = packed_folder(model, tmp_path, JointReport(model, 4) if joint else prune_half(model))
+    done = subprocess.run([sys.executable, "-c", RESIDENT, str(folder)], capture_output=True, text=True, check=True)
+    size = (folder / "model.safetensors").stat().st_size
+    assert int(done.stdout) < 1.1 * size + 2e6

@@ -20,9 +20,8 @@ from besa.prune import Method
 
 STATE = "besa"
 """Folder in the output for what is no part of the checkpoint."""
-_AFTERWARDS = ("finetune.py", "adapters.py")
-_PACKED = ("packed.py", "packed_files.py", "packed_kernels.py")
-_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", *_PACKED, *_AFTERWARDS, "__init__.py", "__main__.py")
+_AFTERWARDS = ("finetune.py", "adapters.py", "packed.py", "packed_files.py", "packed_kernels.py", "checkpoint/pack.py")
+_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", *_AFTERWARDS, "__init__.py", "__main__.py")
 """Of the package: what decides no byte of a pruned checkpoint (its windows and its source are summed themselves)."""
 _HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|\.tmp\w{6}|hidden-\d+-\d+\.bin")
 """Temporary names: ours, those of safetensors, and hidden states."""
@@ -111,7 +110,7 @@ def code_hash(package: Path) -> str:
     """
     total = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] not in _BESIDE_THE_BYTES:
+        if not any(path.relative_to(package).is_relative_to(beside) for beside in _BESIDE_THE_BYTES):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
                 if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # docstrings, also of fields

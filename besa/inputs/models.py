@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import besa
 from besa.inputs import assets
 from besa.machine.device import resolve_device, resolve_dtype
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
@@ -38,7 +39,7 @@ ON_GPU = 0.8
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str | None = None, device: str = "auto"
+    name: str, dtype: torch.dtype | str | None = None, device: str = "auto", packed: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode and its tokenizer.
 
@@ -49,6 +50,7 @@ def load_model(
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` (embedded), a hub id or a local folder.
         dtype: of the weights; None takes bfloat16 where the processor computes in it, else float32.
         device: where the model goes; "auto" takes the GPU where there is one.
+        packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
 
     Raises:
         ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, or the GPU has no room
@@ -65,6 +67,8 @@ def load_model(
             f"{name}: {free_device(device) / 2**30:.1f} GiB are free on {device}, too little for any part of the "
             "model; make room there, or take device='cpu'"
         )
+    if not packed:
+        besa.unpack(model)
     return (model if spread else model.to(device)).eval(), tokenizer
 
 

@@ -1,0 +1,78 @@
+"""From a pruned checkpoint to a packed one, block by block: neither is ever in memory as a whole."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from besa.checkpoint.format import (
+    carry_over,
+    check_apart,
+    find_checkpoint,
+    new_folder,
+    open_checkpoint,
+    rest_of,
+    stored_names,
+    write_index,
+    write_shard,
+)
+from besa.checkpoint.resume import STATE
+from besa.decoder import find_blocks
+from besa.machine.files import write_text
+from besa.masks import KeepMasks
+from besa.packed import pack_block
+from besa.packed_files import described, packed_projections
+from besa.quantize import QuantizedFiles
+
+
+def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Write a pruned checkpoint packed, as `save_packed` would; `from_pretrained` and `load_model` read it.
+
+    Args:
+        source: an output of `prune_checkpoint`, whose keep-masks and codes are taken; or another checkpoint, by any
+            name that `load_model` takes, of which everything that is not 0 is kept.
+        output: a folder to make.
+        trust_remote_code: run the Python code that comes with the source.
+
+    Returns:
+        Bytes of weights in the source, and in the output.
+
+    Raises:
+        ValueError: source and output do not go together, masks or codes are of other weights, or nothing would shrink.
+        OSError: the disk is full.
+    """
+    folder, output = find_checkpoint(source), Path(output)
+    check_apart(folder, output)
+    model = open_checkpoint(folder, trust_remote_code)
+    before = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with new_folder(output) as temporary:
+        shards, packed = _write_shards(model, folder / STATE, temporary)
+        if not packed:
+            raise ValueError(f"nothing in {str(source)!r} is smaller packed: it has too few zeros; prune it first")
+        carry_over(folder, temporary)
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": described(packed).to_dict()}
+        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        write_index(shards, temporary)
+        return before, sum(path.stat().st_size for path in shards)
+
+
+def _write_shards(model: PreTrainedModel, state: Path, output: Path) -> tuple[list[Path], dict[str, nn.Module]]:
+    """A shard per block, then one of what is in no block; the packed projections, on the meta device, by name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks, masks, packed = find_blocks(model), KeepMasks(), {}
+    prefixes, shards = [names[id(block)] for block in blocks], []
+    for path in sorted(state.glob("masks-*.safetensors")):
+        masks.load(path)
+    codes = QuantizedFiles(*sorted(state.glob("codes-*.safetensors")))
+    kept = masks if masks or codes else None  # no run of besa: what is not 0
+    for index, prefix in enumerate(prefixes):
+        block, blocks[index] = blocks[index], nn.Module()  # gone once it is written
+        pack_block(index, block, kept, codes)
+        tensors = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
+        shards.append(output / f"model-block-{index:05d}.safetensors")
+        write_shard({stored: tensors[name] for name, stored in stored_names(model, tensors).items()}, shards[-1])
+        packed |= {f"{prefix}.{name}": module.to("meta") for name, module in packed_projections(block).items()}
+    shards.append(output / "model-rest.safetensors")
+    write_shard(rest_of(model, prefixes), shards[-1])
+    return shards, packed
