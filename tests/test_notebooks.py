@@ -279,6 +279,37 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
     assert "SMOKE RUN" in (folder / "tiny-smoke.md").read_text()
 
 
+def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder, tmp_path, monkeypatch):
+    # Two targets and three seeds even in a smoke run, so that verdicts are drawn.
+    monkeypatch.setattr("besa.paper.records.Run.is_smoke", False)
+    options = {
+        "model": str(tiny_folder),
+        "targets": ["2:4", 0.6],
+        "seeds": [0, 1, 2],
+        "tasks": ["piqa"],
+        "limit": 2,
+        "datasets": ["wiki"],
+    }
+    folder = tmp_path / "out"
+    run("beyond.ipynb", folder, **options)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    run("beyond.ipynb", folder, **options)
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
+    table = pandas.read_csv(folder / "tiny-smoke.csv")
+    assert set(table["row"]) == {"sparsegpt", "wanda + block", "besa + block"} and set(table["target"]) == {
+        "0.6",
+        "2:4",
+    }
+    verdicts = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
+    assert len(verdicts) == 4 and set(verdicts["verdict"]) <= {"holds", "does not hold", "undecided"}
+    parts = pandas.read_csv(folder / "tiny-smoke-parts.csv").set_index(["target", "row"])
+    besa_rows = [row for row in parts.index if row[1].startswith("besa") and row[0] == "0.6" and "paper" not in row[1]]
+    assert len(besa_rows) == 7 and parts.loc[besa_rows, "sparsity"].nunique() == 1  # to the weight, fine-tuned too
+    assert (parts.loc["2:4", "sparsity"] == 0.5).all()
+    assert len(pandas.read_csv(folder / "tiny-smoke-zero-shot.csv")) == 4
+    assert (folder / "tiny-smoke.png").is_file()
+
+
 def test_packed_measures_three_forms_and_continues(smollm2, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
