@@ -87,3 +87,25 @@ def test_one_kind_prunes_that_kind_as_wanda_would_and_leaves_the_rest(tiny_llama
         assert torch.equal(value, before[key]) == ("down_proj" not in key)
     with pytest.raises(ValueError, match=r"unknown kind of projection 'mlp'; this model has q_proj, .*, down_proj"):
         besa.prune(tiny_llama, windows, analysis.WandaOneKind(kind="mlp"), progress=False)
+
+
+def test_owl_keeps_more_where_there_are_more_outliers_and_the_mean_stays(tiny_llama, windows):
+    with torch.no_grad():
+        tiny_llama.model.layers[1].mlp.up_proj.weight[:, ::8] *= 30  # columns of outliers
+    inputs, shares = {}, []
+    for index, block in enumerate(find_blocks(tiny_llama)):
+        for name, linear in projections(block).items():
+            linear.register_forward_pre_hook(lambda _, x, key=(index, name): inputs.__setitem__(key, x[0].flatten(0, 1)))
+    with torch.no_grad():
+        tiny_llama(windows)
+    for index, block in enumerate(find_blocks(tiny_llama)):
+        scores = [linear.weight.abs() * inputs[index, name].norm(dim=0) for name, linear in projections(block).items()]
+        shares.append(sum(int((s > 5 * s.mean()).sum()) for s in scores) / sum(s.numel() for s in scores))
+    d = [0.16 * (share - min(shares)) / (max(shares) - min(shares)) for share in shares]
+    method = analysis.Owl(sparsity=0.6)
+    prepared = method.prepared(tiny_llama, windows, progress=False)
+    assert prepared.sparsities == pytest.approx([0.6 - (each - sum(d) / 3) for each in d], abs=1e-6)
+    assert min(prepared.sparsities) == prepared.sparsities[1] and method.measures_model
+    report = besa.prune(tiny_llama, windows, method, progress=False)
+    counted = report.to_frame().groupby("block")["zeros"].sum()
+    assert counted[1] == counted.min()

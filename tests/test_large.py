@@ -8,7 +8,7 @@ from test_shards import save
 
 import besa
 from besa.checkpoint import large
-from besa.paper.analysis import stored_bits
+from besa.paper.analysis import Owl, stored_bits
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
 METHODS = {"wanda": besa.Wanda(), "besa": besa.Besa(), "4 bits": besa.Besa(quantize=besa.Quantize(bits=4))}
@@ -71,6 +71,18 @@ def test_a_large_model_is_not_converted_and_needs_room_on_the_disk(source, windo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
     with pytest.raises(ValueError, match=r"too large for the memory of cpu; pruned it takes .* name another results"):
         check([besa.Wanda()], None)
+
+
+def test_a_large_model_gets_new_values_too_but_is_not_measured_as_a_whole(source, windows, tmp_path, too_large):
+    new, cpu = besa.Reconstruct("closed"), torch.device("cpu")
+    name, _ = large.prune_if_large(source, windows, besa.Wanda(), tmp_path / "work", torch.float32, cpu, new)
+    model, _ = besa.load_model(source, "float32", "cpu")
+    besa.prune(model, windows, besa.Wanda(), progress=False, reconstruct=new)
+    pruned = besa.load_model(name, "float32", "cpu")[0].state_dict()
+    assert all(torch.equal(pruned[key], value) for key, value in model.state_dict().items())
+    for method in (besa.Besa(budget="exact", scope="model"), Owl()):
+        with pytest.raises(ValueError, match=f"{method.name} with these options measures a model that is in memory"):
+            large.prune_if_large(source, windows, method, tmp_path / "other", torch.float32, cpu)
 
 
 def test_methods_that_do_not_fit_the_model_are_refused(source, windows, tmp_path):

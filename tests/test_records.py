@@ -36,6 +36,15 @@ def test_a_finished_row_is_read_back_and_another_configuration_is_another_row(ru
     assert dense["sparsity"] == 0 and dense["config"]["method"] is None and dense["projections"] == []
 
 
+def test_a_row_is_told_apart_by_what_else_it_depends_on(run, tiny_llama, windows):
+    method = besa.Wanda()
+    report = besa.prune(tiny_llama, windows, method, progress=False)
+    closed = run.apart(reconstruct=besa.Reconstruct().config())
+    closed.save("wanda", method, report, {"wiki": 1.0})
+    assert closed.has("wanda", method) and not run.has("wanda", method)
+    assert not run.apart(reconstruct=None).has("wanda", method)
+
+
 def test_a_record_names_who_computed(tmp_path):
     folder = records.open_folder("table1", str(tmp_path))
     saved = records.save_record(folder, CONFIG, {})
