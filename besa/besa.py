@@ -31,8 +31,8 @@ SENSITIVITY_WINDOWS, SENSITIVITY_TOKENS = 8, 512
 class Besa(Method):
     """Blockwise parameter-efficient sparsity allocation (Xu et al. 2024): the published row-wise recipe by default.
 
-    The published layer-wise recipe is `Besa(row_group="layer", targets="dense")`, with a `d_coef` of its own. Beyond the
-    paper, `Besa(budget="exact")` meets any sparsity to the weight and learns which weights of each row are kept, too.
+    The published layer-wise recipe is `Besa(row_group="layer", targets="dense")`, with a `d_coef` of its own. Beyond
+    the paper, `Besa(budget="exact")` meets any sparsity to the weight and learns which weights of each row stay, too.
     """
 
     row_group: Literal["row", "layer"] | int = "row"

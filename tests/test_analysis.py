@@ -95,7 +95,8 @@ def test_owl_keeps_more_where_there_are_more_outliers_and_the_mean_stays(tiny_ll
     inputs, shares = {}, []
     for index, block in enumerate(find_blocks(tiny_llama)):
         for name, linear in projections(block).items():
-            linear.register_forward_pre_hook(lambda _, x, key=(index, name): inputs.__setitem__(key, x[0].flatten(0, 1)))
+            keep = lambda _, x, key=(index, name): inputs.__setitem__(key, x[0].flatten(0, 1))
+            linear.register_forward_pre_hook(keep)
     with torch.no_grad():
         tiny_llama(windows)
     for index, block in enumerate(find_blocks(tiny_llama)):
