@@ -282,14 +282,8 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
 def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder, tmp_path, monkeypatch):
     # Two targets and three seeds even in a smoke run, so that verdicts are drawn.
     monkeypatch.setattr("besa.paper.records.Run.is_smoke", False)
-    options = {
-        "model": str(tiny_folder),
-        "targets": ["2:4", 0.6],
-        "seeds": [0, 1, 2],
-        "tasks": ["piqa"],
-        "limit": 2,
-        "datasets": ["wiki"],
-    }
+    options = {"model": str(tiny_folder), "targets": ["2:4", 0.6], "parts_at": [0.6], "datasets": ["wiki"]}
+    options |= {"tasks": ["piqa"]}
     folder = tmp_path / "out"
     run("beyond.ipynb", folder, **options)
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
@@ -306,7 +300,9 @@ def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder,
     besa_rows = [row for row in parts.index if row[1].startswith("besa") and row[0] == "0.6" and "paper" not in row[1]]
     assert len(besa_rows) == 7 and parts.loc[besa_rows, "sparsity"].nunique() == 1  # to the weight, fine-tuned too
     assert (parts.loc["2:4", "sparsity"] == 0.5).all()
-    assert len(pandas.read_csv(folder / "tiny-smoke-zero-shot.csv")) == 4
+    assert (
+        len(pandas.read_csv(folder / "tiny-smoke-zero-shot.csv")) == 4
+    )  # dense and what is judged, at the first target
     assert (folder / "tiny-smoke.png").is_file()
 
 
