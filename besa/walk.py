@@ -230,10 +230,13 @@ class Block:
         hessian = torch.zeros(columns, columns, device=self.device)
         toward, share = torch.zeros_like(hessian), 1 / self.n_samples
         for number in self.bar(range(len(self.inputs)), "observe"):
-            y = run_until(self.module, name, self._here(self.inputs, number), self.call, weights).flatten(0, -2).float()
-            x = run_until(self.module, name, self._here(self._dense, number), self.call).flatten(0, -2).float()
-            hessian.addmm_(y.T, y, alpha=share)
-            toward.addmm_(y.lerp(x, toward_dense).T, y, alpha=share)
+            y = run_until(self.module, name, self._here(self.inputs, number), self.call, weights).flatten(0, -2)
+            x = run_until(self.module, name, self._here(self._dense, number), self.call).flatten(0, -2)
+            if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
+                x, y = x.float(), y.float()
+            of_y, of_both = (y.T @ y).float(), (x.T @ y).float()
+            hessian.add_(of_y, alpha=share)
+            toward.add_(of_y.lerp_(of_both, toward_dense), alpha=share)
         if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(toward)).all():
             raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
         return hessian, toward
