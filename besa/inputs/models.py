@@ -53,15 +53,16 @@ def load_model(
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
 
     Raises:
-        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, or the GPU has no room
-            for any of it.
+        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, it lacks tensors or has
+            some too many, or the GPU has no room for any of it.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     source, spread = source_of(name), _spread(name, dtype, device)
     with _explained(source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **spread)
-        tokenizer = load_tokenizer(name)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **spread)
+    check_loaded(source, model, found)
+    tokenizer = load_tokenizer(name)
     if spread and model.device.type != "cuda":
         raise ValueError(
             f"{name}: {free_device(device) / 2**30:.1f} GiB are free on {device}, too little for any part of the "
@@ -70,6 +71,30 @@ def load_model(
     if not packed:
         besa.unpack(model)
     return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse a model whose weights were not all in its checkpoint, or whose checkpoint has more than went into it.
+
+    Args:
+        found: what transformers tells of loading; tied heads, rotary frequencies and what else a family declares
+            needless are in none of its lists.
+
+    Raises:
+        ValueError: names the first tensor that is missing, which transformers draws at random, or left over.
+    """
+    kind = type(model).__name__
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensor(s) of a {kind}, the first {missing[0]}; fetch the whole checkpoint, "
+            "or save the model with its head"
+        )
+    if unexpected := sorted(found["unexpected_keys"]):
+        raise ValueError(
+            f"{source} holds {len(unexpected)} tensor(s) for which a {kind} of its config.json has no place, the first "
+            f"{unexpected[0]}; mend config.json (num_hidden_layers, ...), or save the model without them: "
+            f"AutoModelForCausalLM.from_pretrained({str(source)!r}, dtype='auto').save_pretrained('NEW_FOLDER')"
+        )
 
 
 def _spread(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
