@@ -276,6 +276,8 @@ class Run:
         record = save_record(self.folder, self.row_config(row, method), outcome | more)
         shutil.rmtree(self.work(row, method), ignore_errors=True)
         print(row, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
+        for missed in report.missed if report else ():
+            print(f"{row} WARNING: {missed}", flush=True)
         return record
 
     def records(self, rows: dict[str, Method | None]) -> list[Record]:
