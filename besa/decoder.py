@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
@@ -118,10 +119,17 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
         values: look at the weights too, which reads all of them.
 
     Raises:
-        ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, or part
-            of a mixture of experts; the message names it.
+        ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, part of a
+            mixture of experts, or whose weight is made of others (adapters, weight normalization, torch's own
+            pruning); the message names it.
     """
+    if _is_peft(model):
+        raise ValueError(f"a {type(model).__name__} of peft cannot be pruned; merge it: model.merge_and_unload()")
     for index, block in enumerate(find_blocks(model)):
+        for name, module in block.named_modules():
+            wrapper = _wrapper(module)
+            if wrapper:
+                raise ValueError(f"block {index}, {name}: {wrapper}")
         # Fused experts first: the router beside them would be named instead.
         for name, parameter in sorted(block.named_parameters(), key=lambda item: -item[1].ndim):
             problem = _problem(block, name, parameter, values)
@@ -132,6 +140,27 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
                 f"block {index} has no torch.nn.Linear to prune; a packed model becomes dense by besa.unpack(model) or "
                 "besa.load_model(..., packed=False)"
             )
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """Whether a class of peft is what this is, or is derived from; peft itself is slow to import."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    """What makes a module's weight anew from other tensors, so that zeros in it would not last, and the way out."""
+    if _is_peft(module):
+        return f"a {type(module).__name__} of peft; merge it first: model = model.merge_and_unload()"
+    if parametrize.is_parametrized(module):
+        name = next(iter(module.parametrizations))
+        return f"its {name} is parametrized; first torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        made_of = ", ".join(name for name, _ in module.named_parameters() if name.startswith("weight"))
+        return (
+            f"its weight is made of {made_of} in every forward; first torch.nn.utils.prune.remove(module, 'weight') "
+            "or torch.nn.utils.remove_weight_norm(module)"
+        )
+    return None
 
 
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:

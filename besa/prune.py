@@ -17,7 +17,7 @@ from besa.machine.processes import check_share
 from besa.masks import keep_largest, parse_pattern, places
 from besa.quantize import Quantize
 from besa.reconstruct import Reconstruct
-from besa.report import Report
+from besa.report import MISSED, Report
 from besa.walk import Block, PrunedBlock, Targets, frozen, walk
 
 
@@ -57,7 +57,7 @@ def prune(
             pruned = method.prune_block(block)
             if reconstruct:
                 pruned = reconstruct.improve(block, pruned)
-            report.extend(block.finish(pruned))
+            report.extend(method.noted(block, block.finish(pruned)))
             del pruned  # before the next block is learned
     report.seconds, report.peak_bytes = cost.seconds, cost.peak_bytes
     return report
@@ -68,6 +68,8 @@ class _Unsaid(float):
 
 
 DEFAULT_SPARSITY = _Unsaid(0.5)
+TOLERANCE = 0.05
+"""By so much may the counted sparsity of a block miss its target before its rows say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,25 @@ class Method:
     def sparsity_of(self, block: Block) -> float:
         """What a block is pruned to."""
         return self.sparsities[block.index] if self.sparsities else self.sparsity
+
+    @property
+    def _has_budget(self) -> bool:
+        """Whether a budget is met that what is ignored counts in, as kept."""
+        return False
+
+    def noted(self, block: Block, report: Report) -> Report:
+        """The report of a finished block, its rows with a note where the counted sparsity misses its target by more
+        than `TOLERANCE`: where learning failed, or a pattern or few columns leave no better choice."""
+        pruned = [row for row in report.rows if row["note"] != "ignored"]
+        if not pruned:
+            return report
+        counting = report.rows if self._has_budget else pruned
+        counted = sum(row["zeros"] for row in counting) / sum(row["rows"] * row["columns"] for row in counting)
+        target = self.sparsity_of(block)
+        if abs(counted - target) > TOLERANCE:
+            for row in pruned:
+                row["note"] = "; ".join(filter(None, (row["note"], f"{MISSED}{counted:.4f} for {target:.4g}")))
+        return report
 
     def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
         """False for the lowest scores of each row, or where there is a pattern of each of its groups."""

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from besa.walk import PrunedBlock
 
 
+MISSED = "the block's sparsity is "
+"""How the note on the rows of a block that misses its target begins."""
+
+
 @dataclass(repr=False)
 class Report:
     """Rows by block and projection, training steps by block, masks, and what pruning took."""
@@ -73,6 +77,12 @@ class Report:
         weights = sum(row["rows"] * row["columns"] for row in self.rows)
         return sum(row["zeros"] for row in self.rows) / weights if weights else 0.0
 
+    @property
+    def missed(self) -> list[str]:
+        """In words, the blocks whose counted sparsity is far from their target, once for each note on their rows."""
+        noted = [(row["block"], row["note"].partition(MISSED)[2]) for row in self.rows if MISSED in row["note"]]
+        return [f"block {block} has {rest}" for block, rest in dict(noted).items()]
+
     def to_frame(self) -> pd.DataFrame:
         """One row per block and projection.
 
@@ -105,8 +115,9 @@ class Report:
         blocks = len({row["block"] for row in self.rows})
         if not blocks:
             return f"{self.method}: nothing pruned yet"
-        skipped = sum("skipped" in step for step in self.steps)
+        missed, skipped = self.missed, sum("skipped" in step for step in self.steps)
         note = f", {skipped} of {len(self.steps)} steps skipped (float16 overflow)" if skipped else ""
+        note += f"\nWARNING: {len(missed)} of {blocks} blocks miss their target: {'; '.join(missed)}" if missed else ""
         return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s{note}"
 
     def __repr__(self) -> str:

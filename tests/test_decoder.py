@@ -1,8 +1,13 @@
+import copy
+
+import peft
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
+import besa
 from besa.decoder import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
 from besa.importance import collect_statistics
 
@@ -107,6 +112,38 @@ def test_refuses_weights_that_are_not_finite(tiny_llama):
         tiny_llama.model.layers[2].self_attn.o_proj.weight[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"block 2, self_attn.o_proj.weight: .*NaN"):
         check_model(tiny_llama)
+
+
+def test_refuses_adapters_of_peft_by_name(tiny_llama):
+    config = peft.LoraConfig(target_modules=["down_proj"])
+    adapted = peft.get_peft_model(tiny_llama, config)  # in place: the model that it was given has the adapters, too
+    with pytest.raises(ValueError, match=r"block 0, mlp.down_proj: a Linear of peft; .*merge_and_unload"):
+        check_model(tiny_llama)
+    check_model(adapted.merge_and_unload())
+
+
+def test_refuses_a_model_that_peft_wraps(tiny_llama, no_type_checks):
+    adapted = peft.get_peft_model(tiny_llama, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"a PeftModelForCausalLM of peft cannot be pruned"):
+        check_model(adapted)
+
+
+WRAPPERS = {
+    "prune": (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), "its weight is made of weight_orig"),
+    "weight_norm": (torch.nn.utils.weight_norm, "its weight is made of weight_g, weight_v .*remove_weight_norm"),
+    "parametrized": (parametrizations.weight_norm, "its weight is parametrized; .*remove_parametrizations"),
+    "orthogonal": (parametrizations.orthogonal, "its weight is parametrized"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap, message", WRAPPERS.values(), ids=WRAPPERS)
+def test_refuses_weights_that_every_forward_makes_anew(tiny_llama, windows, wrap, message):
+    wrap(tiny_llama.model.layers[1].mlp.up_proj)
+    before = copy.deepcopy(tiny_llama.state_dict())
+    with pytest.raises(ValueError, match=rf"block 1, mlp.up_proj: {message}"):
+        besa.prune(tiny_llama, windows, besa.Magnitude(), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
 def test_refuses_models_without_a_list_of_blocks(tiny_llama):

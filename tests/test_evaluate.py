@@ -73,6 +73,27 @@ def test_bad_tokens_are_refused(tiny_llama, tokens, seq_len, message):
         besa.perplexity(tiny_llama, tokens, seq_len, progress=False)
 
 
+def test_a_loss_that_is_nan_names_the_segment(tiny_llama, monkeypatch):
+    tokens = torch.arange(3 * 24) % 48
+    tokens[2 * 24 + 5] = 90  # in the last segment alone
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[90] = float("nan")
+    with pytest.raises(ValueError, match=r"segment 2: a loss of nan nats per token .*; try dtype float32"):
+        besa.perplexity(tiny_llama, tokens, 24, progress=False)
+    assert besa.perplexity(tiny_llama, tokens[:48], 24, progress=False) > 1
+    monkeypatch.setattr(evaluate, "n_ranks", lambda: 3)
+    monkeypatch.setattr(evaluate, "rank", lambda: 2)  # whose first segment it is
+    with pytest.raises(ValueError, match=r"segment 2: a loss of nan"):
+        besa.perplexity(tiny_llama, tokens, 24, progress=False)
+
+
+def test_a_loss_whose_exp_overflows_names_the_segment(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight *= 1e6
+    with pytest.raises(ValueError, match=r"segment 0: a loss of .*[0-9] nats per token .*; try dtype float32"):
+        besa.perplexity(tiny_llama, torch.arange(48), 24, progress=False)
+
+
 def test_ranks_sum_to_one_process_even_where_there_are_more_than_segments(tiny_llama, monkeypatch):
     tokens = torch.randint(0, 97, (3 * 24,), generator=torch.Generator().manual_seed(0))
     whole = besa.perplexity(tiny_llama, tokens, 24, progress=False)

@@ -293,3 +293,39 @@ def test_the_method_that_contributing_shows_prunes(tiny_llama, windows):
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
     report = besa.prune(tiny_llama, windows, names["Random"](sparsity=0.25), progress=False)
     assert (report.to_frame()["sparsity"] == 0.25).all()
+
+
+UNMOVED = besa.Besa(sparsity=0.6, d_coef=1e-9)
+"""Its logits stay where they start, at a sparsity of 0.5."""
+
+
+def test_blocks_that_miss_their_sparsity_say_so_in_rows_and_report(tiny_llama, windows):
+    report = besa.prune(tiny_llama, windows, UNMOVED, progress=False)
+    for row in report.rows:
+        counted = re.fullmatch(r"the block's sparsity is (0\.\d{4}) for 0\.6", row["note"])
+        assert float(counted[1]) == pytest.approx(report.sparsity, abs=0.02) and report.sparsity < 0.55
+    assert len(report.missed) == 3 and re.fullmatch(r"block 2 has 0\.\d{4} for 0\.6", report.missed[2])
+    assert "WARNING: 3 of 3 blocks miss their target: block 0 has 0." in str(report)
+
+
+def test_the_rows_of_a_checkpoint_say_so_too_when_they_are_read_back(tiny_llama, windows, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    report = besa.prune_checkpoint(tmp_path / "model", tmp_path / "out", windows, UNMOVED, device="cpu", progress=False)
+    again = besa.prune_checkpoint(tmp_path / "model", tmp_path / "out", windows, UNMOVED, device="cpu", progress=False)
+    assert len(report.missed) == 3 and again.missed == report.missed
+
+
+ON_TARGET = {
+    "wanda": besa.Wanda(),
+    "a sparsity for each block": besa.Wanda(sparsities=(0.25, 0.5, 0.75)),
+    "ignored projections": besa.Magnitude(ignore=("mlp", "1")),
+    "ignored under a budget": besa.Besa(budget="exact", scores=False, sparsity=0.3, ignore=("self_attn", "1")),
+    "2:4": besa.Magnitude(pattern="2:4"),
+}
+
+
+@pytest.mark.parametrize("method", ON_TARGET.values(), ids=ON_TARGET)
+def test_blocks_that_meet_their_sparsity_carry_no_note(tiny_llama, windows, method):
+    report = besa.prune(tiny_llama, windows, method, progress=False)
+    assert report.missed == [] and {row["note"] for row in report.rows} <= {"", "ignored"}
+    assert "WARNING" not in str(report)

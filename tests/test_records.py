@@ -2,11 +2,13 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 
 import besa
+from besa.inputs import models
 from besa.machine import files, memory
 from besa.machine.provenance import ROOT
 from besa.paper import records, tables
@@ -43,6 +45,49 @@ def test_a_row_is_told_apart_by_what_else_it_depends_on(run, tiny_llama, windows
     closed.save("wanda", method, report, {"wiki": 1.0})
     assert closed.has("wanda", method) and not run.has("wanda", method)
     assert not run.apart(reconstruct=None).has("wanda", method)
+
+
+def test_a_folders_records_are_of_the_weights_that_are_in_it(tiny_llama, tmp_path, monkeypatch):
+    def asked():
+        return Run("table1", model="./m", profile="smoke", recipe={"device": "cpu"}, results=str(tmp_path / "results"))
+
+    for name in ("here", "there"):
+        tiny_llama.save_pretrained(tmp_path / name / "m")
+    monkeypatch.chdir(tmp_path / "here")
+    asked().save("dense", None, None, {"text": 5.0})
+    assert asked().has("dense", None) and len(asked().row_config("dense", None)["checkpoint"]) == 64
+    monkeypatch.chdir(tmp_path / "there")
+    assert not asked().has("dense", None)
+    monkeypatch.chdir(tmp_path / "here")
+    before = asked()
+    torch.nn.init.zeros_(tiny_llama.lm_head.weight)
+    tiny_llama.save_pretrained("m")  # as many bytes
+    assert not asked().has("dense", None) and before.has("dense", None)
+
+
+def test_a_hub_models_records_are_of_the_commit_that_was_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    run = Run("table1", model="llama-7b", profile="smoke", recipe={"device": "cpu"}, results=str(tmp_path / "results"))
+    assert "checkpoint" not in run.row_config("dense", None)  # as in older records
+    repository = tmp_path / "cache" / "models--huggyllama--llama-7b"
+    (repository / "snapshots" / "0123abc").mkdir(parents=True)
+    (repository / "snapshots" / "0123abc" / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    assert run.on(torch.zeros(2, 24, dtype=torch.int64)).row_config("dense", None)["checkpoint"] == "0123abc"
+
+
+def test_the_embedded_models_records_in_the_repository_are_still_found():
+    (path,) = (ROOT / "results" / "reference" / "table1" / "records").glob("smollm2-135m-quick-dense-*.json")
+    config = json.loads(path.read_text())["config"]
+    recipe = {"device": config["device"], "dtype": config["dtype"].removeprefix("torch.")}
+    sums = {name: config[name] for name in ("calibration_sha256", "test_sha256")}
+    run = Run("table1", model="smollm2-135m", profile="quick", recipe=recipe).apart(**sums)
+    assert run.row_config("dense", None) == config
+
+
+def test_a_folder_that_is_not_there_has_no_identity():
+    assert models.checkpoint_identity("/not/there") is models.checkpoint_identity("./not/there") is None
 
 
 def test_a_record_names_who_computed(tmp_path):

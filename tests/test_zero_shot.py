@@ -221,6 +221,14 @@ def test_bad_input_is_refused_before_any_work(options, message, no_type_checks):
         besa.zero_shot(None, None, **options)
 
 
+def test_a_model_of_nan_answers_nothing_and_the_task_is_named(tokenizer):
+    model = build("Llama", max_position_embeddings=2048)
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"piqa, question \d+: .*log-likelihoods are \[nan, nan\].*try dtype float32"):
+        besa.zero_shot(model, tokenizer, ["piqa", "arc_easy"], limit=2, progress=False)
+
+
 def test_a_choice_longer_than_the_models_context_is_refused(tokenizer):
     lm = SharedContexts(build("Llama", max_position_embeddings=4), tokenizer, "auto", progress=False)
     with pytest.raises(ValueError, match="a choice of 5 tokens exceeds the model's 4"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from besa.inputs import assets
-from besa.inputs.models import load_tokenizer, source_of
+from besa.inputs.models import check_loaded, load_tokenizer, source_of
 from besa.machine.device import resolve_dtype
 from besa.machine.files import replacing, write_text
 
@@ -113,8 +113,8 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
         trust_remote_code: run the Python code that comes with the checkpoint, where it has any.
 
     Raises:
-        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some, or
-            transformers cannot load it.
+        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some or has
+            some too many, or transformers cannot load it.
     """
     dtype = precision_of(folder)
     try:
@@ -127,12 +127,7 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"transformers cannot load {folder}: {error}") from error
-    if found["missing_keys"]:  # transformers would draw them at random
-        missing = sorted(found["missing_keys"])
-        raise ValueError(
-            f"{folder} lacks {len(missing)} tensor(s) of a {type(model).__name__}, the first {missing[0]}; fetch the "
-            "whole checkpoint, or save the model with its head"
-        )
+    check_loaded(folder, model, found)
     return model.eval().requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from besa.checkpoint.format import shard_paths
-from besa.machine.files import sha256, tensor_sha256, write_text
+from besa.machine.files import mark_of, sha256, tensor_sha256, write_text
 from besa.machine.processes import n_ranks
 from besa.prune import Method
 
@@ -126,7 +126,7 @@ def _source_sums(source: Path, output: Path) -> dict[str, str]:
     seen = {}
     files = [*shard_paths(source), source / "config.json", *sorted(source.glob("*.py"))]
     for file in tqdm(files, desc="sha256", unit="file", leave=False):
-        mark = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+        mark = mark_of(file)
         old = known.get(file.name, {})
         seen[file.name] = old if old.get("mark") == mark else {"mark": mark, "sha256": sha256(file)}
     write_text(path, json.dumps(seen, indent=1) + "\n")

@@ -95,7 +95,7 @@ def prune_checkpoint(
                         pruned = method.prune_block(block)
                         if reconstruct:
                             pruned = reconstruct.improve(block, pruned)
-                        shards.write(block, block.finish(pruned))
+                        shards.write(block, method.noted(block, block.finish(pruned)))
                         del pruned  # before the next block is learned
         shards.close()
         return shards.report()

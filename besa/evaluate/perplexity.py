@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from besa.machine.processes import n_ranks, rank, sum_
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 """Tokens times vocabulary that the head computes at once: 64 MiB and 1 GiB in float32."""
+LARGEST_LOSS = math.log(sys.float_info.max)
+"""Nats per token, whose exp is the largest float64."""
 SPREAD_AT_ONCE = 8
 """Segments that run together where a model's weights do not all fit on the GPU, and come anew for every run."""
 
@@ -32,8 +35,8 @@ def perplexity(
     Under torchrun the ranks share the segments.
 
     Raises:
-        ValueError: fewer than `seq_len` tokens, not a flat int64 stream, ids beyond the vocabulary, or a `seq_len`
-            longer than the model's context.
+        ValueError: fewer than `seq_len` tokens, not a flat int64 stream, ids beyond the vocabulary, a `seq_len` longer
+            than the model's context, or a segment whose own perplexity is NaN or beyond float64; names the segment.
     """
     if tokens.ndim != 1:
         raise ValueError(f"tokens must be a flat stream (n_tokens,), not {tuple(tokens.shape)}")
@@ -49,11 +52,23 @@ def perplexity(
     with _evaluating(model), tqdm(total=len(mine), **options) as bar:
         batches = mine.split(together) if len(mine) else ()  # more ranks than segments
         calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
-        for batch in batches:
-            total += _negative_log_likelihood(model, batch, calls[len(batch)])
+        for number, batch in enumerate(batches):
+            loss = _negative_log_likelihood(model, batch, calls[len(batch)])
+            _check_loss(loss / batch[:, 1:].numel(), rank() + number * together * n_ranks(), len(batch))
+            total += loss
             bar.update(len(batch))
     total = float(sum_(total))
     return math.exp(total / (n_segments * (seq_len - 1)))
+
+
+def _check_loss(nats: float, segment: int, n: int) -> None:
+    """Refuse a mean loss that is NaN, or whose exp float64 does not hold, where it arises."""
+    if not nats < LARGEST_LOSS:
+        others = f" (or one of the {n - 1} that run with it)" if n > 1 else ""
+        raise ValueError(
+            f"segment {segment}{others}: a loss of {nats:.4g} nats per token makes no perplexity; try dtype float32, "
+            "and look for NaN in the model's weights"
+        )
 
 
 @contextlib.contextmanager

@@ -73,7 +73,8 @@ def zero_shot(
         batch_size: contexts per batch; "auto" bounds their logits and their keys and values (`likelihood`).
 
     Raises:
-        ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context.
+        ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context, or
+            log-likelihoods that are not finite; the last names the task, the others come before any work.
         FileNotFoundError: the questions are neither local nor embedded and the hub did not deliver them.
     """
     import lm_eval.evaluator  # slow to import, and only here needed
@@ -131,4 +132,9 @@ def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
 def _answer(name: str, sample: dict[str, Any]) -> dict[str, Any]:
     """Number of the question in its task, log-likelihood of each choice in nats, whether the likeliest was right."""
     logliks = [loglik for loglik, _ in sample["filtered_resps"]]
+    if not all(map(math.isfinite, logliks)):  # the largest of them would still be some choice
+        raise ValueError(
+            f"{name}, question {sample['doc_id']}: the choices' log-likelihoods are {logliks}: the model's outputs are "
+            "not finite; try dtype float32, and look for NaN in its weights"
+        )
     return {"task": name, "question": sample["doc_id"], "logliks": logliks, "correct": bool(sample["acc"])}

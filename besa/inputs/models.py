@@ -1,12 +1,16 @@
 """Name -> (model, tokenizer): the paper's models, the embedded one, any hub id or local folder."""
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import tokenizers
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +23,7 @@ from transformers import (
 import besa
 from besa.inputs import assets
 from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.files import mark_of
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
 from besa.machine.processes import n_ranks
 
@@ -34,6 +39,8 @@ PAPER_MODELS = {
     "llama2-70b": "meta-llama/Llama-2-70b-hf",
 }
 
+_DECIDING = ("*.safetensors", "*.bin", "*.index.json", "config.json", "*.py")
+"""Files of a folder that decide what model it holds."""
 ON_GPU = 0.8
 """Of what is free on a GPU, so much goes to the weights of a model that is larger; the rest to what they compute."""
 
@@ -53,15 +60,16 @@ def load_model(
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
 
     Raises:
-        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, or the GPU has no room
-            for any of it.
+        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, it lacks tensors or has
+            some too many, or the GPU has no room for any of it.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     source, spread = source_of(name), _spread(name, dtype, device)
     with _explained(source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **spread)
-        tokenizer = load_tokenizer(name)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **spread)
+    check_loaded(source, model, found)
+    tokenizer = load_tokenizer(name)
     if spread and model.device.type != "cuda":
         raise ValueError(
             f"{name}: {free_device(device) / 2**30:.1f} GiB are free on {device}, too little for any part of the "
@@ -70,6 +78,30 @@ def load_model(
     if not packed:
         besa.unpack(model)
     return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse a model whose weights were not all in its checkpoint, or whose checkpoint has more than went into it.
+
+    Args:
+        found: what transformers tells of loading; tied heads, rotary frequencies and what else a family declares
+            needless are in none of its lists.
+
+    Raises:
+        ValueError: names the first tensor that is missing, which transformers draws at random, or left over.
+    """
+    kind = type(model).__name__
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensor(s) of a {kind}, the first {missing[0]}; fetch the whole checkpoint, "
+            "or save the model with its head"
+        )
+    if unexpected := sorted(found["unexpected_keys"]):
+        raise ValueError(
+            f"{source} holds {len(unexpected)} tensor(s) for which a {kind} of its config.json has no place, the first "
+            f"{unexpected[0]}; mend config.json (num_hidden_layers, ...), or save the model without them: "
+            f"AutoModelForCausalLM.from_pretrained({str(source)!r}, dtype='auto').save_pretrained('NEW_FOLDER')"
+        )
 
 
 def _spread(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -111,6 +143,27 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def source_of(name: str) -> str:
     """Hub id or folder of a model by a name that `load_model` takes."""
     return str(assets.derive(EMBEDDED, _convert)) if name == EMBEDDED else PAPER_MODELS.get(name, name)
+
+
+def checkpoint_identity(name: str) -> str | None:
+    """What tells the weights behind a name from those that come later, or elsewhere, under the same name.
+
+    Of a folder, the sha256 of where its weights, index, configuration and code lie, of their sizes and times. Of a
+    model on the hub, the commit that was fetched last, as nothing is asked of the hub here. None for the embedded
+    model, which is pinned, and for what is neither a folder nor fetched.
+    """
+    if name == EMBEDDED:
+        return None
+    folder = Path(source_of(name))
+    if folder.is_dir():
+        files = (path for pattern in _DECIDING for path in folder.glob(pattern) if path.is_file())
+        marks = sorted(map(mark_of, files))
+        return hashlib.sha256(json.dumps([str(folder.resolve()), *marks]).encode()).hexdigest()
+    try:
+        config = huggingface_hub.try_to_load_from_cache(source_of(name), "config.json")
+    except HFValidationError:  # a folder that is not there
+        return None
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _convert(gguf: Path, folder: Path) -> None:

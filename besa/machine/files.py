@@ -54,6 +54,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def mark_of(path: Path) -> list[str | int]:
+    """What tells a file from one that was written since, without reading it: where it lies, its size and its time."""
+    return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """Of a tensor's values."""
     return hashlib.sha256(tensor.contiguous().cpu().numpy().tobytes()).hexdigest()

@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from besa.inputs.models import checkpoint_identity
 from besa.inputs.text import Sampler
 from besa.machine.device import resolve_device, resolve_dtype
 from besa.machine.files import tensor_sha256, write_text
@@ -201,6 +202,8 @@ class Run:
         self.device = resolve_device(self.recipe.device)
         self.dtype = resolve_dtype(self.recipe.dtype, self.device) if self.recipe.dtype else None
         self.config = config | {name: getattr(self, name) for name in ("calibration", "sampler", "seed")}
+        # As early as can be: what is replaced while it runs is recorded under what was there, and not found again.
+        self.checkpoint = checkpoint_identity(model)
         self.segments: dict[str, int] = {}
         self.folder = open_folder(item, results)
 
@@ -226,6 +229,7 @@ class Run:
     ) -> "Run":
         """The same run, its records told apart by calibration windows, test texts and precision, too."""
         run = copy.copy(self)
+        run.checkpoint = checkpoint_identity(self.model)  # the tokenizer may just have come from the hub
         run.n_samples, run.dtype = len(windows), dtype or self.dtype
         run.segments = {name: len(tokens) // self.seq_len for name, tokens in (texts or {}).items()}
         run.config = self.config | {"calibration_sha256": tensor_sha256(windows)}
@@ -243,6 +247,7 @@ class Run:
         """Everything that a row's numbers depend on, beside the code and the machine."""
         asked = {"item": self.item, "model": self.model, "profile": self.profile.name, **self.config}
         asked |= {"n_samples": self.n_samples, "seq_len": self.seq_len}
+        asked |= {"checkpoint": self.checkpoint} if self.checkpoint else {}
         asked |= {"dtype": str(self.dtype), "device": self.device.type, "row": row}
         pruned = {"sparsity": method.sparsity, "method": method.config()} if method else {"sparsity": 0.0}
         return asked | {"method": None} | pruned
@@ -276,6 +281,8 @@ class Run:
         record = save_record(self.folder, self.row_config(row, method), outcome | more)
         shutil.rmtree(self.work(row, method), ignore_errors=True)
         print(row, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
+        for missed in report.missed if report else ():
+            print(f"{row} WARNING: {missed}", flush=True)
         return record
 
     def records(self, rows: dict[str, Method | None]) -> list[Record]:
