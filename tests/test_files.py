@@ -1,17 +1,21 @@
 """Files that somebody else put, changed or broke: left alone, named, healed; never written through, never trusted."""
 
+import contextlib
 import json
 import os
 import shutil
 
 import pytest
 from test_shards import load, prune, source, weights  # noqa: F401 (a fixture)
+from typer.testing import CliRunner
 
 import besa
+from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
 from besa.checkpoint import resume
 from besa.checkpoint import run as shards
 from besa.inputs import assets
+from besa.inputs.models import load_shapes
 from besa.machine.files import HALF_WRITTEN, replacing, write_text
 
 
@@ -122,6 +126,36 @@ def test_hidden_states_are_not_written_through_a_link(source, tmp_path, windows)
     (tmp_path / "out" / "besa" / "hidden-0-1.bin").symlink_to(tmp_path / "not there")
     prune(source, tmp_path / "out", windows, besa.Wanda(), hidden_states="file")
     assert (tmp_path / "victim").read_text() == "precious" and not (tmp_path / "not there").exists()
+
+
+# Python code that comes with a model
+
+
+@pytest.fixture
+def with_code(source, tmp_path):  # noqa: F811
+    """A model whose code leaves a file behind when it is run."""
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | own))
+    (source / "mine.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    return source
+
+
+@pytest.mark.parametrize("load_it", [besa.load_model, load_shapes, checkpoint.open_checkpoint])
+def test_code_runs_only_with_the_flag_and_nobody_is_asked(with_code, tmp_path, monkeypatch, load_it):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    name = with_code if load_it is checkpoint.open_checkpoint else str(with_code)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load_it(name)
+    assert not (tmp_path / "executed").exists()
+    with contextlib.suppress(Exception):  # the code is none that loads
+        load_it(name, trust_remote_code=True)
+    assert (tmp_path / "executed").exists()
+
+
+def test_evaluate_does_not_take_yes_from_a_pipe(with_code, tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", str(with_code), "--device", "cpu"], input="y\n")
+    assert result.exit_code == 1 and "--trust-remote-code" in result.output
+    assert not (tmp_path / "executed").exists()
 
 
 # What a power cut or a bad disk leaves
