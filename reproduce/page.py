@@ -139,8 +139,15 @@ def read_table(path: Path) -> pd.DataFrame:
     caption, _, table = path.read_text(encoding="utf-8").partition("\n\n")
     if not caption.startswith("**"):
         raise ValueError("not a table with its caption")
-    options = {"sep": r"\s*\|\s*", "engine": "python", "dtype": str, "keep_default_na": False, "index_col": False}
-    frame = pd.read_csv(StringIO(table), **options).iloc[1:, 1:-1]
+    options = {
+        "sep": r"\s*(?<!\\)\|\s*",
+        "engine": "python",
+        "dtype": str,
+        "keep_default_na": False,
+        "index_col": False,
+    }
+    plain = lambda cell: re.sub(r"\\([\\|])", r"\1", cell)
+    frame = pd.read_csv(StringIO(table), **options).iloc[1:, 1:-1].rename(columns=plain).map(plain)
     frame.attrs["caption"] = caption.strip("*\n")
     return frame
 

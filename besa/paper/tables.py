@@ -111,16 +111,30 @@ def _asked_the_same(config: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> str:
     """Write a table as Markdown, CSV (unrounded) and LaTeX; returns the Markdown."""
-    markdown = f"**{caption}**\n\n{_rounded(frame).to_markdown(stralign='left', disable_numparse=True)}\n"
+    shown = _rounded(frame)
+    cells = shown.rename(index=_in_markdown, columns=_in_markdown).map(_in_markdown)
+    table = cells.to_markdown(stralign="left", disable_numparse=True)
+    markdown = f"**{' '.join(caption.split())}**\n\n{table}\n"
     write_text(folder / f"{stem}.md", markdown)
     write_text(folder / f"{stem}.csv", frame.to_csv())
-    write_text(folder / f"{stem}.tex", _rounded(frame).to_latex(caption=_escaped(caption), escape=True))
+    write_text(folder / f"{stem}.tex", shown.to_latex(caption=_escaped(caption), escape=True))
     return markdown
 
 
+def _in_markdown(cell: Any) -> Any:
+    """A table's cell: one line, its bars and backslashes escaped."""
+    return re.sub(r"([\\|])", r"\\\1", " ".join(cell.split())) if isinstance(cell, str) else cell
+
+
+_LATEX = {character: f"\\{character}" for character in "%&#_$"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"{": r"\textbraceleft{}", "}": r"\textbraceright{}"}
+"""BibTeX counts every brace, an escaped one too."""
+
+
 def _escaped(text: str) -> str:
-    """For LaTeX; pandas does it in cells only."""
-    return re.sub(r"([%&#_$])", r"\\\1", text)
+    """For LaTeX and BibTeX; pandas does it in cells only."""
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -169,6 +183,7 @@ def citation(records: list[Record]) -> str:
     """BibTeX of the paper, and of this run: commits, profile, hardware, and every row by its configuration's hash."""
     config, source = records[-1]["config"], records[-1]["provenance"]
     every = lambda values: _escaped(", ".join(dict.fromkeys(values)))
+    item, profile = _escaped(config["item"]), _escaped(config["profile"])
     models = every(record["config"]["model"] for record in records)
     commits = every(commit(record["provenance"]) for record in records)
     hardware = every(record["provenance"]["hardware"] for record in records)
@@ -181,8 +196,8 @@ def citation(records: list[Record]) -> str:
     return f"""{PAPER_BIBTEX}
 
 @misc{{{label},
-  title  = {{{{besa, {config["item"]} on {models}}}}},
+  title  = {{{{besa, {item} on {models}}}}},
   author = {{{{besa contributors}}}},
   year   = {{{source["date"][:4]}}},
-{url}  note   = {{commit {commits}, profile {config["profile"]}, {hardware}, {source["date"][:10]}; rows: {rows}}}
+{url}  note   = {{commit {commits}, profile {profile}, {hardware}, {source["date"][:10]}; rows: {rows}}}
 }}"""
