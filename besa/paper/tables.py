@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,46 @@ Record = dict[str, Any]
 
 REFERENCE = ROOT / "results" / "reference"
 """The results that come with the repository."""
+
+_KINDS = {
+    "config": {"item": str, "row": str, "model": str, "profile": str},
+    "provenance": {"commit": str, "modified": bool, "hardware": str, "date": str, "versions": dict},
+}
+"""What every table and citation asks of a record."""
+
+
+def load_record(path: Path) -> Record:
+    """A record from its file, which another version or another hand may have written.
+
+    Raises:
+        ValueError: it is none; says what is missing or odd.
+        OSError: it cannot be read.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    parts = record if isinstance(record, dict) else {}
+    for part, kinds in _KINDS.items():
+        found = parts.get(part)
+        for name, kind in kinds.items():
+            if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+                raise ValueError(f"not a record: its {part} lacks {name}, or holds one that is no {kind.__name__}")
+    _check_numbers(record)
+    return record
+
+
+def _check_numbers(record: Record) -> None:
+    """Refuse what cannot be counted or compared."""
+    values = {name: record.get(name, {}) for name in ("metrics", "stderr")}
+    odd = [name for name, found in values.items() if not isinstance(found, dict) or not _numbers(found.values())]
+    odd += ["config_hash"] * (not isinstance(record.get("config_hash"), str))
+    odd += ["sparsity"] * (not _numbers([record["config"].get("sparsity", 0.0)]))
+    odd += ["method"] * (not isinstance(record["config"].get("method"), dict | None))
+    if odd:
+        raise ValueError(f"not a record: its {', '.join(odd)} cannot be read")
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    """Whether all are, and none is an integer beyond what a float holds."""
+    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in values)
 
 
 def slug(name: str) -> str:
@@ -91,13 +132,20 @@ def _follows_protocol(config: dict[str, Any]) -> bool:
 
 
 def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:
-    """Ours beside the records in a folder, row by row, where one was asked for the same: the machine may differ."""
-    references = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("records/*.json"))]
-    rows = []
+    """Ours beside the records in a folder, row by row, where one was asked for the same: the machine may differ.
+
+    What is no record there is skipped, with a warning that names it.
+    """
+    references, rows = [], []
+    for path in sorted(folder.glob("records/*.json")):
+        try:
+            references.append(load_record(path))
+        except (ValueError, OSError, RecursionError) as error:
+            warnings.warn(f"{path} is skipped ({error})", stacklevel=2)
     for record in records:
         same = [other for other in references if _asked_the_same(record["config"], other["config"])]
         for text, ours in record["metrics"].items() if same else ():
-            value = max(same, key=lambda other: other["provenance"]["date"])["metrics"].get(text)
+            value = max(same, key=lambda other: other["provenance"]["date"]).get("metrics", {}).get(text)
             rows += [_difference(record["config"]["row"], "of", text, ours, "reference", value)] if value else []
     return pd.DataFrame(rows).set_index("method") if rows else pd.DataFrame()
 
