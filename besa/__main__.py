@@ -147,6 +147,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="questions per task; all by default", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; what is fast by default")] = None,
     device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Perplexity and zero-shot accuracy of a model; `torchrun ... -m besa evaluate` shares the segments out."""
     from besa.evaluate.zero_shot import check_request
@@ -154,7 +155,7 @@ def evaluate(
 
     if tasks:
         check_request(tasks.split(","), limit)
-    model, tokenizer = besa.load_model(source, dtype, device)
+    model, tokenizer = besa.load_model(source, dtype, device, trust_remote_code=trust_remote_code)
     quiet = processes.rank() > 0
     for text in filter(None, texts.split(",")):
         tokens = besa.test_tokens(text, tokenizer)[: max_segments and max_segments * seq_len]

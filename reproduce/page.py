@@ -6,7 +6,6 @@ runs are left out. A record or table that cannot be read is skipped, and named i
 the files look is in reproduce/templates.
 """
 
-import json
 import os
 import re
 import sys
@@ -24,9 +23,9 @@ import typer
 
 from besa.machine.files import write_text
 from besa.machine.provenance import ROOT
-from besa.paper.tables import PAPER_BIBTEX, REFERENCE, citation, commit, slug
+from besa.paper.tables import PAPER_BIBTEX, REFERENCE, citation, commit, load_record, slug
 
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
 
 @dataclass
@@ -122,7 +121,7 @@ def read_notebook(path: Path) -> Item:
 
 def read_record(path: Path) -> dict[str, Any]:
     """What the page says of a record."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = load_record(path)
     config, source = record["config"], record["provenance"]
     metrics = {text: float(value) for text, value in record.get("metrics", {}).items()}
     facts = {"row": config["row"], "model": slug(config["model"]), "profile": config["profile"], "file": path.name}
@@ -139,8 +138,15 @@ def read_table(path: Path) -> pd.DataFrame:
     caption, _, table = path.read_text(encoding="utf-8").partition("\n\n")
     if not caption.startswith("**"):
         raise ValueError("not a table with its caption")
-    options = {"sep": r"\s*\|\s*", "engine": "python", "dtype": str, "keep_default_na": False, "index_col": False}
-    frame = pd.read_csv(StringIO(table), **options).iloc[1:, 1:-1]
+    options = {
+        "sep": r"\s*(?<!\\)\|\s*",
+        "engine": "python",
+        "dtype": str,
+        "keep_default_na": False,
+        "index_col": False,
+    }
+    plain = lambda cell: re.sub(r"\\([\\|])", r"\1", cell)
+    frame = pd.read_csv(StringIO(table), **options).iloc[1:, 1:-1].rename(columns=plain).map(plain)
     frame.attrs["caption"] = caption.strip("*\n")
     return frame
 
@@ -198,13 +204,16 @@ def build(reproduce: Path, results: Path) -> tuple[dict[Path, str], list[str]]:
 
 def shown(item: str, folder: Path) -> str:
     """What the newest run of an item left: its tables as text, the reference numbers last, and where all of it lies."""
-    tables = sorted(folder.glob("*.md"), key=lambda path: path.stat().st_mtime)
-    configs = [json.loads(path.read_text(encoding="utf-8"))["config"] for path in folder.glob("records/*.json")]
-    runs = {f"{slug(config['model'])}-{config['profile']}" for config in configs}
-    run = next((run for run in runs if f"{tables[-1].stem}-".startswith(f"{run}-")), "")
-    own = sorted((path for path in tables if path.stem.startswith(run)), key=lambda p: p.stem.endswith("-reference"))
+    written, found = sorted(folder.glob("*.md"), key=lambda path: path.stat().st_mtime), Item(item, "")
+    if not written:
+        raise typer.BadParameter(f"{folder} holds no table of {item!r}; run its notebook first: make {item}")
+    records = [found.read(read_record, path) for path in sorted(folder.glob("records/*.json"))]
+    runs = {f"{record['model']}-{record['profile']}" for record in records if record}
+    run = next((run for run in runs if f"{written[-1].stem}-".startswith(f"{run}-")), "")
+    own = sorted((path for path in written if path.stem.startswith(run)), key=lambda p: p.stem.endswith("-reference"))
     paths = [folder / f"{item}.ipynb", *own, *sorted(folder.glob(f"{run}*.png")), folder / "records"]
-    return "\n".join([*(path.read_text(encoding="utf-8") for path in own), *map(str, paths)])
+    skipped = [f"skipped {line}" for line in found.skipped]
+    return "\n".join([*(path.read_text(encoding="utf-8") for path in own), *skipped, *map(str, paths)])
 
 
 def main(

@@ -8,6 +8,7 @@ never takes the others along: its log is named at the end, and the exit status i
 import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,16 +30,18 @@ def cells(models: str, notebooks: str, methods: str, extra: dict[str, Any]) -> d
     """Name of a cell -> what papermill is given; the name is that of the executed notebook too.
 
     Raises:
-        typer.BadParameter: a notebook that is not there.
+        typer.BadParameter: a notebook that is not there, or a method whose name is none of a file.
     """
-    found = {}
+    found, known = {}, sorted(path.stem for path in HERE.glob("*.ipynb"))
     for notebook, model, method in itertools.product(notebooks.split(","), models.split(","), methods.split(",")):
-        if not (HERE / f"{notebook}.ipynb").is_file():
-            known = ", ".join(sorted(path.stem for path in HERE.glob("*.ipynb")))
-            raise typer.BadParameter(f"unknown notebook {notebook!r}; known: {known}")
+        if notebook not in known:  # "../x" may be a file, too
+            raise typer.BadParameter(f"unknown notebook {notebook!r}; known: {', '.join(known)}")
+        if not re.fullmatch(r"[\w.-]*", method):
+            raise typer.BadParameter(f"method {method!r} would name a file; take letters, digits, '.', '_' and '-'")
         recipe = HERE / "params" / f"{model}.yaml"
+        own = Path(model).name == model and recipe.is_file()  # not of a folder that happens to lie beside a yaml
         given = inspected(notebook)
-        parameters = (yaml.safe_load(recipe.read_text()) if recipe.is_file() else {}) | {"model": model} | extra
+        parameters = (yaml.safe_load(recipe.read_text()) if own else {}) | {"model": model} | extra
         parameters |= {"methods": method} if method else {}
         name = "-".join(filter(None, (notebook, slug(model), method)))
         if name in found:

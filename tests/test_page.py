@@ -1,5 +1,6 @@
 """The page of all results, built from records in a temporary folder."""
 
+import json
 import re
 import runpy
 import shutil
@@ -8,6 +9,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+import typer
 from matplotlib.figure import Figure
 
 from besa.machine.provenance import ROOT
@@ -118,6 +120,57 @@ def test_broken_records_and_tables_are_skipped_by_name(folders):
     for name in ("broken.json", "empty.json", "notes.md"):
         assert name in readme and name in page
     assert "2 not judged: other protocol" in readme
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": None}, "its config lacks item"),
+        ({"config": []}, "its config lacks item"),
+        ({"config.row": 7}, "its config lacks row, or holds one that is no str"),
+        ({"config.model": None}, "its config lacks model"),
+        ({"config.profile": ["quick"]}, "its config lacks profile"),
+        ({"config.sparsity": "half"}, "its sparsity cannot be read"),
+        ({"config.method": "wanda"}, "its method cannot be read"),
+        ({"provenance": {}}, "its provenance lacks commit"),
+        ({"provenance.date": 20260101}, "its provenance lacks date"),
+        ({"provenance.versions": ["torch"]}, "its provenance lacks versions"),
+        ({"config_hash": None}, "its config_hash cannot be read"),
+        ({"metrics": [7.3]}, "its metrics cannot be read"),
+        ({"metrics": {"wikitext2": "7.3"}}, "its metrics cannot be read"),
+        ({"metrics": {"wikitext2": 10**400}}, "its metrics cannot be read"),
+        ({"stderr": [0.1]}, "its stderr cannot be read"),
+    ],
+)
+def test_records_of_another_kind_are_named_and_stop_nothing(folders, change, words):
+    (record,) = run(folders, "llama-7b", "quick", wanda=7.3)
+    _, page, _ = build_texts(folders)
+    for key, value in change.items():
+        part, _, name = key.rpartition(".")
+        (record[part] if part else record)[name] = value
+    odd = folders[1] / "table1" / "records" / "odd.json"
+    odd.write_text(json.dumps(record))
+    _, page_with, skipped = build_texts(folders)
+    assert len(skipped) == 1 and skipped[0].startswith("table1/odd.json (") and words in skipped[0]
+    rest = [line for line in page_with.splitlines() if "<mark>skipped</mark>" not in line]
+    assert rest == page.splitlines()
+    shown = report["shown"]("table1", folders[1] / "table1")
+    assert "skipped odd.json" in shown and "7.30" in shown
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"null", b"\xff", b"[" * 100000])
+def test_what_is_no_record_at_all_is_named(folders, content):
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    (folders[1] / "table1" / "records" / "odd.json").write_bytes(content)
+    (line,) = build_texts(folders)[2]
+    assert line.startswith("table1/odd.json (")
+    with pytest.warns(UserWarning, match=r"odd.json is skipped"):
+        tables.beside_reference([], folders[1] / "table1")
+
+
+def test_showing_what_was_never_run_says_how_to_run_it(tmp_path):
+    with pytest.raises(typer.BadParameter, match=r"holds no table of 'table1'; .* make table1"):
+        report["shown"]("table1", tmp_path)
 
 
 def test_rows_of_several_runs_are_not_ranked(folders):

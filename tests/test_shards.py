@@ -257,19 +257,15 @@ def test_a_changed_configuration_of_the_source_is_refused(source, tmp_path, wind
 def test_what_a_killed_run_left_half_written_goes(source, tmp_path, windows):
     prune(source, tmp_path / "out", windows)
     before = weights(tmp_path / "out")
-    for name in (
-        ".model-block-00001.77.safetensors",
-        ".tmpA1b2C3",
-        ".config.77.json",
-        "besa/hidden-0-1.bin",
-        "besa/.run.77.json",
-    ):
+    for name in (".besa-half-written-a1b2c3_4/.tmpA1b2C3", "besa/.besa-half-written-a1b2c3_4/run.json"):
+        (tmp_path / "out" / name).parent.mkdir()
         (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / "besa" / "hidden-0-1.bin").touch()
     (tmp_path / "out" / "besa" / ".ipynb_checkpoints").mkdir()
     prune(source, tmp_path / "out", windows)
     assert weights(tmp_path / "out") == before
-    assert not (tmp_path / "out" / ".tmpA1b2C3").exists()
-    assert not list((tmp_path / "out" / "besa").glob("*.bin")) and not list((tmp_path / "out" / "besa").glob(".*.json"))
+    assert not list((tmp_path / "out").rglob(".besa-half-written-*"))
+    assert not list((tmp_path / "out" / "besa").glob("*.bin"))
 
 
 def test_a_checkpoint_whose_block_is_damaged_is_none_until_it_is_made_again(source, tmp_path, windows, monkeypatch):

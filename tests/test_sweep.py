@@ -1,12 +1,19 @@
 """Sweeps: every cell runs, a failing one takes no other along, and finished ones are not run again."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import typer
 from test_notebooks import tiny_folder  # noqa: F401 (a fixture)
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
+script = runpy.run_path(str(ROOT / "reproduce" / "sweep.py"))
+command = typer.Typer(add_completion=False)
+command.command()(script["main"])
 
 
 def sweep(folder, models, *more):
@@ -14,8 +21,8 @@ def sweep(folder, models, *more):
     parameters = {"profile": "smoke", "datasets": "wiki", "results": folder / "results"}
     for name, value in parameters.items():
         arguments += ["-p", f"{name}={value}"]
-    command = [sys.executable, str(ROOT / "reproduce" / "sweep.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    start = [sys.executable, str(ROOT / "reproduce" / "sweep.py")]
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, tmp_path):  # noqa: F811
@@ -40,6 +47,31 @@ def test_an_unknown_notebook_is_refused_before_any_job(tmp_path):
     result = sweep(tmp_path / "sweep", "smollm2-135m", "--notebooks", "table9")
     assert result.returncode != 0 and "unknown notebook 'table9'" in result.stderr
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--methods", "../../../esc", "method '../../../esc' would name a file"),
+        ("--methods", "wanda,/tmp/esc", "method '/tmp/esc' would name a file"),
+        ("--methods", "..\\esc", "would name a file"),
+        ("--methods", "a b", "method 'a b'"),
+        ("--notebooks", "../x", "unknown notebook '../x'"),
+        ("--notebooks", "table1,../reproduce/table1", "unknown notebook '../reproduce/table1'"),
+        ("--notebooks", "", "unknown notebook ''"),
+    ],
+)
+def test_names_that_lead_elsewhere_are_refused_before_any_job(tmp_path, option, value, words):
+    arguments = ["--models", "smollm2-135m", "--folder", str(tmp_path / "sweep"), option, value]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
+    assert result.exit_code == 2 and words in " ".join(result.output.split())
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_takes_no_recipe_of_a_yaml_beside_it(tmp_path):
+    (tmp_path / "llama-7b.yaml").write_text("recipe: {seed: 7}")
+    (parameters,) = script["cells"](str(tmp_path / "llama-7b"), "table1", "", {}).values()
+    assert parameters == {"model": str(tmp_path / "llama-7b")}
 
 
 def test_more_gpus_than_there_are_are_refused_before_any_job(tmp_path):

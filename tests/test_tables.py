@@ -1,12 +1,18 @@
 """Records as tables: verdicts, the reference run, rounding, figures that repeat, citations."""
 
 import json
+import re
+import runpy
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
+from besa.machine.provenance import ROOT
 from besa.paper import tables
 from besa.paper.records import open_folder, save_record
+
+page = runpy.run_path(str(ROOT / "reproduce" / "page.py"))
 
 CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
 OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
@@ -71,6 +77,39 @@ def test_tables_round_as_the_paper_does_and_keep_the_digits_in_the_csv(record, t
     assert "| wanda" in markdown and "0.4966" in markdown and "7.30" in markdown
     assert "0.49663" in (tmp_path / "t.csv").read_text()
     assert r"Caption 50 \%" in (tmp_path / "t.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cell", "markdown", "latex"),
+    [
+        (r"\input{/etc/passwd}", r"\\input{/etc/passwd}", r"\textbackslash input\{/etc/passwd\}"),
+        ("a|b", r"a\|b", "a|b"),
+        (r"a\|b", r"a\\\|b", r"a\textbackslash |b"),
+        ("a\n\n| b", r"a \| b", None),
+        ("a\\", "a\\\\", None),
+        ("50 % & $x$ #1_2", "50 % & $x$ #1_2", r"50 \% \& \$x\$ \#1\_2"),
+    ],
+)
+def test_cells_are_text_in_every_format_and_are_read_back_as_they_were(tmp_path, cell, markdown, latex):
+    frame = pd.DataFrame({"row": [cell], cell: [1.5], "more": [cell]}).set_index("row")
+    tables.write_table(frame, tmp_path, "t", cell)
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert len(lines) == 5 and lines[2].count(f" {markdown} ") == 1 and lines[4].count(f" {markdown} ") == 2
+    text = (tmp_path / "t.tex").read_text()
+    assert not re.search(r"\\input", text) and text.count("passwd") == 4 * cell.count("passwd")
+    assert latex is None or text.count(latex) >= 3
+    read = page["read_table"](tmp_path / "t.md")
+    assert list(read) == ["row", *[" ".join(name.split()) for name in (cell, "more")]]
+    assert read.iloc[0].tolist() == [" ".join(cell.split()), "1.50", " ".join(cell.split())]
+
+
+def test_braces_and_backslashes_do_not_unbalance_a_citation(record):
+    text = tables.citation([record(row=r"a}, note={\input{x}", model="org/{m^~", item="t}1")])
+    entry = text.partition("@misc")[2]
+    assert entry.count("{") == entry.count("}") and r"\input" not in entry
+    assert r"\textbackslash{}input\textbraceleft{}x" in entry and r"\textasciicircum{}\textasciitilde{}" in entry
+    depth = [entry[:end].count("{") - entry[:end].count("}") for end in range(1, len(entry))]
+    assert min(depth[1:]) >= 0 and "note={" not in entry
 
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path):

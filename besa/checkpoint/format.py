@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from besa.inputs import assets
 from besa.inputs.models import check_loaded, load_tokenizer, source_of
 from besa.machine.device import resolve_dtype
-from besa.machine.files import replacing, write_text
+from besa.machine.files import HALF_WRITTEN, replacing, sha256, write_text
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -65,7 +66,7 @@ def shard_paths(folder: Path) -> list[Path]:
     if single.is_file():  # as transformers does where there are both
         paths = [single]
     elif index.is_file():
-        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        paths = [folder / name for name in _named_by(index)]
     else:
         pickled = next((f", only {path.name}, a pickle, which besa never opens" for path in folder.glob("*.bin")), "")
         raise ValueError(_no_safetensors(str(folder), pickled))
@@ -75,6 +76,20 @@ def shard_paths(folder: Path) -> list[Path]:
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is missing or cut short ({error}); fetch that file again") from error
     return paths
+
+
+def _named_by(index: Path) -> list[str]:
+    """The shards that an index names, each a plain name of a file beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no shard")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of shards ({error}); fetch that file again") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or name != Path(name).name or "\\" in name:
+            raise ValueError(f"{index} names the shard {name!r}, which is no file beside it; besa opens no other")
+    return names
 
 
 def _dtypes(path: Path) -> dict[str, str]:
@@ -216,12 +231,49 @@ def write_index(shards: list[Path], folder: Path) -> None:
     write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
 
-def carry_over(source: Path, output: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, its own code, licence."""
-    for path in (path for pattern in _CARRIED for path in sorted(source.glob(pattern))):
-        if not path.name.endswith(".index.json") and path.name != assets.SUMS:
-            with replacing(output / path.name) as temporary:
+def carried(source: Path) -> list[Path]:
+    """What belongs to a checkpoint beside its weights: configuration, tokenizer, its own code, licence.
+
+    Raises:
+        ValueError: a link that leads out of the folder (but for the hub's own cache): nobody knows what a copy would
+            make public.
+    """
+    paths = [path for pattern in _CARRIED for path in sorted(source.glob(pattern)) if path.is_file()]
+    folder = source.resolve()
+    inside = [folder] + [folder.parents[1] / "blobs"] * (folder.parent.name == "snapshots")
+    for path in paths:
+        if not any(path.resolve().is_relative_to(root) for root in inside):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, out of its folder, and would be copied into the output; put "
+                "the file itself there, or remove the link"
+            )
+    return [path for path in paths if not path.name.endswith(".index.json") and path.name != assets.SUMS]
+
+
+def carry_over(source: Path, output: Path, written: dict[str, str] | None = None) -> tuple[dict[str, str], list[str]]:
+    """Copy what belongs to a checkpoint beside its weights; a file that somebody else wrote or changed stays.
+
+    Args:
+        written: name -> sha256 of what an earlier call wrote there.
+
+    Returns:
+        The same of all calls, and the names of the files that stay.
+
+    Raises:
+        ValueError: as `carried`.
+    """
+    sums, kept = dict(written or {}), []
+    for path in carried(source):
+        target, total = output / path.name, sha256(path)
+        there = sha256(target) if target.is_file() else None
+        if there not in (None, total, sums.get(path.name)):
+            kept.append(path.name)
+            continue
+        if there != total:
+            with replacing(target) as temporary:
                 shutil.copyfile(path, temporary)
+        sums[path.name] = total
+    return sums, kept
 
 
 @contextlib.contextmanager
@@ -233,13 +285,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=HALF_WRITTEN, dir=folder.parent, ignore_cleanup_errors=True) as around:
+        temporary = Path(around) / folder.name
+        temporary.mkdir()
         yield temporary
         os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export(name: str, folder: Path, dtype: str | None = None) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
+    carried,
     carry_over,
     check_apart,
     find_checkpoint,
@@ -44,6 +45,7 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
     """
     folder, output = find_checkpoint(source), Path(output)
     check_apart(folder, output)
+    carried(folder)
     model = open_checkpoint(folder, trust_remote_code)
     before = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(output) as temporary:

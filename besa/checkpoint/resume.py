@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from besa.checkpoint.format import shard_paths
-from besa.machine.files import mark_of, sha256, tensor_sha256, write_text
+from besa.machine.files import HALF_WRITTEN, mark_of, sha256, tensor_sha256, write_text
 from besa.machine.processes import n_ranks
 from besa.prune import Method
 
@@ -23,8 +24,8 @@ STATE = "besa"
 _AFTERWARDS = ("finetune.py", "adapters.py", "packed.py", "packed_files.py", "packed_kernels.py", "checkpoint/pack.py")
 _BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", *_AFTERWARDS, "__init__.py", "__main__.py")
 """Of the package: what decides no byte of a pruned checkpoint (its windows and its source are summed themselves)."""
-_HALF_WRITTEN = re.compile(r"\..+\.\d+(\.\w+)?|\.tmp\w{6}|hidden-\d+-\d+\.bin")
-"""Temporary names: ours, those of safetensors, and hidden states."""
+_TEMPORARY = re.compile(re.escape(HALF_WRITTEN) + r"\w{8}")
+_HIDDEN_STATES = re.compile(r"hidden-\d+-\d+\.bin")
 
 
 def make_folder(output: Path) -> None:
@@ -45,21 +46,39 @@ def make_folder(output: Path) -> None:
 
 
 def remove_half_written(output: Path) -> None:
-    """Files under temporary names, and hidden states, which are of no use to the next run."""
+    """What a killed run was about to write, and its hidden states, which are of no use to the next one."""
     for path in [*output.iterdir(), *(output / STATE).iterdir()]:
-        if path.is_file() and _HALF_WRITTEN.fullmatch(path.name):
+        if path.is_dir() and not path.is_symlink() and _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
+    for path in (output / STATE).iterdir():
+        if not path.is_dir() and _HIDDEN_STATES.fullmatch(path.name):
             path.unlink()
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What lies beside the output as JSON by name; {} where it is not there, or damaged."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def open_run(output: Path, identity: dict[str, Any], notes: dict[int, Any], about: dict[str, Any]) -> dict[str, Any]:
     """The run that the output holds; where no block is finished, a new one.
 
     Raises:
-        ValueError: blocks of another run are finished there; names what differs.
+        ValueError: blocks of another run are finished there; names what differs. Or the file that says of which run
+            they are is damaged.
     """
     path = output / STATE / "run.json"
-    run = json.loads(path.read_text()) if path.is_file() else {}
+    run = read_note(path)
     if run.get("identity") != identity:
+        if notes and not isinstance(run.get("identity"), dict):
+            raise ValueError(
+                f"{path} is damaged: it must say of which run the {len(notes)} finished blocks are. Put it back from a "
+                f"copy, name another output, or delete {str(output)!r}"
+            )
         if notes:
             _refuse(run["identity"], identity, output)
         run = {"identity": identity, **about}
@@ -122,28 +141,42 @@ def code_hash(package: Path) -> str:
 def _source_sums(source: Path, output: Path) -> dict[str, str]:
     """sha256 by file; a file of the same size and time as when it was last summed is not read again."""
     path = output / STATE / "source.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_note(path)
     seen = {}
     files = [*shard_paths(source), source / "config.json", *sorted(source.glob("*.py"))]
     for file in tqdm(files, desc="sha256", unit="file", leave=False):
-        mark = mark_of(file)
-        old = known.get(file.name, {})
-        seen[file.name] = old if old.get("mark") == mark else {"mark": mark, "sha256": sha256(file)}
+        mark, old = mark_of(file), known.get(file.name)
+        same = isinstance(old, dict) and old.get("mark") == mark and isinstance(old.get("sha256"), str)
+        seen[file.name] = old if same else {"mark": mark, "sha256": sha256(file)}
     write_text(path, json.dumps(seen, indent=1) + "\n")
     return {name: entry["sha256"] for name, entry in seen.items()}
 
 
 def finished_blocks(output: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Notes of the blocks whose files are there and whole, and the names of those whose are not."""
+    """Notes of the blocks whose files are there and whole, and the paths of those whose are not."""
     notes, damaged = {}, []
     for path in sorted((output / STATE).glob("block-*.json")):
+        note = read_note(path)
         try:
-            note = json.loads(path.read_text())
-            whole = all(sha256(output / name) == total for name, total in note["files"].items())
-        except (ValueError, KeyError, FileNotFoundError):
+            whole = _fits(note, path.stem) and all(
+                sha256(output / name) == total for name, total in note["files"].items()
+            )
+        except OSError:
             whole = False
         if whole:
             notes[note["block"]] = note
         else:
-            damaged.append(path.stem)
+            damaged.append(str(path))
     return notes, damaged
+
+
+def _fits(note: dict[str, Any], stem: str) -> bool:
+    """Whether a note is one of its block, and its files are those that belong to a block and lie in the output."""
+    kinds = {"block": int, "shard": str, "rows": list, "steps": list, "seconds": int | float, "files": dict}
+    if not all(isinstance(note.get(name), kind) for name, kind in kinds.items()):
+        return False
+    number = f"{note['block']:05d}"
+    needed = {f"model-block-{number}.safetensors", f"{STATE}/masks-{number}.safetensors"}
+    allowed = needed | {f"{STATE}/codes-{number}.safetensors"}
+    rows = all(isinstance(row, dict) and row.get("block") == note["block"] for row in note["rows"])
+    return rows and stem == f"block-{number}" and note["shard"] in needed and needed <= note["files"].keys() <= allowed

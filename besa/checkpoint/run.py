@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
     INDEX,
+    carried,
     carry_over,
     check_apart,
     check_tokenizer,
@@ -35,7 +36,15 @@ from besa.checkpoint.format import (
     write_shard,
 )
 from besa.checkpoint.plan import HiddenStates, Plan, bytes_for, make_plan
-from besa.checkpoint.resume import STATE, finished_blocks, identity_of, make_folder, open_run, remove_half_written
+from besa.checkpoint.resume import (
+    STATE,
+    finished_blocks,
+    identity_of,
+    make_folder,
+    open_run,
+    read_note,
+    remove_half_written,
+)
 from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.machine.device import resolve_device
 from besa.machine.files import sha256, write_text
@@ -141,6 +150,7 @@ def opened(
         )
     folder, output = find_checkpoint(source), Path(output)
     check_apart(folder, output)
+    carried(folder)
     model = open_checkpoint(folder, trust_remote_code)
     check_model(model, values=False)
     check_tokenizer(model, folder, trust_remote_code)
@@ -262,7 +272,7 @@ class Shards:
         path = self.output / STATE / f"hidden-{rank()}-{len(self._streams)}.bin"
         size = torch.Size(shape).numel()
         self._streams.append(path)
-        with path.open("wb") as file:
+        with path.open("xb") as file:  # never through a link of somebody else's
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash later
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
@@ -365,9 +375,17 @@ class Shards:
             shards = [self.output / self.notes[index]["shard"] for index in range(len(self.prefixes))]
             shards.append(self.output / "model-rest.safetensors")
             write_shard(rest_of(self.model, self.prefixes), shards[-1])
-            carry_over(self.source, self.output)
+            self._carry_over()
             write_index(shards, self.output)
         from_rank_0(None)
+
+    def _carry_over(self) -> None:
+        """The small files, with a note of what was written: what its user changes in the output stays."""
+        path = self.output / STATE / "carried.json"
+        written, kept = carry_over(self.source, self.output, read_note(path))
+        write_text(path, json.dumps(written, indent=1) + "\n")
+        for name in kept:
+            self.tell(f"{self.output / name} was changed since it was written, or is of somebody else: left as it is")
 
 
 def _copy_to(device: torch.device, block: nn.Module) -> nn.Module:

@@ -143,7 +143,10 @@ def _build(source: Path, folder: Path, build: Callable[[Path, Path], None]) -> N
 
 
 def _sums_match(folder: Path) -> bool:
-    if not (folder / SUMS).is_file():
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    sums = json.loads((folder / SUMS).read_text())
+    if not isinstance(sums, dict) or not sums:  # a power cut leaves an empty file
+        return False
     return all((folder / name).is_file() and sha256(folder / name) == value for name, value in sums.items())

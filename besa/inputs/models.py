@@ -46,7 +46,11 @@ ON_GPU = 0.8
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str | None = None, device: str = "auto", packed: bool = True
+    name: str,
+    dtype: torch.dtype | str | None = None,
+    device: str = "auto",
+    packed: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode and its tokenizer.
 
@@ -58,6 +62,7 @@ def load_model(
         dtype: of the weights; None takes bfloat16 where the processor computes in it, else float32.
         device: where the model goes; "auto" takes the GPU where there is one.
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
+        trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.
 
     Raises:
         ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, it lacks tensors or has
@@ -65,11 +70,12 @@ def load_model(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    source, spread = source_of(name), _spread(name, dtype, device)
+    source, spread = source_of(name), _spread(name, dtype, device, trust_remote_code)
     with _explained(source):
-        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **spread)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **spread}
+        model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     check_loaded(source, model, found)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     if spread and model.device.type != "cuda":
         raise ValueError(
             f"{name}: {free_device(device) / 2**30:.1f} GiB are free on {device}, too little for any part of the "
@@ -104,9 +110,11 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
         )
 
 
-def _spread(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _spread(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> dict[str, Any]:
     """How a model that is larger than the GPU is loaded; nothing for one that fits."""
-    if device.type != "cuda" or weight_bytes(load_shapes(name), dtype) <= USABLE * free_device(device):
+    if device.type != "cuda" or weight_bytes(load_shapes(name, trust_remote_code), dtype) <= USABLE * free_device(
+        device
+    ):
         return {}
     gpus = range(torch.cuda.device_count()) if n_ranks() == 1 else [device.index]
     memory: dict[int | str, int] = {gpu: int(ON_GPU * free_device(torch.device("cuda", gpu))) for gpu in gpus}
@@ -118,7 +126,7 @@ def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def load_shapes(name: str) -> PreTrainedModel:
+def load_shapes(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without its weights (on the meta device), to check a configuration against before long work.
 
     Raises:
@@ -126,7 +134,8 @@ def load_shapes(name: str) -> PreTrainedModel:
     """
     source = source_of(name)
     with _explained(source), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -186,6 +195,11 @@ def _explained(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"the model {source!r} comes with Python code of its own, which was not run; read it, and where you "
+                "trust it, give trust_remote_code=True (--trust-remote-code)"
+            ) from error
         who = "the folder has" if Path(source).is_dir() else "it is no folder, and the hub has"
         raise ValueError(
             f"cannot load the model {source!r}: {who} not delivered it ({str(error).splitlines()[0]}). Known without a "

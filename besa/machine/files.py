@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa")).expanduser()
 
 
+HALF_WRITTEN = ".besa-half-written-"
+"""What the folders that hold half-written files are called, before eight random letters."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, with its ending, that becomes `path` once it is written and on the disk."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    """A file of the same name in a folder beside `path` that becomes `path` once it is written and on the disk.
+
+    The folder is new, has a name that cannot be guessed and lets in nobody else: where others may write, too, no link
+    of theirs is written through.
+    """
+    with tempfile.TemporaryDirectory(prefix=HALF_WRITTEN, dir=path.parent, ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder) / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -29,8 +38,6 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         if os.name == "posix":
             _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,46 @@ Record = dict[str, Any]
 
 REFERENCE = ROOT / "results" / "reference"
 """The results that come with the repository."""
+
+_KINDS = {
+    "config": {"item": str, "row": str, "model": str, "profile": str},
+    "provenance": {"commit": str, "modified": bool, "hardware": str, "date": str, "versions": dict},
+}
+"""What every table and citation asks of a record."""
+
+
+def load_record(path: Path) -> Record:
+    """A record from its file, which another version or another hand may have written.
+
+    Raises:
+        ValueError: it is none; says what is missing or odd.
+        OSError: it cannot be read.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    parts = record if isinstance(record, dict) else {}
+    for part, kinds in _KINDS.items():
+        found = parts.get(part)
+        for name, kind in kinds.items():
+            if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+                raise ValueError(f"not a record: its {part} lacks {name}, or holds one that is no {kind.__name__}")
+    _check_numbers(record)
+    return record
+
+
+def _check_numbers(record: Record) -> None:
+    """Refuse what cannot be counted or compared."""
+    values = {name: record.get(name, {}) for name in ("metrics", "stderr")}
+    odd = [name for name, found in values.items() if not isinstance(found, dict) or not _numbers(found.values())]
+    odd += ["config_hash"] * (not isinstance(record.get("config_hash"), str))
+    odd += ["sparsity"] * (not _numbers([record["config"].get("sparsity", 0.0)]))
+    odd += ["method"] * (not isinstance(record["config"].get("method"), dict | None))
+    if odd:
+        raise ValueError(f"not a record: its {', '.join(odd)} cannot be read")
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    """Whether all are, and none is an integer beyond what a float holds."""
+    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in values)
 
 
 def slug(name: str) -> str:
@@ -91,13 +132,20 @@ def _follows_protocol(config: dict[str, Any]) -> bool:
 
 
 def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:
-    """Ours beside the records in a folder, row by row, where one was asked for the same: the machine may differ."""
-    references = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("records/*.json"))]
-    rows = []
+    """Ours beside the records in a folder, row by row, where one was asked for the same: the machine may differ.
+
+    What is no record there is skipped, with a warning that names it.
+    """
+    references, rows = [], []
+    for path in sorted(folder.glob("records/*.json")):
+        try:
+            references.append(load_record(path))
+        except (ValueError, OSError, RecursionError) as error:
+            warnings.warn(f"{path} is skipped ({error})", stacklevel=2)
     for record in records:
         same = [other for other in references if _asked_the_same(record["config"], other["config"])]
         for text, ours in record["metrics"].items() if same else ():
-            value = max(same, key=lambda other: other["provenance"]["date"])["metrics"].get(text)
+            value = max(same, key=lambda other: other["provenance"]["date"]).get("metrics", {}).get(text)
             rows += [_difference(record["config"]["row"], "of", text, ours, "reference", value)] if value else []
     return pd.DataFrame(rows).set_index("method") if rows else pd.DataFrame()
 
@@ -111,16 +159,30 @@ def _asked_the_same(config: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def write_table(frame: pd.DataFrame, folder: Path, stem: str, caption: str) -> str:
     """Write a table as Markdown, CSV (unrounded) and LaTeX; returns the Markdown."""
-    markdown = f"**{caption}**\n\n{_rounded(frame).to_markdown(stralign='left', disable_numparse=True)}\n"
+    shown = _rounded(frame)
+    cells = shown.rename(index=_in_markdown, columns=_in_markdown).map(_in_markdown)
+    table = cells.to_markdown(stralign="left", disable_numparse=True)
+    markdown = f"**{' '.join(caption.split())}**\n\n{table}\n"
     write_text(folder / f"{stem}.md", markdown)
     write_text(folder / f"{stem}.csv", frame.to_csv())
-    write_text(folder / f"{stem}.tex", _rounded(frame).to_latex(caption=_escaped(caption), escape=True))
+    write_text(folder / f"{stem}.tex", shown.to_latex(caption=_escaped(caption), escape=True))
     return markdown
 
 
+def _in_markdown(cell: Any) -> Any:
+    """A table's cell: one line, its bars and backslashes escaped."""
+    return re.sub(r"([\\|])", r"\\\1", " ".join(cell.split())) if isinstance(cell, str) else cell
+
+
+_LATEX = {character: f"\\{character}" for character in "%&#_$"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"{": r"\textbraceleft{}", "}": r"\textbraceright{}"}
+"""BibTeX counts every brace, an escaped one too."""
+
+
 def _escaped(text: str) -> str:
-    """For LaTeX; pandas does it in cells only."""
-    return re.sub(r"([%&#_$])", r"\\\1", text)
+    """For LaTeX and BibTeX; pandas does it in cells only."""
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -169,6 +231,7 @@ def citation(records: list[Record]) -> str:
     """BibTeX of the paper, and of this run: commits, profile, hardware, and every row by its configuration's hash."""
     config, source = records[-1]["config"], records[-1]["provenance"]
     every = lambda values: _escaped(", ".join(dict.fromkeys(values)))
+    item, profile = _escaped(config["item"]), _escaped(config["profile"])
     models = every(record["config"]["model"] for record in records)
     commits = every(commit(record["provenance"]) for record in records)
     hardware = every(record["provenance"]["hardware"] for record in records)
@@ -181,8 +244,8 @@ def citation(records: list[Record]) -> str:
     return f"""{PAPER_BIBTEX}
 
 @misc{{{label},
-  title  = {{{{besa, {config["item"]} on {models}}}}},
+  title  = {{{{besa, {item} on {models}}}}},
   author = {{{{besa contributors}}}},
   year   = {{{source["date"][:4]}}},
-{url}  note   = {{commit {commits}, profile {config["profile"]}, {hardware}, {source["date"][:10]}; rows: {rows}}}
+{url}  note   = {{commit {commits}, profile {profile}, {hardware}, {source["date"][:10]}; rows: {rows}}}
 }}"""
