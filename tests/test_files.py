@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from test_shards import load, prune, source, weights  # noqa: F401 (a fixture)
-from typer.testing import CliRunner
 
 import besa
-from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
 from besa.checkpoint import resume
 from besa.checkpoint import run as shards
@@ -153,8 +153,9 @@ def test_code_runs_only_with_the_flag_and_nobody_is_asked(with_code, tmp_path, m
 
 
 def test_evaluate_does_not_take_yes_from_a_pipe(with_code, tmp_path):
-    result = CliRunner().invoke(app, ["evaluate", str(with_code), "--device", "cpu"], input="y\n")
-    assert result.exit_code == 1 and "--trust-remote-code" in result.output
+    command = [sys.executable, "-m", "besa", "evaluate", str(with_code), "--device", "cpu"]
+    done = subprocess.run(command, input="y\n", capture_output=True, text=True)
+    assert done.returncode == 1 and "--trust-remote-code" in done.stderr
     assert not (tmp_path / "executed").exists()
 
 

@@ -110,7 +110,7 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
         )
 
 
-def _spread(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> dict[str, Any]:
+def _spread(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> dict[str, Any]:
     """How a model that is larger than the GPU is loaded; nothing for one that fits."""
     if device.type != "cuda" or weight_bytes(load_shapes(name, trust_remote_code), dtype) <= USABLE * free_device(
         device
