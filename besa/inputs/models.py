@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ PAPER_MODELS = {
     "llama2-70b": "meta-llama/Llama-2-70b-hf",
 }
 
+_MADE_ANEW = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
+"""Causal masks and rotary frequencies, which older checkpoints hold and every model makes for itself."""
 _DECIDING = ("*.safetensors", "*.bin", "*.index.json", "config.json", "*.py")
 """Files of a folder that decide what model it holds."""
 ON_GPU = 0.8
@@ -102,7 +105,7 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
             f"{source} lacks {len(missing)} tensor(s) of a {kind}, the first {missing[0]}; fetch the whole checkpoint, "
             "or save the model with its head"
         )
-    if unexpected := sorted(found["unexpected_keys"]):
+    if unexpected := sorted(name for name in found["unexpected_keys"] if not _MADE_ANEW.search(name)):
         raise ValueError(
             f"{source} holds {len(unexpected)} tensor(s) for which a {kind} of its config.json has no place, the first "
             f"{unexpected[0]}; mend config.json (num_hidden_layers, ...), or save the model without them: "
