@@ -83,17 +83,22 @@ class Besa(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        beyond = self.budget == "exact" or self.pattern is not None
         if self.targets is None:
-            whole = beyond and not isinstance(self.reconstruct, str)
+            whole = self._is_beyond and not isinstance(self.reconstruct, str)
             object.__setattr__(self, "targets", "dense" if whole else "pruned")
         if self.scores is None:
-            object.__setattr__(self, "scores", beyond)
-        if self.scores != beyond and (self.scores or self.pattern):
-            raise ValueError(
-                f"scores {self.scores} with budget {self.budget!r} and pattern {self.pattern!r}: scores are learned "
-                "with budget 'exact' or a pattern, which has nothing else to learn"
-            )
+            object.__setattr__(self, "scores", self._is_beyond)
+        self._check_fields()
+        self._check_together()
+        self._check_reach()
+
+    @property
+    def _is_beyond(self) -> bool:
+        """Whether it is asked for what the paper has not."""
+        return self.budget == "exact" or self.pattern is not None
+
+    def _check_fields(self) -> None:
+        """Refuse values that no field takes."""
         if self.row_group not in ("row", "layer") and (isinstance(self.row_group, str) or self.row_group < 1):
             raise ValueError(f"row_group {self.row_group!r} is not 'row', 'layer' or a number of rows")
         if self.targets not in ("pruned", "dense"):
@@ -105,6 +110,21 @@ class Besa(Method):
         if min(self.epochs, self.batch_size) < 1 or min(self.penalty, self.d_coef, self.lr) <= 0:
             numbers = f"epochs ({self.epochs}), batch_size ({self.batch_size}), penalty ({self.penalty})"
             raise ValueError(f"{numbers}, d_coef ({self.d_coef}) and lr ({self.lr}) must be positive")
+        if self.scope not in ("block", "model"):
+            raise ValueError(f"scope {self.scope!r} is not 'block' or 'model'")
+        if self.budget not in ("penalty", "exact") or self.loss not in ("channel", "token", None):
+            raise ValueError(f"budget {self.budget!r} is not 'penalty' or 'exact', or loss {self.loss!r} no known one")
+        is_number = not isinstance(self.reconstruct, str)
+        if self.reconstruct not in ("projection", "sublayer") and not (is_number and self.reconstruct >= 1):
+            raise ValueError(f"reconstruct {self.reconstruct!r} is not 'projection', 'sublayer' or a number of blocks")
+
+    def _check_together(self) -> None:
+        """Refuse fields that do not go together."""
+        if self.scores != self._is_beyond and (self.scores or self.pattern):
+            raise ValueError(
+                f"scores {self.scores} with budget {self.budget!r} and pattern {self.pattern!r}: scores are learned "
+                "with budget 'exact' or a pattern, which has nothing else to learn"
+            )
         if self.span > 1 and self.sparsities:
             raise ValueError(
                 f"reconstruct {self.reconstruct} prunes several blocks as one, which sparsities tell apart"
@@ -113,27 +133,21 @@ class Besa(Method):
             raise ValueError(
                 "scope 'model' wants budget 'exact', no fixed pattern, single blocks and no sparsities of its own"
             )
-        if self.scope not in ("block", "model"):
-            raise ValueError(f"scope {self.scope!r} is not 'block' or 'model'")
-        if self.budget not in ("penalty", "exact") or self.loss not in ("channel", "token", None):
-            raise ValueError(f"budget {self.budget!r} is not 'penalty' or 'exact', or loss {self.loss!r} no known one")
-        if self.reconstruct not in ("projection", "sublayer") and (
-            isinstance(self.reconstruct, str) or self.reconstruct < 1
-        ):
-            raise ValueError(f"reconstruct {self.reconstruct!r} is not 'projection', 'sublayer' or a number of blocks")
         if isinstance(self.reconstruct, str) and self.targets == "dense":
             raise ValueError(
                 f"reconstruct {self.reconstruct!r} with targets 'dense': only whole blocks have the "
                 "dense model's outputs; take targets 'pruned'"
             )
-        free = self.budget == "exact" or self.pattern
-        lowest, highest = (0.0, 1.0) if free else reachable_sparsity(self.candidates, self.smooth)
+
+    def _check_reach(self) -> None:
+        """Refuse sparsities that cannot be learned."""
+        lowest, highest = (0.0, 1.0) if self._is_beyond else reachable_sparsity(self.candidates, self.smooth)
         extremes = min(self.sparsities or [self.sparsity]), max(self.sparsities or [self.sparsity])
         if not lowest < extremes[0] <= extremes[1] < highest:
             wrong = extremes[0] if extremes[0] <= lowest else extremes[1]
             reach = f"what {self.candidates} candidates with smooth={self.smooth} can reach"
             way_out = "; budget='exact' or smooth=False lifts the limit" if self.smooth else ""
-            why = "" if free else f", {reach}{way_out}"
+            why = "" if self._is_beyond else f", {reach}{way_out}"
             raise ValueError(f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}){why}")
 
     @property
@@ -251,7 +265,7 @@ class Besa(Method):
 
     @property
     def _error(self) -> Callable[[Tensor, Tensor], Tensor]:
-        per_token = self.loss == "token" or (self.loss is None and (self.budget == "exact" or self.pattern is not None))
+        per_token = self.loss == "token" or (self.loss is None and self._is_beyond)
         return token_error if per_token else reconstruction_error
 
     def group_rows(self, weight: Tensor) -> int:

@@ -36,7 +36,7 @@ def stepped_counts(
     rest = torch.where(counts < m * steps, (wanted.double() - counts) / steps, -torch.inf)
     order = rest.sort(descending=True, stable=True).indices
     missing, filled = total - int(counts.sum()), steps[order].cumsum(0)
-    n = int((filled <= missing).sum())
+    n = min(int((filled <= missing).sum()), int(rest.isfinite().sum()))
     counts[order[:n]] += steps[order[:n]]
     left = total - int(counts.sum())
     if left < 0:  # rounding in float32 gave away too much

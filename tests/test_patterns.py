@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from test_shards import assert_same, load, save
 
 import besa
@@ -157,6 +157,8 @@ def test_an_open_n_spreads_over_rows_and_meets_the_budget(tiny_llama, windows, s
 
 
 @settings(max_examples=100, deadline=None)
+@example(rows=[(1, 1.0), (1, 0.25)], m=3, off=1)
+@example(rows=[(1, 0.125)], m=5, off=1)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1, max_size=12),
     m=st.integers(2, 8),
