@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.dtype = in_features, len(mask), dtype
         for name, tensor in zip(TENSORS, (mask, starts, values, scale, zero_point, bias), strict=True):
             self.register_buffer(name, tensor)
-        self._seen, self._held, self._arrays = [], [], ()
+        self._seen, self._held, self._arrays, self._found = [], [], (), {}
         if not mask.is_meta:
             self._check()
         if kernels.instructions() == "none":
@@ -288,9 +288,12 @@ class PackedLinear(nn.Module):
     def _fastest(self, n_tokens: int) -> str:
         """The product that takes the least time for so many tokens, found by measuring."""
         n_tokens = min(MOST_TILED, 1 << (n_tokens - 1).bit_length())
-        kinds = f"{self.values.dtype} {self.dtype} {self.out_features} x {self.in_features}, {n_tokens} tokens"
-        here = f"{kernels.instructions()} {'/'.join(self._products())}, {torch.get_num_threads()} threads"
-        return _fastest(f"{kinds}, {here}", self, n_tokens)
+        case = n_tokens, torch.get_num_threads(), kernels.instructions()
+        if case not in self._found:
+            kinds = f"{self.values.dtype} {self.dtype} {self.out_features} x {self.in_features}, {n_tokens} tokens"
+            here = f"{kernels.instructions()} {'/'.join(self._products())}, {torch.get_num_threads()} threads"
+            self._found[case] = _fastest(f"{kinds}, {here}", self, n_tokens)
+        return self._found[case]
 
     def _check(self) -> None:
         """Look the tensors through where they are not those looked through last: no kernel reads beyond the values."""
@@ -315,7 +318,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """`to`, `half`, ...: scales stay float16, whatever the precision of inputs and outputs."""
-        scale, self._seen, self._held, self._arrays = self.scale, [], [], ()
+        scale, self._seen, self._held, self._arrays, self._found = self.scale, [], [], (), {}
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if scale is not None:
@@ -334,7 +337,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles take the tensors only."""
-        return self.__dict__ | {"_seen": [], "_held": [], "_arrays": ()}
+        return self.__dict__ | {"_seen": [], "_held": [], "_arrays": (), "_found": {}}
 
 
 def pack(model: PreTrainedModel, report: Any = None) -> None:
