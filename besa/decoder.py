@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,7 +247,7 @@ def embed(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> Fl
 
 
 @contextlib.contextmanager
-def _stubbed(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
+def _stubbed(blocks: Iterable[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
     """Replace every block's forward by `stub(index, hidden, ...)` for a while."""
     own = [block.__dict__.get("forward") for block in blocks]
     for index, block in enumerate(blocks):
@@ -342,6 +342,45 @@ def run_until(
     finally:
         handle.remove()
     raise ValueError(f"{name}: never called; conditional projections are not supported")
+
+
+class Remembered:
+    """What a part of a block, such as attention, put out for each window of a stream, so that it need not run again.
+
+    A part that answers with more than hidden states of the stream's shape runs every time.
+    """
+
+    def __init__(self, block: nn.Module, part: str, room: Float[Tensor, "n_samples seq_len hidden"]) -> None:
+        """
+        Args:
+            part: name of a submodule that the block calls once.
+            room: for its outputs.
+        """
+        self._part, self._room = block.get_submodule(part), room
+        self._names = [f"{part}.{name}".rstrip(".") for name in projections(self._part)]
+        self._weights: list[Tensor | None] = []
+        self._in_tuple: dict[int, int] = {}  # window -> elements of the answer's tuple; 0: it is none
+
+    @contextlib.contextmanager
+    def of(self, number: int, weights: dict[str, Tensor]) -> Iterator[None]:
+        """While active, the part answers for this window without running, if it has run with the same weights."""
+        now = [weights.get(name) for name in self._names]
+        if len(now) != len(self._weights) or any(a is not b for a, b in zip(now, self._weights)):
+            self._weights, self._in_tuple = now, {}
+        with _stubbed([self._part], functools.partial(self._answer, number, self._part.forward)):
+            yield
+
+    def _answer(self, number: int, forward: Callable[..., Any], _: int, *args: Any, **kwargs: Any) -> Any:
+        kept = self._room[number : number + 1]
+        if number in self._in_tuple:
+            hidden, size = kept.to(device_of(self._part), non_blocking=True), self._in_tuple[number]
+            return (hidden, *[None] * (size - 1)) if size else hidden
+        output = forward(*args, **kwargs)
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        if hidden.shape == kept.shape and hidden.dtype == kept.dtype and all(more is None for more in rest):
+            kept.copy_(hidden)
+            self._in_tuple[number] = len(output) if isinstance(output, tuple) else 0
+        return output
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from besa.decoder import (
     BlockCall,
+    Remembered,
     device_of,
     embed,
     find_blocks,
@@ -89,13 +90,14 @@ def walk(
     outputs = more_room() if targets == "pruned" else None
     along = more_room().copy_(inputs) if take_dense or targets == "dense" else None
     ahead = more_room() if take_dense and targets == "dense" else None
+    parts = (more_room(), more_room()) if take_dense else None
     together, pruned = spans(find_blocks(model), calls, span), pruned_projections(model, ignore)
     for index, (module, call) in tqdm(together.items(), desc="prune", unit="block", disable=not progress):
         module = load(module)
         ignored = frozenset(name for name in projections(module) if locate(index, module, name) not in pruned)
         call = call.to(device_of(module))
         about = {"n_samples": len(windows), "progress": progress, "ignored": ignored}
-        block = Block(index, module, call, inputs, outputs, along, ahead, **about)
+        block = Block(index, module, call, inputs, outputs, along, ahead, parts, **about)
         del module  # the block alone holds it, and gives it up before the next one comes
         yield block
         block.leave()
@@ -124,6 +126,7 @@ class Block:
         outputs: Float[Tensor, "n_samples seq_len n_out"] | None,
         dense: Float[Tensor, "n_samples seq_len n_in"] | None,
         ahead: Float[Tensor, "n_samples seq_len n_in"] | None,
+        parts: tuple[Tensor, Tensor] | None = None,
         *,
         n_samples: int,
         progress: bool,
@@ -137,6 +140,7 @@ class Block:
             outputs: room for what the unpruned block makes of them; None where the dense model's are the targets.
             dense: the dense model's hidden states that enter the block, if they are taken along.
             ahead: room for what the dense model's block makes of them; None: they move on in place.
+            parts: room for what the block's first part makes of `inputs` and of `dense`, for `moments`.
             n_samples: windows on all ranks.
             observed: `outputs` are there already.
             ignored: projections that stay dense.
@@ -144,6 +148,7 @@ class Block:
         self.index, self.module, self.call, self.inputs = index, module, call, inputs
         self._outputs, self._observed = outputs, observed
         self._dense, self._ahead, self._moved = dense, dense if ahead is None else ahead, False
+        self._parts, self._remembered = parts, None
         self.n_samples, self.progress, self.ignored = n_samples, progress, ignored
         self._finished, self._start = False, time.perf_counter()
 
@@ -202,10 +207,13 @@ class Block:
         if self._outputs is not None and not self._observed:
             self._refuse(self._run_unpruned())
 
+    @torch.no_grad()
     def _move_dense(self) -> None:
         """The dense model's hidden states move on to the block's output, once."""
         if not self._moved:
-            self._advance(self._dense, self._ahead)
+            for number in self.bar(range(len(self._dense)), "advance"):
+                with self._recalling(1, number, {}):
+                    self._ahead[number] = run_block(self.module, self._here(self._dense, number), self.call)[0]
             self._moved = True
 
     def fed_alike(self) -> list[list[str]]:
@@ -226,12 +234,17 @@ class Block:
         """
         if self._dense is None or (self._moved and self._ahead is self._dense):
             raise RuntimeError(f"block {self.index}: the dense model's inputs are gone: walk(take_dense=True)")
+        if not self._remembered:
+            part = name.partition(".")[0]
+            self._remembered = [Remembered(self.module, part, room) for room in self._parts or ()]
         columns = self.module.get_submodule(name).weight.shape[1]
         hessian = torch.zeros(columns, columns, device=self.device)
         toward, share = torch.zeros_like(hessian), 1 / self.n_samples
         for number in self.bar(range(len(self.inputs)), "observe"):
-            y = run_until(self.module, name, self._here(self.inputs, number), self.call, weights).flatten(0, -2)
-            x = run_until(self.module, name, self._here(self._dense, number), self.call).flatten(0, -2)
+            with self._recalling(0, number, weights):
+                y = run_until(self.module, name, self._here(self.inputs, number), self.call, weights).flatten(0, -2)
+            with self._recalling(1, number, {}):
+                x = run_until(self.module, name, self._here(self._dense, number), self.call).flatten(0, -2)
             if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
                 x, y = x.float(), y.float()
             of_y, of_both = (y.T @ y).float(), (x.T @ y).float()
@@ -240,6 +253,10 @@ class Block:
         if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(toward)).all():
             raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
         return hessian, toward
+
+    def _recalling(self, stream: int, number: int, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
+        """While active, what `moments` has run of a window of `inputs` (0) or of `dense` (1) is not run again."""
+        return self._remembered[stream].of(number, weights) if self._remembered else contextlib.nullcontext()
 
     @torch.no_grad()
     def _run_unpruned(self) -> Tensor:
@@ -307,7 +324,9 @@ class Block:
         errors = []
         with _projection_errors(self.projections, pruned.weights) as projection_errors:
             for number in self.bar(range(len(self.inputs)), "advance"):
-                output = self.run(number, pruned.weights)
+                # the first window runs whole, for the errors of all projections
+                with self._recalling(0, number, pruned.weights) if number else contextlib.nullcontext():
+                    output = self.run(number, pruned.weights)
                 errors.append(reconstruction_error(output, self.target(number)))
                 self.inputs[number] = output[0]
         error = float(mean_(torch.stack(errors).mean()))
@@ -333,14 +352,9 @@ class Block:
         if self._dense is not None:
             self._move_dense()  # by the unpruned block
         self.module.load_state_dict(state, assign=True)
-        self._advance(self.inputs, self.inputs)
+        for number in self.bar(range(len(self.inputs)), "advance"):
+            self.inputs[number] = self.run(number)[0]
         self._finished = True
-
-    @torch.no_grad()
-    def _advance(self, stream: Tensor, ahead: Tensor) -> None:
-        """Hidden states move on to the block's output, in place where `ahead` is the stream itself."""
-        for number in self.bar(range(len(stream)), "advance"):
-            ahead[number] = run_block(self.module, self._here(stream, number), self.call)[0]
 
     def leave(self) -> None:
         """Give up the module and the hidden states.
@@ -350,7 +364,7 @@ class Block:
         """
         if not self._finished:
             raise RuntimeError(f"block {self.index} was not finished: call block.finish(method.prune_block(block))")
-        del self.module, self.call, self.inputs, self._outputs, self._dense, self._ahead
+        del self.module, self.call, self.inputs, self._outputs, self._dense, self._ahead, self._parts, self._remembered
 
 
 def _patient_bar(steps: Sequence[Any], what: str) -> Iterator[Any]:

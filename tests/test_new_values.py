@@ -1,14 +1,16 @@
 """Reconstruction: new values for kept weights, in closed form and trained, with the mask as it is."""
 
+import contextlib
 import copy
 import json
 
 import pytest
 import torch
+from test_decoder import ARCHITECTURES, build
 from test_shards import assert_same, load, save
 
 import besa
-from besa.decoder import find_blocks, projections
+from besa.decoder import Remembered, find_blocks, projections
 from besa.reconstruct import Reconstruct
 from besa.walk import frozen, walk
 
@@ -95,6 +97,23 @@ def test_moments_are_of_what_enters_here_and_in_the_dense_model(tiny_llama, wind
     torch.testing.assert_close(toward, (y + a * (x - y)).T @ y / len(windows), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_that_is_remembered_is_what_a_whole_run_makes(architecture, windows, monkeypatch):
+    remembering, model = build(architecture), build(architecture)
+    besa.prune(remembering, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct())
+    monkeypatch.setattr(Remembered, "of", lambda *_: contextlib.nullcontext())
+    besa.prune(model, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct())
+    assert_same(remembering, model)
+
+
+def test_attention_does_not_run_again_behind_its_last_new_weight(tiny_llama, windows):
+    runs = []
+    find_blocks(tiny_llama)[1].self_attn.q_proj.register_forward_hook(lambda *_: runs.append(1))
+    besa.prune(tiny_llama, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct())
+    statistics, order, until_o, until_gate, first_finished = 6, 1, 2 * 6, 2 * 6, 1
+    assert len(runs) == statistics + order + until_o + until_gate + first_finished
+
+
 def test_the_dense_models_inputs_must_be_there(tiny_llama, windows):
     with frozen(tiny_llama):
         for block in walk(tiny_llama, windows, progress=False):
@@ -160,7 +179,7 @@ def test_a_checkpoint_is_reconstructed_to_the_bit_as_in_memory_and_resumes(tiny_
     (out / "besa" / "block-00002.json").unlink()
     besa.prune_checkpoint(source, out, windows, method, **options)
     assert_same(load(out), tiny_llama)
-    assert json.loads((out / "besa" / "plan.json").read_text())["streams_bytes"] == 3 * windows.numel() * 32 * 4
+    assert json.loads((out / "besa" / "plan.json").read_text())["streams_bytes"] == 5 * windows.numel() * 32 * 4
     with pytest.raises(ValueError, match="another reconstruct"):
         besa.prune_checkpoint(source, out, windows, method, device="cpu", progress=False)
 

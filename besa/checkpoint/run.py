@@ -238,7 +238,7 @@ class Shards:
         rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
         return make_plan(
             block_bytes=bytes_for(Span(blocks[: self.method.span]), self.method, self.device, self.reconstruct),
-            streams=3 if self.reconstruct else 2,
+            streams=5 if self.reconstruct else 2,
             n_windows=len(self.windows[rank() :: n_ranks()]),
             window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
             shard_bytes=rest + sum(self._bytes_of(blocks[index]) for index in left),
