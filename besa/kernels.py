@@ -4,12 +4,16 @@ numba compiles them for the processor by itself at first use and keeps the resul
 on other devices and in other precisions, plain torch computes the same.
 """
 
+import contextlib
+import ctypes
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import no_type_check
+from pathlib import Path
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -83,27 +87,45 @@ def _compiled(weight: Tensor) -> bool:
 
 
 def over_rows(kernel, *arrays, work: int | None = None) -> None:
-    """Run a kernel on slices of the rows of all arrays, one per thread; the caller's thread takes the first.
+    """Run a kernel on slices of the rows of all arrays, one per thread.
 
-    `work` decides whether threads are woken: elements to pass over, those of the first array by default.
+    `work` decides whether there are several: elements to pass over, those of the first array by default.
 
-    Not numba's own threads: their OpenMP pool and torch's keep each other waiting, five times the time of a block.
+    By torch's own threads, not numba's or Python's: torch's wait for their next work without giving up the processor,
+    for longer than a kernel takes.
     """
     work = arrays[0].size if work is None else work
-    n = min(torch.get_num_threads(), 1 + work // 2**18)  # waking a thread costs what 2^18 weights do
+    n = min(torch.get_num_threads(), 1 + work // 2**18)  # a thread costs what 2^18 weights do
     if n == 1:
         return kernel(*arrays)
     edges = [len(arrays[0]) * i // n for i in range(n + 1)]
     slices = [[a if a is None else a[start:end] for a in arrays] for start, end in itertools.pairwise(edges)]
-    pending = [_threads().submit(kernel, *part) for part in slices[1:]]
-    kernel(*slices[0])
-    for result in pending:
-        result.result()
+    errors: list[BaseException] = []
+
+    def take(_) -> None:
+        with contextlib.suppress(IndexError):  # until none is left, however many threads there came to be
+            while True:
+                part = slices.pop()
+                try:
+                    kernel(*part)
+                except BaseException as error:  # which C would drop
+                    errors.append(error)
+
+    _team()(take, n)
+    if errors:
+        raise errors[0]
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="besa")
+def _team() -> Callable[[Callable[[Any], None], int], Any]:
+    """What runs a function in several threads at once: torch's OpenMP where its library is found, else a pool."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+        library = ctypes.CDLL(str(path))  # which is loaded already
+        if hasattr(library, "GOMP_parallel"):
+            as_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+            return lambda function, n: library.GOMP_parallel(as_c(function), None, n, 0)
+    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="besa")
+    return lambda function, n: list(pool.map(function, range(n)))
 
 
 def _bits(tensor: Tensor):

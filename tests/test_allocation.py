@@ -30,6 +30,24 @@ def test_gradient_equals_autograd_through_the_probability_matrix(groups, n, smoo
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("openmp", [True, False])
+def test_every_row_is_passed_over_once_by_several_threads_and_an_error_comes_back(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(kernels.ctypes, "CDLL", lambda _: object())
+    kernels._team.cache_clear()
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rows, seen = torch.zeros(1001).numpy(), []
+        kernels.over_rows(lambda part: (seen.append(len(part)), part.__iadd__(1)), rows, work=2**30)
+        assert sorted(seen) == [333, 334, 334] and (rows == 1).all()
+        with pytest.raises(ZeroDivisionError):
+            kernels.over_rows(lambda part: len(part) // 0, rows, work=2**30)
+    finally:
+        torch.set_num_threads(n_threads)
+        kernels._team.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_equal_plain_torch(dtype, monkeypatch):
     pytest.importorskip("numba")
