@@ -345,42 +345,51 @@ def run_until(
 
 
 class Remembered:
-    """What a part of a block, such as attention, put out for each window of a stream, so that it need not run again.
+    """What enters the last projection of a part of a block, as a rule attention's, for each window of a stream.
 
-    A part that answers with more than hidden states of the stream's shape runs every time.
+    With it the part need not run again while the weights before that projection stay. Whether the part puts out just
+    what the projection makes of it is tried on the first window; a part that does not runs every time.
     """
 
     def __init__(self, block: nn.Module, part: str, room: Float[Tensor, "n_samples seq_len hidden"]) -> None:
         """
         Args:
             part: name of a submodule that the block calls once.
-            room: for its outputs.
+            room: for what enters.
         """
-        self._part, self._room = block.get_submodule(part), room
+        self._block, self._part, self._room = block, block.get_submodule(part), room
         self._names = [f"{part}.{name}".rstrip(".") for name in projections(self._part)]
-        self._weights: list[Tensor | None] = []
-        self._in_tuple: dict[int, int] = {}  # window -> elements of the answer's tuple; 0: it is none
+        self._last, self._weights = "", {}
+        self._in_tuple: int | None = None  # elements of the part's answer, 0 where it is no tuple; None: not tried
+
+    def note(self, number: int, name: str, x: Tensor, weights: dict[str, Tensor]) -> None:
+        """This enters a projection of the block with `weights` in it; the last one noted in the part counts."""
+        room = self._room[number : number + 1]
+        if name in self._names and (x.shape, x.dtype) == (room.shape, room.dtype):
+            room.copy_(x)
+            self._last, self._weights = name, dict(weights)
 
     @contextlib.contextmanager
     def of(self, number: int, weights: dict[str, Tensor]) -> Iterator[None]:
-        """While active, the part answers for this window without running, if it has run with the same weights."""
-        now = [weights.get(name) for name in self._names]
-        if len(now) != len(self._weights) or any(a is not b for a, b in zip(now, self._weights)):
-            self._weights, self._in_tuple = now, {}
-        with _stubbed([self._part], functools.partial(self._answer, number, self._part.forward)):
+        """While active, the part answers for this window by its last projection alone, if what enters that is known."""
+        before = [name for name in self._names if name != self._last]
+        stubbed = [self._part] if self._last and all(weights.get(n) is self._weights.get(n) for n in before) else []
+        with _stubbed(stubbed, functools.partial(self._answer, number, self._part.forward)):
             yield
 
     def _answer(self, number: int, forward: Callable[..., Any], _: int, *args: Any, **kwargs: Any) -> Any:
-        kept = self._room[number : number + 1]
-        if number in self._in_tuple:
-            hidden, size = kept.to(device_of(self._part), non_blocking=True), self._in_tuple[number]
-            return (hidden, *[None] * (size - 1)) if size else hidden
+        if self._in_tuple is not None:
+            hidden = self._put_out(number)
+            return (hidden, *[None] * (self._in_tuple - 1)) if self._in_tuple else hidden
         output = forward(*args, **kwargs)
         hidden, *rest = output if isinstance(output, tuple) else (output,)
-        if hidden.shape == kept.shape and hidden.dtype == kept.dtype and all(more is None for more in rest):
-            kept.copy_(hidden)
-            self._in_tuple[number] = len(output) if isinstance(output, tuple) else 0
+        if number == 0 and all(more is None for more in rest) and torch.equal(hidden, self._put_out(0)):
+            self._in_tuple = len(output) if isinstance(output, tuple) else 0
         return output
+
+    def _put_out(self, number: int) -> Tensor:
+        entered = self._room[number : number + 1].to(device_of(self._part), non_blocking=True)
+        return self._block.get_submodule(self._last)(entered)
 
 
 @torch.no_grad()

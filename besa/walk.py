@@ -140,7 +140,7 @@ class Block:
             outputs: room for what the unpruned block makes of them; None where the dense model's are the targets.
             dense: the dense model's hidden states that enter the block, if they are taken along.
             ahead: room for what the dense model's block makes of them; None: they move on in place.
-            parts: room for what the block's first part makes of `inputs` and of `dense`, for `moments`.
+            parts: room for what enters the last projection of the block's first part, for `moments`.
             n_samples: windows on all ranks.
             observed: `outputs` are there already.
             ignored: projections that stay dense.
@@ -148,7 +148,7 @@ class Block:
         self.index, self.module, self.call, self.inputs = index, module, call, inputs
         self._outputs, self._observed = outputs, observed
         self._dense, self._ahead, self._moved = dense, dense if ahead is None else ahead, False
-        self._parts, self._remembered = parts, None
+        self._parts, self._remembered = parts, []
         self.n_samples, self.progress, self.ignored = n_samples, progress, ignored
         self._finished, self._start = False, time.perf_counter()
 
@@ -241,10 +241,8 @@ class Block:
         hessian = torch.zeros(columns, columns, device=self.device)
         toward, share = torch.zeros_like(hessian), 1 / self.n_samples
         for number in self.bar(range(len(self.inputs)), "observe"):
-            with self._recalling(0, number, weights):
-                y = run_until(self.module, name, self._here(self.inputs, number), self.call, weights).flatten(0, -2)
-            with self._recalling(1, number, {}):
-                x = run_until(self.module, name, self._here(self._dense, number), self.call).flatten(0, -2)
+            y = self._entering(name, number, 0, weights).flatten(0, -2)
+            x = self._entering(name, number, 1, {}).flatten(0, -2)
             if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
                 x, y = x.float(), y.float()
             of_y, of_both = (y.T @ y).float(), (x.T @ y).float()
@@ -253,6 +251,15 @@ class Block:
         if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(toward)).all():
             raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
         return hessian, toward
+
+    def _entering(self, name: str, number: int, stream: int, weights: dict[str, Tensor]) -> Tensor:
+        """What enters a projection, of a window of `inputs` (0) or of `dense` (1)."""
+        hidden = self._here((self.inputs, self._dense)[stream], number)
+        with self._recalling(stream, number, weights):
+            entered = run_until(self.module, name, hidden, self.call, weights)
+        for remembered in self._remembered[stream : stream + 1]:
+            remembered.note(number, name, entered, weights)
+        return entered
 
     def _recalling(self, stream: int, number: int, weights: dict[str, Tensor]) -> contextlib.AbstractContextManager:
         """While active, what `moments` has run of a window of `inputs` (0) or of `dense` (1) is not run again."""

@@ -110,8 +110,8 @@ def test_attention_does_not_run_again_behind_its_last_new_weight(tiny_llama, win
     runs = []
     find_blocks(tiny_llama)[1].self_attn.q_proj.register_forward_hook(lambda *_: runs.append(1))
     besa.prune(tiny_llama, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct())
-    statistics, order, until_o, until_gate, first_finished = 6, 1, 2 * 6, 2 * 6, 1
-    assert len(runs) == statistics + order + until_o + until_gate + first_finished
+    statistics, order, until_o, first_until_gate, first_finished = 6, 1, 2 * 6, 2, 1
+    assert len(runs) == statistics + order + until_o + first_until_gate + first_finished
 
 
 def test_the_dense_models_inputs_must_be_there(tiny_llama, windows):
