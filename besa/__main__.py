@@ -85,7 +85,8 @@ def prune(
     d_coef: Annotated[float | None, typer.Option(help="Prodigy's step size factor (BESA)")] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the windows (BESA)")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="windows per step (BESA), a multiple of the ranks; as many as ranks by default")
+        int | None,
+        typer.Option(help="windows per step (BESA), a multiple of the ranks; as many as ranks by default", min=1),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="quantize too: 2, 3, 4 or 8 bits per weight (BESA, Wanda)")] = None,
     group_size: Annotated[int | None, typer.Option(help="columns that share a scale; a row by default")] = None,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from besa.besa import Besa
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
-from besa.machine.fields import documented
+from besa.machine.fields import Count, Positive, documented
 from besa.masks import parse_pattern
 from besa.prune import DEFAULT_SPARSITY, Method
 from besa.quantize import Quantize
@@ -67,17 +67,12 @@ class Wanda(Method):
 class SparseGPT(Method):
     """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1)."""
 
-    damping: float = 0.01
+    damping: Positive = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean; raised where the Hessian cannot be factorized."""
-    block_columns: int = 128
+    block_columns: Count = 128
     """Columns that share one selection of what is pruned; with a pattern, each group of M has its own."""
 
     name: ClassVar[str] = "sparsegpt"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.damping <= 0 or self.block_columns < 1:
-            raise ValueError(f"damping ({self.damping}) and block_columns ({self.block_columns}) must be positive")
 
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics(hessian=True)

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float32
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from besa.allocation import reachable_sparsity
 from besa.decoder import find_blocks, projections, pruned_projections
 from besa.importance import Importance, InputStatistics
 from besa.learners import BudgetLearner, Learner, ScoreLearner, joined
-from besa.machine.fields import documented
+from besa.machine.fields import Count, Positive, Seed, documented
 from besa.machine.processes import from_rank_0, mean_, n_ranks
 from besa.masks import parse_pattern
 from besa.prune import Method
@@ -35,7 +36,7 @@ class Besa(Method):
     the paper, `Besa(budget="exact")` meets any sparsity to the weight and learns which weights of each row stay, too.
     """
 
-    row_group: Literal["row", "layer"] | int = "row"
+    row_group: Literal["row", "layer"] | Count = "row"
     """Rows of a projection that share one learned sparsity: each its own, a number of rows, or all of them. Where
     scores are learned, they share that of each column; "row" learns one for each weight."""
     targets: Literal["pruned", "dense"] | None = None
@@ -46,17 +47,17 @@ class Besa(Method):
     """What weights are ranked by."""
     smooth: bool = True
     """beta = softmax(sigmoid(logits)), the released recipe; False is the paper's plain softmax."""
-    candidates: int = 101
+    candidates: Annotated[int, Ge(2), Le(256)] = 101
     """D + 1, the number of candidate rates p_d between 1 and 0."""
-    penalty: float = 5.0
+    penalty: Positive = 5.0
     """lambda, the weight of ((s - sparsity) / sparsity)^2 in the loss (Eqn. 2)."""
-    d_coef: float = 5.0
+    d_coef: Positive = 5.0
     """Prodigy's step size factor; the published runs set it by model (reproduce/params)."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the windows."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Windows per step, whose gradients are averaged (published: one). Ranks under torchrun share them out."""
-    reconstruct: Literal["projection", "sublayer"] | int = 1
+    reconstruct: Literal["projection", "sublayer"] | Count = 1
     """Whose output is reconstructed, under a budget of its own: each projection's, attention's and the MLP's, or that
     of this number of consecutive blocks (published: one). New values for kept weights: `prune(reconstruct=...)`."""
     budget: Literal["penalty", "exact"] = "penalty"
@@ -69,14 +70,14 @@ class Besa(Method):
     scope: Literal["block", "model"] = "block"
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
-    lr: float = 0.01
+    lr: Positive = 0.01
     """Adam's step size for exact budgets, which falls to 0 as a cosine; three times as much for scores."""
     loss: Literal["channel", "token"] | None = None
     """What a window's error is relative to: the norm of each output channel, published, or of each token, which is less
     easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget or a pattern."""
     quantize: Quantize | None = None
     """Quantize the weights too, their clipping learned beside the allocation (joint compression, Eqn. 7)."""
-    seed: int | None = None
+    seed: Seed | None = None
     """None takes the windows in their order in every epoch (published); a number shuffles the steps anew each epoch."""
 
     name: ClassVar[str] = "besa"
@@ -88,7 +89,6 @@ class Besa(Method):
             object.__setattr__(self, "targets", "dense" if whole else "pruned")
         if self.scores is None:
             object.__setattr__(self, "scores", self._is_beyond)
-        self._check_fields()
         self._check_together()
         self._check_reach()
 
@@ -96,27 +96,6 @@ class Besa(Method):
     def _is_beyond(self) -> bool:
         """Whether it is asked for what the paper has not."""
         return self.budget == "exact" or self.pattern is not None
-
-    def _check_fields(self) -> None:
-        """Refuse values that no field takes."""
-        if self.row_group not in ("row", "layer") and (isinstance(self.row_group, str) or self.row_group < 1):
-            raise ValueError(f"row_group {self.row_group!r} is not 'row', 'layer' or a number of rows")
-        if self.targets not in ("pruned", "dense"):
-            raise ValueError(f"targets {self.targets!r} is not 'pruned' or 'dense'")
-        if self.importance not in ("magnitude", "wanda", "sparsegpt"):
-            raise ValueError(f"importance {self.importance!r} is not 'magnitude', 'wanda' or 'sparsegpt'")
-        if not 2 <= self.candidates <= 256:
-            raise ValueError(f"candidates {self.candidates} is outside [2, 256]")
-        if min(self.epochs, self.batch_size) < 1 or min(self.penalty, self.d_coef, self.lr) <= 0:
-            numbers = f"epochs ({self.epochs}), batch_size ({self.batch_size}), penalty ({self.penalty})"
-            raise ValueError(f"{numbers}, d_coef ({self.d_coef}) and lr ({self.lr}) must be positive")
-        if self.scope not in ("block", "model"):
-            raise ValueError(f"scope {self.scope!r} is not 'block' or 'model'")
-        if self.budget not in ("penalty", "exact") or self.loss not in ("channel", "token", None):
-            raise ValueError(f"budget {self.budget!r} is not 'penalty' or 'exact', or loss {self.loss!r} no known one")
-        is_number = not isinstance(self.reconstruct, str)
-        if self.reconstruct not in ("projection", "sublayer") and not (is_number and self.reconstruct >= 1):
-            raise ValueError(f"reconstruct {self.reconstruct!r} is not 'projection', 'sublayer' or a number of blocks")
 
     def _check_together(self) -> None:
         """Refuse fields that do not go together."""

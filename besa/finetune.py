@@ -12,13 +12,14 @@ import hashlib
 import math
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,19 +36,17 @@ from besa.decoder import (
     run_block,
     run_head,
 )
-from besa.machine.fields import documented
+from besa.machine.fields import Count, Positive, Seed, check_fields, checked, documented
 from besa.machine.files import replacing, tensor_sha256
 from besa.machine.memory import measure
 from besa.masks import pack_bits
 from besa.packed import PackedLinear
-from besa.report import Report
+from besa.report import Masks
 from besa.walk import frozen
 
 if TYPE_CHECKING:
     import matplotlib.axes
 
-Masks = Report | Mapping[tuple[int, str], Tensor]
-"""What `besa.prune` returned, or keep-masks (rows, columns) by block and projection."""
 Pruned = dict[tuple[int, str], tuple[nn.Linear, Bool[Tensor, "rows columns"]]]
 
 LR = {"low-rank": 3e-3, "full": 3e-4}
@@ -71,36 +70,26 @@ class FineTune:
     kind: Literal["low-rank", "full"] = "low-rank"
     """"low-rank": masked adapters, merged at the end; "full": every kept weight, with 20 bytes of state a weight."""
     _: KW_ONLY
-    rank: int = 16
+    rank: Count = 16
     """Of the adapters ("low-rank")."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """What the adapters are scaled by, times the rank ("low-rank")."""
-    lr: float | None = None
+    lr: Positive | None = None
     """AdamW's largest step size; None takes 3e-3 ("low-rank") or 3e-4 ("full")."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the windows that are trained on."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Windows per step; they run one after the other, and their gradients add up."""
-    distill: float = 0.0
-    """Weight in [0, 1] of KL(dense model || this one), per token, in the loss; the next token's has the rest."""
-    held_out: float = 0.125
+    distill: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Weight of KL(dense model || this one), per token, in the loss; the next token's has the rest."""
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
     """Fraction of the windows, the last, that is not trained on: its loss says when to stop and what is kept."""
-    patience: int = 3
+    patience: Count = 3
     """Held-out losses in a row, of eight in a run, that may be no better than the best before training ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the windows' order and the adapters' first values."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in LR:
-            raise ValueError(f"kind {self.kind!r} is not 'low-rank' or 'full'")
-        for name in ("rank", "alpha", "lr", "epochs", "batch_size", "patience"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} {value} must be positive")
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f"distill {self.distill} is outside [0, 1]")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out {self.held_out} is outside (0, 1)")
+    __post_init__ = check_fields
 
     def config(self) -> dict[str, Any]:
         """Fields, for records."""
@@ -177,6 +166,7 @@ class FineTuned:
     __repr__ = __str__
 
 
+@checked
 def finetune(
     model: PreTrainedModel,
     windows: Int64[Tensor, "n_samples seq_len"],
@@ -232,11 +222,6 @@ def pruned_projections(model: PreTrainedModel, report: Masks) -> Pruned:
         ValueError: there are no masks, a projection is missing, packed or quantized, or has weights other than 0 where
             its mask has none.
     """
-    if not isinstance(report, Report | Mapping):
-        raise ValueError(
-            f"the masks of this model are unknown ({report!r} is no report and no keep-masks): pass what besa.prune "
-            "returned; for a model whose every 0 was pruned, {(block, projection): weight != 0} of each projection"
-        )
     if getattr(report, "quantized", None):
         raise ValueError("a quantized weight has no value of its own to train; prune with quantize=None")
     keep_masks, found = getattr(report, "keep_masks", report), {}
@@ -269,9 +254,6 @@ def _count_alive(weight: Tensor, keep_mask: Tensor) -> int:
 
 
 def _check_windows(model: PreTrainedModel, windows: Tensor, config: FineTune) -> None:
-    if not isinstance(windows, Tensor) or windows.ndim != 2:
-        shape = tuple(windows.shape) if isinstance(windows, Tensor) else repr(windows)
-        raise ValueError(f"windows must be token ids (n_samples, seq_len), not {shape}")
     check_tokens(model, windows, windows.shape[1])
     if config.n_held_out(len(windows)) >= len(windows):
         raise ValueError(

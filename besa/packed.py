@@ -33,11 +33,13 @@ from transformers import PreTrainedModel
 from besa import packed_kernels as kernels
 from besa.decoder import find_blocks, projections
 from besa.kernels import over_rows
+from besa.machine.fields import checked
 from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
 from besa.masks import pack_bits
 from besa.packed_files import save_pretrained
 from besa.quantize import QuantizedWeight
+from besa.report import Masks
 
 PADDING = 64
 """Zeros behind the last value."""
@@ -340,7 +342,8 @@ class PackedLinear(nn.Module):
         return self.__dict__ | {"_seen": [], "_held": [], "_arrays": (), "_found": {}}
 
 
-def pack(model: PreTrainedModel, report: Any = None) -> None:
+@checked
+def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
     """Replace pruned projections in place by packed ones, which compute the same; projections that would grow stay.
 
     Args:
@@ -401,6 +404,7 @@ def _packed_or_none(
     return packed.train(linear.training) if smaller else None
 
 
+@checked
 def unpack(model: PreTrainedModel) -> None:
     """Replace packed projections in place by dense ones of the same bits."""
     for name, module in list(model.named_modules()):

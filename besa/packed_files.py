@@ -23,9 +23,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from besa.machine.fields import checked
+
 METHOD, FORMAT_VERSION = "besa_packed", 1
 
 
+@checked
 def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
     """Write a model that `besa.packed.pack` packed; `from_pretrained` gives it back packed, to the bit.
 

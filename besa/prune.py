@@ -5,13 +5,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Lt
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.decoder import check_model, check_tokens, find_blocks, pruned_projections
+from besa.machine.fields import check_fields, checked
 from besa.machine.memory import measure
 from besa.machine.processes import check_share
 from besa.masks import keep_largest, parse_pattern, places
@@ -21,6 +23,7 @@ from besa.report import MISSED, Report
 from besa.walk import Block, PrunedBlock, Targets, frozen, walk
 
 
+@checked
 def prune(
     model: PreTrainedModel,
     windows: Int64[Tensor, "n_samples seq_len"],
@@ -46,7 +49,6 @@ def prune(
         ValueError: the model, the windows or the method do not go together; raised before any work. NaN or infinite
             activations name block and projection, and leave the blocks before it pruned.
     """
-    check_arguments(windows, method)
     check_model(model)
     check_fit(model, windows, method, reconstruct)
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
@@ -67,6 +69,7 @@ class _Unsaid(float):
     """A sparsity that nobody gave, which a pattern may replace; one that was given must agree with it."""
 
 
+Sparsity = Annotated[float, Ge(0), Lt(1)]
 DEFAULT_SPARSITY = _Unsaid(0.5)
 TOLERANCE = 0.05
 """By so much may the counted sparsity of a block miss its target before its rows say so."""
@@ -76,10 +79,10 @@ TOLERANCE = 0.05
 class Method:
     """Base of the pruning methods: a frozen configuration that prunes one block at a time."""
 
-    sparsity: float = DEFAULT_SPARSITY
+    sparsity: Sparsity = DEFAULT_SPARSITY
     """Fraction of the weights to set to 0, in [0, 1); with a pattern N:M by itself 1 - N/M. Of the projections that are
     not ignored; an exact budget (`Besa`) is of all, so that those not ignored make up for the others."""
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[Sparsity, ...] | None = None
     """One for each block, in their order; None takes `sparsity` for all."""
     pattern: str | None = None
     """"N:M", such as "2:4": N of every M consecutive weights of a row are kept. With the letter N, "N:8", every row
@@ -98,14 +101,10 @@ class Method:
     quantize: ClassVar[Quantize | None] = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore, str):
-            raise ValueError(f"ignore {self.ignore!r} is one name; write a tuple of names: ignore=({self.ignore!r},)")
+        check_fields(self)
         object.__setattr__(self, "ignore", tuple(self.ignore))  # hashable, whatever was given
-        if self.pattern:
+        if self.pattern is not None:
             self._follow(self.pattern)
-        for sparsity in (self.sparsity, *(self.sparsities or ())):
-            if not 0 <= sparsity < 1:
-                raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
 
     def _follow(self, pattern: str) -> None:
         """Take the sparsity that a pattern implies."""
@@ -183,22 +182,6 @@ class Method:
         unused = {name for name in ("pattern", "ignore", "scores") if not fields.get(name)}  # as in older records
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {name: value for name, value in plain.items() if name not in unused}
-
-
-def check_arguments(windows: Tensor, method: Method) -> None:
-    """Refuse what is no windows or no method, such as their names.
-
-    Raises:
-        ValueError: says how to make them.
-    """
-    if not isinstance(windows, Tensor):
-        raise ValueError(
-            f"windows {windows!r} are no tensor of token ids; make them: besa.calibration_windows('sotu', tokenizer)"
-        )
-    if windows.ndim != 2:
-        raise ValueError(f"windows must be (n_samples, seq_len), not {tuple(windows.shape)}")
-    if not isinstance(method, Method):
-        raise ValueError(f"method {method!r} is no method; take besa.Besa(), Wanda(), SparseGPT() or Magnitude()")
 
 
 def check_fit(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Reconstruct | None) -> None:

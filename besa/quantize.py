@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.decoder import find_blocks, projections
-from besa.machine.fields import documented
+from besa.machine.fields import Count, Positive, check_fields, documented
 from besa.machine.files import replacing
 from besa.masks import pack_bits, unpack_bits
 
@@ -68,21 +69,15 @@ class QuantizedWeight:
 class Quantize:
     """Asymmetric min-max quantization of the weights of every projection."""
 
-    bits: int = 4
-    """N: 2, 3, 4 or 8."""
-    group_size: int | None = None
+    bits: Literal[2, 3, 4, 8] = 4
+    """N, of each code."""
+    group_size: Count | None = None
     """Columns that share a scale and a zero-point; None: a whole row (per channel)."""
-    lr: float = 0.2
+    lr: Positive = 0.2
     """Adam's step size for the clipping logits, where they are learned: 0.2 left the least error of the first blocks of
     SmolLM2-135M in 32 steps, of 0.01 to 0.5; the paper names none."""
 
-    def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise ValueError(f"bits {self.bits} is not 2, 3, 4 or 8")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size {self.group_size} is not a positive number of columns")
-        if self.lr <= 0:
-            raise ValueError(f"lr {self.lr} must be positive")
+    __post_init__ = check_fields
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the groups do not divide a projection's columns."""

@@ -15,13 +15,14 @@ columns scaled to a unit diagonal of H. V is the unconstrained step, Z the maske
 
 import math
 from dataclasses import KW_ONLY, asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from besa.machine.fields import documented
+from besa.machine.fields import Count, Positive, check_fields, documented
 from besa.machine.processes import mean_, n_ranks
 from besa.walk import Block, PrunedBlock, token_error
 
@@ -35,32 +36,23 @@ class Reconstruct:
     """"closed": each projection by itself, without training, in about SparseGPT's time. "block": closed, then trained
     together on the block's output, in several times BESA's."""
     _: KW_ONLY
-    iterations: int = 20
+    iterations: Count = 20
     """Of ADMM."""
-    toward_dense: float = 0.5
-    """a in [0, 1]: how much of what was lost before a projection it makes up for. 0 mends its own pruning alone; 1 asks
+    toward_dense: Annotated[float, Ge(0), Le(1)] = 0.5
+    """a: how much of what was lost before a projection it makes up for. 0 mends its own pruning alone; 1 asks
     for what the dense model has there, more than can be had."""
-    rho: float = 1.0
+    rho: Positive = 1.0
     """ADMM's penalty, for a Hessian of unit diagonal."""
-    damping: float = 0.01
+    damping: Positive = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the windows that are trained on ("block")."""
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     """Adam's largest step size, up to which it rises and from which it falls in one cycle ("block")."""
-    held_out: float = 0.125
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
     """Fraction of the windows that is not trained on, and says which epoch's weights are kept ("block")."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("closed", "block"):
-            raise ValueError(f"reconstruct {self.kind!r} is not 'closed' or 'block'")
-        if min(self.iterations, self.epochs) < 1 or min(self.rho, self.damping, self.lr) <= 0:
-            numbers = f"iterations ({self.iterations}), epochs ({self.epochs}), rho ({self.rho})"
-            raise ValueError(f"{numbers}, damping ({self.damping}) and lr ({self.lr}) must be positive")
-        if not 0 <= self.toward_dense <= 1:
-            raise ValueError(f"toward_dense {self.toward_dense} is outside [0, 1]")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out {self.held_out} is outside (0, 1)")
+    __post_init__ = check_fields
 
     def check(self, n_samples: int, quantized: bool) -> None:
         """Refuse what cannot be reconstructed, before any work.

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from besa.decoder import locate, projections
 from besa.masks import KeepMasks
@@ -125,6 +125,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         return f"<p>{self}</p>{self.summary().to_html(float_format='{:.4f}'.format)}" if self.rows else f"<p>{self}</p>"
+
+
+Masks = Report | Mapping[tuple[int, str], Tensor]
+"""What `besa.prune` returned, or keep-masks (rows, columns) by block and projection."""
 
 
 def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":

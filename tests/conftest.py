@@ -49,7 +49,7 @@ def smollm2():
 
 @pytest.fixture
 def no_type_checks():
-    """Bad input meets the module's own errors, as it does where beartype is not installed."""
+    """Bad input meets the module's own errors, as it does outside of tests."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -58,11 +58,6 @@ def test_entries_that_name_nothing_or_everything_are_refused(tiny_llama, windows
             besa.prune(tiny_llama, windows, method(ignore=ignore), progress=False)
 
 
-def test_one_name_is_not_a_list_of_its_letters(no_type_checks):
-    with pytest.raises(ValueError, match=r"ignore '0.mlp' is one name; write a tuple of names: ignore=\('0.mlp',\)"):
-        besa.Wanda(ignore="0.mlp")
-
-
 METHODS = {
     "magnitude": besa.Magnitude,
     "wanda": besa.Wanda,

@@ -182,19 +182,11 @@ def test_activations_that_are_not_finite_name_block_and_projection(tiny_llama, w
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"sparsity": 1.0}, r"sparsity 1.0 is outside \[0, 1\)"),
-        ({"sparsity": -0.1}, r"sparsity -0.1 is outside \[0, 1\)"),
         ({"sparsity": 0.7}, r"outside \(0.376, 0.624\).*smooth=False"),
         ({"sparsity": 0.0, "smooth": False}, r"sparsity 0.0 is outside \(0.000, 1.000\)"),
-        ({"row_group": "column"}, "row_group 'column'"),
-        ({"row_group": 0}, "row_group 0"),
-        ({"targets": "both"}, "targets 'both'"),
-        ({"importance": "random"}, "importance 'random'"),
-        ({"candidates": 300}, r"candidates 300 is outside \[2, 256\]"),
-        ({"epochs": 0}, r"epochs \(0\)"),
     ],
 )
-def test_bad_fields_are_refused(no_type_checks, fields, message):
+def test_sparsities_that_cannot_be_learned_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         besa.Besa(**fields)
 
@@ -202,15 +194,15 @@ def test_bad_fields_are_refused(no_type_checks, fields, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w.int(), "must be int64, not torch.int32"),
+        (lambda w: w.int(), r"windows of torch.int32 \(6, 24\) is not int64 token ids"),
         (lambda w: w[:0], r"no token ids: shape \(0, 24\)"),
         (lambda w: w[:, :1], r"seq_len 1 is outside \[2, 64\]"),
         (lambda w: w.repeat(1, 3), r"seq_len 72 is outside \[2, 64\]"),
         (lambda w: w + 90, "vocabulary has 97"),
-        (lambda w: w.flatten(), r"must be \(n_samples, seq_len\)"),
+        (lambda w: w.flatten(), r"windows of torch.int64 \(144,\) is not int64 token ids \(n_samples, seq_len\)"),
     ],
 )
-def test_bad_windows_are_refused_before_any_work(no_type_checks, tiny_llama, windows, change, message):
+def test_bad_windows_are_refused_before_any_work(tiny_llama, windows, change, message):
     before = weights_of(tiny_llama)
     with pytest.raises(ValueError, match=message):
         besa.prune(tiny_llama, change(windows), besa.Wanda(), progress=False)

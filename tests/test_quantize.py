@@ -153,15 +153,6 @@ def test_a_group_that_does_not_divide_is_refused_by_name_before_any_work(tiny_ll
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "fields, message",
-    [({"bits": 5}, "bits 5 is not 2, 3, 4 or 8"), ({"group_size": 0}, "group_size 0"), ({"lr": 0.0}, "lr 0.0")],
-)
-def test_bad_fields_are_refused(no_type_checks, fields, message):
-    with pytest.raises(ValueError, match=message):
-        besa.Quantize(**fields)
-
-
 def test_a_packed_file_of_another_model_is_refused_and_changes_nothing(tiny_llama, windows, tmp_path):
     report = besa.prune(tiny_llama, windows, besa.Wanda(quantize=besa.Quantize()), progress=False)
     save_quantized(report.quantized, tmp_path / "packed.safetensors")

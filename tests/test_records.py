@@ -161,6 +161,9 @@ def test_steps_go_to_the_rows_that_they_belong_to(run):
 def test_lists_come_from_papermill_as_lists_or_as_text():
     assert records.listed("dense,wanda") == ["dense", "wanda"] and records.listed("row, 8") == ["row", 8]
     assert records.listed(["a", 1]) == ["a", 1] and records.listed(0.5) == [0.5] and records.listed("") == []
+    for values in (None, {"a": 1}, [["a"]], [0.5, float("nan")], [float("inf")]):
+        with pytest.raises(ValueError, match="is not a name or a finite number, which lists are of"):
+            records.listed(values)
 
 
 def test_profiles_by_name(monkeypatch):

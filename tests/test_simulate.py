@@ -97,19 +97,6 @@ def test_few_dense_columns_still_get_a_pe_column():
     assert at_half.cycles == math.ceil(at_half.sparse_kept / (63 * 64))
 
 
-@pytest.mark.parametrize(
-    "mask, message",
-    [
-        (torch.ones(3, dtype=torch.bool), r"keep_mask must be \(rows, columns\), not \(3,\)"),
-        (torch.ones(2, 3, 4, dtype=torch.bool), r"keep_mask must be \(rows, columns\), not \(2, 3, 4\)"),
-        (torch.ones(3, 4), r"keep_mask must be bool \(True = keep\), not torch.float32"),
-    ],
-)
-def test_what_is_no_mask_is_refused(no_type_checks, mask, message):
-    with pytest.raises(ValueError, match=message):
-        besa.simulate_cycles(mask)
-
-
 def test_a_models_down_proj_is_cut_into_square_patches(tiny_llama):
     keep_masks = {
         (index, name): torch.ones_like(projection.weight, dtype=torch.bool)

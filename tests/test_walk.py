@@ -93,19 +93,6 @@ def test_sparsity_is_counted_from_masks_where_kept_weights_are_zero_too(tiny_lla
     assert len(report.keep_masks) == 3 * 7
 
 
-@pytest.mark.parametrize(
-    "windows, method, message",
-    [
-        (None, "besa", r"method 'besa' is no method; take besa.Besa\(\)"),
-        ("sotu", None, r"windows 'sotu' are no tensor of token ids; make them: besa.calibration_windows"),
-    ],
-)
-def test_names_in_place_of_things_are_refused_by_name(no_type_checks, tiny_llama, windows, method, message):
-    given = torch.zeros(2, 8, dtype=torch.int64) if windows is None else windows
-    with pytest.raises(ValueError, match=message):
-        besa.prune(tiny_llama, given, method or besa.Wanda())
-
-
 def test_a_report_shows_itself_in_a_few_lines(tiny_llama, windows):
     report = besa.prune(tiny_llama, windows, besa.Besa(), progress=False)
     assert len(repr(report)) < 1000 and "self_attn.q_proj" in repr(report)

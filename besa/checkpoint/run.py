@@ -47,16 +47,18 @@ from besa.checkpoint.resume import (
 )
 from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.machine.device import resolve_device
+from besa.machine.fields import checked
 from besa.machine.files import sha256, write_text
 from besa.machine.processes import from_rank_0, n_ranks, rank
 from besa.machine.provenance import provenance
-from besa.prune import Method, check_arguments, check_fit
+from besa.prune import Method, check_fit
 from besa.quantize import QuantizedFiles, save_quantized
 from besa.reconstruct import Reconstruct
 from besa.report import Report
 from besa.walk import Block, frozen, walk
 
 
+@checked
 def prune_checkpoint(
     source: str | Path,
     output: str | Path,
@@ -110,6 +112,7 @@ def prune_checkpoint(
         return shards.report()
 
 
+@checked
 def plan_checkpoint(
     source: str | Path,
     output: str | Path,
@@ -142,7 +145,6 @@ def opened(
     reconstruct: Reconstruct | None = None,
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
-    check_arguments(windows, method)
     if method.measures_model:
         raise ValueError(
             f"{method.name} with these options measures a model that is in memory; prune it there, or give the "

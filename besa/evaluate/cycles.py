@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.decoder import find_blocks, projections
+from besa.machine.fields import checked
 
 PE_ROWS, PE_COLUMNS = 64, 64
 """Processing elements (PEs); each multiplies one weight per cycle."""
@@ -41,6 +42,7 @@ class Simulation:
         return self.dense_cycles / self.cycles if self.cycles else math.inf
 
 
+@checked
 def simulate_cycles(keep_mask: Bool[Tensor, "rows columns"]) -> Simulation:
     """Compute cycles of a pruned projection on ViTCoD's 64 x 64 PEs (You et al. 2023; Xu et al. 2024, Table 4).
 
@@ -66,10 +68,6 @@ def simulate_cycles(keep_mask: Bool[Tensor, "rows columns"]) -> Simulation:
     Raises:
         ValueError: not two-dimensional, or not bool.
     """
-    if keep_mask.ndim != 2:
-        raise ValueError(f"keep_mask must be (rows, columns), not {tuple(keep_mask.shape)}")
-    if keep_mask.dtype != torch.bool:
-        raise ValueError(f"keep_mask must be bool (True = keep), not {keep_mask.dtype}")
     kept = keep_mask.sum(dim=0).cpu()  # (columns,)
     tenths, tried = 5, []  # the threshold in tenths: integers compare exactly
     for _ in range(1 + MOVES):

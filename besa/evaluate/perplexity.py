@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from besa.decoder import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
+from besa.machine.fields import checked
 from besa.machine.processes import n_ranks, rank, sum_
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
@@ -24,6 +25,7 @@ SPREAD_AT_ONCE = 8
 """Segments that run together where a model's weights do not all fit on the GPU, and come anew for every run."""
 
 
+@checked
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, tokens: Int64[Tensor, "n_tokens"], seq_len: int = 2048, progress: bool = True
@@ -38,8 +40,6 @@ def perplexity(
         ValueError: fewer than `seq_len` tokens, not a flat int64 stream, ids beyond the vocabulary, a `seq_len` longer
             than the model's context, or a segment whose own perplexity is NaN or beyond float64; names the segment.
     """
-    if tokens.ndim != 1:
-        raise ValueError(f"tokens must be a flat stream (n_tokens,), not {tuple(tokens.shape)}")
     check_tokens(model, tokens, seq_len)
     n_segments = len(tokens) // seq_len
     if n_segments == 0:

@@ -11,6 +11,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.evaluate.tasks import TASKS, check_tasks, load_task
+from besa.machine.fields import checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class ZeroShot:
         return pd.DataFrame([*self.rows, average]).set_index("task")
 
 
+@checked
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,6 +98,7 @@ def zero_shot(
     return ZeroShot(rows=rows, answers=answers, limit=limit, seed=seed, lm_eval=lm_eval.__version__)
 
 
+@checked
 def check_request(tasks: Sequence[str], limit: int | None, batch_size: int | Literal["auto"] = "auto") -> None:
     """Refuse what `zero_shot` would, before long work.
 
@@ -105,7 +108,7 @@ def check_request(tasks: Sequence[str], limit: int | None, batch_size: int | Lit
     check_tasks(tasks)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 question per task, or None for all, not {limit}")
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size != "auto" and batch_size < 1:
         raise ValueError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
 
 

@@ -24,6 +24,7 @@ from transformers import (
 import besa
 from besa.inputs import assets
 from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.fields import checked
 from besa.machine.files import mark_of
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
 from besa.machine.processes import n_ranks
@@ -49,8 +50,9 @@ ON_GPU = 0.8
 """Of what is free on a GPU, so much goes to the weights of a model that is larger; the rest to what they compute."""
 
 
+@checked
 def load_model(
-    name: str,
+    name: str | Path,
     dtype: torch.dtype | str | None = None,
     device: str = "auto",
     packed: bool = True,
@@ -73,7 +75,7 @@ def load_model(
         ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, it lacks tensors or has
             some too many, or the GPU has no room for any of it.
     """
-    device = resolve_device(device)
+    name, device = str(name), resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     source, spread = source_of(name), _spread(name, dtype, device, trust_remote_code)
     with _explained(source):

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from besa.inputs import assets
+from besa.machine.fields import checked
 
 Sampler = Literal["crop", "pack"]
 
@@ -70,6 +71,7 @@ TEXTS = {
 }
 
 
+@checked
 def calibration_windows(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,8 +92,6 @@ def calibration_windows(
     """
     if n_samples < 1 or seq_len < 1:
         raise ValueError(f"n_samples ({n_samples}) and seq_len ({seq_len}) must be at least 1")
-    if sampler not in ("crop", "pack"):
-        raise ValueError(f"sampler {sampler!r} is not one of 'crop', 'pack'")
     documents = load_documents(name, "train")
     rng = random.Random(seed)
     draw = _crop if sampler == "crop" else _pack
@@ -99,6 +99,7 @@ def calibration_windows(
     return torch.tensor(windows, dtype=torch.int64)
 
 
+@checked
 def test_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "n_tokens"]:
     """The held-out token stream of a text: documents joined and tokenized as the published protocol does.
 

@@ -1,12 +1,179 @@
-"""The meaning of a configuration's fields, written below each of them, where `help()` and Jupyter's `?` show it."""
+"""What annotations promise: a configuration's fields and a public function's arguments, refused in a sentence each.
+
+The meaning of a configuration's fields is written below each of them, where `help()` and Jupyter's `?` show it.
+"""
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from beartype import BeartypeConf, FrozenDict
+from beartype.door import is_bearable
+from beartype.vale import IsInstance
+from jaxtyping import jaxtyped
+from pydantic import ConfigDict, InstanceOf, PydanticUserError, TypeAdapter, ValidationError
 
 Class = TypeVar("Class", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
+"""What torch's generators take."""
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+_NO_STAND_INS = BeartypeConf(  # True is no number, a name no sequence of its letters
+    hint_overrides=FrozenDict(
+        {int: Annotated[int, ~IsInstance[bool]], Sequence[str]: Annotated[Sequence[str], ~IsInstance[str]]}
+    )
+)
+_SIGNS = {Gt: "> {.gt}", Ge: ">= {.ge}", Lt: "< {.lt}", Le: "<= {.le}"}
+_WORDS = {
+    "NoneType": "None",
+    "bool": "True or False",
+    "int": "an integer",
+    "float": "a finite number",
+    "str": "a string",
+    "Sequence": "a tuple or list",
+    "dtype": "a torch.dtype",
+    "PreTrainedModel": "a model as besa.load_model gives it (of peft: model.merge_and_unload())",
+    "PreTrainedTokenizerBase": "a tokenizer as besa.load_model gives it",
+    "Method": "a method: besa.Besa(), Wanda(), SparseGPT() or Magnitude()",
+    "Report": "what besa.prune returned",
+    "collections.abc.Mapping[tuple[int, str], torch.Tensor]": "keep-masks {(block, projection): weight != 0, ...}",
+    "Int64[Tensor, 'n_samples seq_len']": "int64 token ids (n_samples, seq_len) as besa.calibration_windows makes them",
+    "Int64[Tensor, 'n_tokens']": "int64 token ids (n_tokens,) as besa.test_tokens makes them",
+    "Bool[Tensor, 'rows columns']": "a bool tensor (rows, columns), True = keep",
+}
+"""What a type is called where something else was given, and where to get it."""
+
+
+def check_fields(configuration: Any) -> None:
+    """Refuse fields that their annotations do not admit; it is, or is called by, a dataclass's `__post_init__`.
+
+    A class that is derived from a checked one needs nothing for its own fields to be checked. Nothing is converted but
+    numpy's scalars, into the numbers of Python that they are.
+
+    Raises:
+        ValueError: a sentence for each such field: its name, its value, what it may be.
+    """
+    fields = [field for field in dataclasses.fields(configuration) if field.init]
+    values = {field.name: getattr(configuration, field.name) for field in fields}
+    given = {field.name: values[field.name] for field in fields if values[field.name] is not field.default}
+    for name, value in _checked(given, _hints(type(configuration)), _fault_of_field).items():
+        object.__setattr__(configuration, name, value)
+
+
+def checked(function: Function) -> Function:
+    """Decorate a public function: arguments that their annotations do not admit are refused before it starts.
+
+    The function then raises a ValueError with a sentence for each of them: its name, its value, what it may be.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments |= _checked(bound.arguments, _hints(function), _fault_of_argument)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _checked(
+    given: Mapping[str, Any], hints: dict[str, Any], fault_of: Callable[[Any, Any], list[Any]]
+) -> dict[str, Any]:
+    """The values, numpy's scalars as Python's; `fault_of` finds in a value what an annotation does not admit."""
+    values = {name: _plain(value) for name, value in given.items()}
+    problems = []
+    for name, value in values.items():
+        for fault in fault_of(value, hints.get(name, Any)):
+            part = "" if fault is value else "with "
+            problems.append(f"{name} {part}{_shown(fault)} is not {_words(hints[name])}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return values
+
+
+@functools.cache
+def _hints(of: Any) -> dict[str, Any]:
+    """Annotations by name; of a class that names in them what is not there at run time, its nearest base's."""
+    for each in getattr(of, "__mro__", (of,)):
+        with suppress(NameError):
+            return get_type_hints(each, include_extras=True)
+    return {}
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter:
+    try:
+        return TypeAdapter(InstanceOf[hint] if dataclasses.is_dataclass(hint) else hint, config=_STRICT)
+    except PydanticUserError:  # of a class that somebody derived: pydantic cannot check everything
+        return TypeAdapter(Any)
+
+
+def _fault_of_field(value: Any, hint: Any) -> list[Any]:
+    """All of it or the first entry that is wrong, if any is, as pydantic finds it: bounds count, and every entry."""
+    try:
+        valid = _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        return [error.errors(include_url=False)[0]["input"]]
+    return [] if _alike(value, valid) else [value]
+
+
+def _alike(value: Any, valid: Any) -> bool:
+    """Whether a value was taken as it is: 1 for 1.0 may be, a fraction or a tensor for its float, or 4.0 for 4, not."""
+    if isinstance(valid, tuple):
+        return all(map(_alike, value, valid))
+    return isinstance(value, (type(valid), int))
+
+
+def _fault_of_argument(value: Any, hint: Any) -> list[Any]:
+    """All of it, if it is wrong, as beartype finds it: in a time that does not grow with the value."""
+    with jaxtyped("context"):  # axes have no names that a caller's own annotations could share
+        return [] if is_bearable(value, hint, conf=_NO_STAND_INS) else [value]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(_plain, value)) if type(value) is tuple else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"of {value.dtype} {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _words(hint: Any) -> str:
+    """What an annotation admits: "'row', 'layer' or an integer >= 1"."""
+    *others, last = _choices(hint)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _choices(hint: Any) -> list[str]:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return [choice for part in parts for choice in _choices(part)]
+    if origin is Literal:
+        return [repr(part) for part in parts]
+    if origin is Annotated:
+        limits = [_SIGNS[type(limit)].format(limit) for limit in parts[1:] if type(limit) in _SIGNS]
+        return [" ".join([_words(parts[0]), " and ".join(limits)]).strip()]
+    name = getattr(origin or hint, "__name__", str(hint))
+    entries = f", each entry {_words(parts[0])}" if origin in (tuple, Sequence) else ""
+    return [(_WORDS.get(str(hint)) or _WORDS.get(name) or f"a {name}") + entries]
 
 
 def documented(cls: Class) -> Class:

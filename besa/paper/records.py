@@ -3,13 +3,14 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from besa.inputs.models import checkpoint_identity
 from besa.inputs.text import Sampler
 from besa.machine.device import resolve_device, resolve_dtype
+from besa.machine.fields import Count, Positive, check_fields, checked
 from besa.machine.files import tensor_sha256, write_text
 from besa.machine.provenance import ROOT, provenance, results_root
 from besa.paper import tables
@@ -74,27 +76,29 @@ class Recipe:
     """crop (published: a random crop of a document longer than seq_len) or pack."""
     seed: int = 0
     """Of the sampler."""
-    n_samples: int | None = None
+    n_samples: Count | None = None
     """Calibration windows; None takes the profile's."""
-    seq_len: int | None = None
+    seq_len: Count | None = None
     """Tokens per window and per test segment; None takes the profile's."""
-    dtype: str | None = None
-    """bfloat16, float16 or float32; None takes what the device is fast in."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """None takes what the device is fast in."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    d_coef: float = 5.0
+    d_coef: Positive = 5.0
     """Prodigy's d_coef, row-wise; the published runs set it by model."""
-    d_coef_layer: float = 0.5
+    d_coef_layer: Positive = 0.5
     """The same layer-wise; 50 as for LLaMA-7B prunes SmolLM2 to 46 % in 32 steps."""
-    clipping_lr: float = 0.2
+    clipping_lr: Positive = 0.2
     """Adam's step size for the clipping of a quantization."""
+
+    __post_init__ = check_fields
 
 
 def resolve_recipe(model: str, values: dict[str, Any] | None = None) -> Recipe:
     """The recipe of reproduce/params/<model>.yaml, if there is one, with some values changed.
 
     Raises:
-        ValueError: a key that no recipe has.
+        ValueError: a key that no recipe has, or a value that it does not take.
     """
     path = ROOT / "reproduce" / "params" / f"{Path(model).name}.yaml"
     own = Path(model).name == model and path.is_file()
@@ -103,16 +107,24 @@ def resolve_recipe(model: str, values: dict[str, Any] | None = None) -> Recipe:
     for key in found:
         if key not in known:
             raise ValueError(f"recipe has an unknown key {key!r}; known: {', '.join(known)}")
-    typed = lambda key, value: float(value) if isinstance(known[key], float) else value  # d_coef: 5
+    typed = lambda key, value: float(value) if type(value) is int and isinstance(known[key], float) else value
     return Recipe(**{key: typed(key, value) for key, value in found.items()})
 
 
 def listed(values: Any) -> list[Any]:
-    """The values of a papermill list; `-p row_groups row,8` gives a string instead, `-p row_groups 8` a number."""
+    """The values of a papermill list; `-p row_groups row,8` gives a string instead, `-p row_groups 8` a number.
+
+    Raises:
+        ValueError: one of them is no name and no finite number.
+    """
     if isinstance(values, str):
         words = [word.strip() for word in values.split(",") if word.strip()]
         return [int(word) if word.isdecimal() else word for word in words]
-    return list(values) if isinstance(values, list | tuple) else [values]
+    values = list(values) if isinstance(values, list | tuple) else [values]
+    for value in values:
+        if not isinstance(value, str | int) and not (isinstance(value, float) and math.isfinite(value)):
+            raise ValueError(f"{value!r} is not a name or a finite number, which lists are of: 'row,8' or ['row', 8]")
+    return values
 
 
 def open_folder(item: str, folder: str | None = None) -> Path:
@@ -171,6 +183,7 @@ class Run:
     It loads, prunes and measures nothing: the notebook's cells do, for the rows that it `has` not.
     """
 
+    @checked
     def __init__(
         self,
         item: str,
