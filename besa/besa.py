@@ -15,6 +15,7 @@ from besa.allocation import reachable_sparsity
 from besa.decoder import find_blocks, projections, pruned_projections
 from besa.importance import Importance, InputStatistics
 from besa.learners import BudgetLearner, Learner, ScoreLearner, joined
+from besa.machine.device import way_out
 from besa.machine.fields import Count, Positive, Seed, documented
 from besa.machine.processes import from_rank_0, mean_, n_ranks
 from besa.masks import parse_pattern
@@ -125,8 +126,8 @@ class Besa(Method):
         if not lowest < extremes[0] <= extremes[1] < highest:
             wrong = extremes[0] if extremes[0] <= lowest else extremes[1]
             reach = f"what {self.candidates} candidates with smooth={self.smooth} can reach"
-            way_out = "; budget='exact' or smooth=False lifts the limit" if self.smooth else ""
-            why = "" if self._is_beyond else f", {reach}{way_out}"
+            lift = "; budget='exact' or smooth=False lifts the limit" if self.smooth else ""
+            why = "" if self._is_beyond else f", {reach}{lift}"
             raise ValueError(f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}){why}")
 
     @property
@@ -240,7 +241,7 @@ class Besa(Method):
             skipped.append(learner.step(scaler))
         size = self.batch_size // n_ranks()  # windows of a step on this rank
         entries = mean_(torch.stack(log).view(-1, size, 3).mean(1))
-        return learner.pruned(_steps_log(block.index, entries, skipped))
+        return learner.pruned(_steps_log(block.index, entries, skipped, block.inputs.dtype))
 
     @property
     def _error(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -262,7 +263,9 @@ class Besa(Method):
             yield from (steps[number] for number in order)
 
 
-def _steps_log(index: int, entries: Float32[Tensor, "steps 3"], skipped: list[bool]) -> list[dict[str, float]]:
+def _steps_log(
+    index: int, entries: Float32[Tensor, "steps 3"], skipped: list[bool], dtype: torch.dtype
+) -> list[dict[str, float]]:
     """The training log of a block; `skipped` is noted only where a step was.
 
     Raises:
@@ -273,7 +276,7 @@ def _steps_log(index: int, entries: Float32[Tensor, "steps 3"], skipped: list[bo
         step = int(finite.int().argmin())
         raise ValueError(
             f"block {index}, training step {step}: the loss is {float(entries[step, 0])}, for the masked block puts "
-            "out what overflows; try dtype bfloat16 or float32"
+            f"out what overflows; {way_out(dtype)}"
         )
     keys = ("loss", "reconstruction_error", "sparsity")
     steps = [dict(zip(keys, values, strict=True)) for values in entries.tolist()]

@@ -121,15 +121,25 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
     Raises:
         ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, part of a
             mixture of experts, or whose weight is made of others (adapters, weight normalization, torch's own
-            pruning); the message names it.
+            pruning) or is that of another one; the message names it. Or the call stands in `torch.inference_mode()`.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing can be learned within torch.inference_mode(); call it outside, or in no_grad()")
     if _is_peft(model):
         raise ValueError(f"a {type(model).__name__} of peft cannot be pruned; merge it: model.merge_and_unload()")
+    owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
         for name, module in block.named_modules():
             wrapper = _wrapper(module)
             if wrapper:
                 raise ValueError(f"block {index}, {name}: {wrapper}")
+        for name, linear in projections(block).items():
+            owner = owners.setdefault(id(linear.weight), f"block {index}, {name}")
+            if owner != f"block {index}, {name}":
+                raise ValueError(
+                    f"block {index}, {name}: its weight is that of {owner}, and one of them would undo what the other "
+                    "prunes; untie them: module.weight = torch.nn.Parameter(module.weight.clone())"
+                )
         # Fused experts first: the router beside them would be named instead.
         for name, parameter in sorted(block.named_parameters(), key=lambda item: -item[1].ndim):
             problem = _problem(block, name, parameter, values)
@@ -167,8 +177,11 @@ def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool)
     owner = block.get_submodule(name.rpartition(".")[0])
     if parameter.is_meta:
         return "the weights are not in memory (meta device); `besa.prune_checkpoint` takes the model by its name"
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
-        return f"quantized weights ({parameter.dtype}); load the model in bfloat16, float16 or float32"
+    if parameter.is_inference():
+        return "its weights were made within torch.inference_mode(); load the model outside"
+    if parameter.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        kind = "quantized weights" if parameter.element_size() < 2 else "weights"
+        return f"{kind} ({parameter.dtype}); load the model in bfloat16, float16 or float32"
     if parameter.ndim > 2:
         return f"a parameter of shape {tuple(parameter.shape)}: mixture-of-experts and convolutions are not supported"
     if parameter.ndim == 2 and not isinstance(owner, nn.Linear):
@@ -184,8 +197,9 @@ def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: 
     Raises:
         ValueError: not int64, empty, sequences shorter than 2 or longer than the model's context, unknown ids.
     """
-    if tokens.dtype != torch.int64:
-        raise ValueError(f"token ids must be int64, not {tokens.dtype}")
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        kind = f"a {type(tokens).__name__} of {getattr(tokens, 'dtype', 'no dtype')}"
+        raise ValueError(f"token ids must be int64 in a torch tensor, not {kind}; take torch.as_tensor(ids).long()")
     context = _context(model)
     if not 2 <= seq_len <= context:
         raise ValueError(f"seq_len {seq_len} is outside [2, {context}], what the model's context allows")

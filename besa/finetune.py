@@ -547,8 +547,8 @@ class _State:
             "steps": training.result.steps,
             "held_out": training.result.held_out,
         }
-        with replacing(self.path) as temporary:
-            torch.save(state, temporary)
+        with replacing(self.path) as temporary, temporary.open("wb") as file:  # by a path, torch hides the disk's error
+            torch.save(state, file)
         self.written = time.monotonic()
 
 

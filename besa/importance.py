@@ -126,11 +126,12 @@ def inverse_cholesky(hessian: Float[Tensor, "columns columns"], damping: float =
     the result says what was used. Columns that never had an input count as 1 on the diagonal.
 
     Raises:
-        ValueError: damping 10 does not help either (the Hessian holds NaN or infinity).
+        ValueError: damping 10, or the given one where it is larger, does not help either.
     """
+    largest = max(damping, 10.0)
     diagonal = hessian.diag()
     diagonal = torch.where(diagonal == 0, 1.0, diagonal)
-    while damping <= 10:
+    while damping <= largest:
         for dtype in (torch.float32, torch.float64):
             damped = hessian.to(dtype, copy=True)
             damped.diagonal().copy_(diagonal + damping * diagonal.mean())
@@ -138,7 +139,8 @@ def inverse_cholesky(hessian: Float[Tensor, "columns columns"], damping: float =
             if upper is not None:
                 return InverseFactor(upper.float(), damping, dtype)
         damping *= 10
-    raise ValueError("the Hessian cannot be factorized even with damping 10: it holds NaN or infinity")
+    why = "is not that of any inputs" if torch.isfinite(hessian).all() else "holds NaN or infinity"
+    raise ValueError(f"the Hessian cannot be factorized even with damping {largest:g}: it {why}")
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor | None:

@@ -11,8 +11,6 @@ to it once transformers is loaded, when files of besa may be half loaded: so pac
 """
 
 import functools
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from besa.machine.fields import checked
+from besa.machine.files import check_whole, writing
 
 METHOD, FORMAT_VERSION = "besa_packed", 1
 
@@ -34,10 +33,12 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
 
     Raises:
         ValueError: nothing in the model is packed.
+        OSError: the disk refuses it.
     """
     if not packed_projections(model):
         raise ValueError("nothing in this model is packed: call besa.packed.pack(model, report) first")
-    save_pretrained(model, folder)
+    with writing(Path(folder), "what is there of it is of no use"):
+        save_pretrained(model, folder)
 
 
 def save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
@@ -92,7 +93,7 @@ class PackedQuantizer(HfQuantizer):
         from besa.packed import PackedLinear
 
         for path in checkpoint_files or []:
-            _check_whole(Path(path))
+            check_whole(Path(path))
         for name, described in self.quantization_config.projections.items():
             tensors = {
                 part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -117,23 +118,6 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _check_whole(path: Path) -> None:
-    """Refuse a safetensors file that is shorter or longer than its header says."""
-    with path.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        except (struct.error, ValueError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{path} is damaged: it has no safetensors header; fetch or write it again") from error
-    size = (
-        8
-        + length
-        + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    )
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}; fetch or write it again")
 
 
 # Not by transformers' register functions: they refuse a second time, which reloading in a notebook is.

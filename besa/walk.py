@@ -36,7 +36,7 @@ from besa.decoder import (
     spans,
 )
 from besa.importance import InputStatistics, collect_statistics
-from besa.machine.device import deterministic
+from besa.machine.device import deterministic, way_out
 from besa.machine.processes import mean_, n_ranks, rank, sum_
 from besa.quantize import QuantizedWeight
 from besa.report import Report
@@ -178,7 +178,7 @@ class Block:
             shared.sum_over_ranks()
         for name, statistic in statistics.items():
             if not statistic.is_finite():
-                raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
+                raise self._not_finite(f"{self._named(name)}: its inputs hold")
         self._refuse(broken)
         return statistics
 
@@ -249,7 +249,7 @@ class Block:
             hessian.add_(of_y, alpha=share)
             toward.add_(of_y.lerp_(of_both, toward_dense), alpha=share)
         if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(toward)).all():
-            raise ValueError(f"{self._named(name)}: its inputs hold NaN or infinity; try dtype float32")
+            raise self._not_finite(f"{self._named(name)}: its inputs hold")
         return hessian, toward
 
     def _entering(self, name: str, number: int, stream: int, weights: dict[str, Tensor]) -> Tensor:
@@ -279,7 +279,10 @@ class Block:
 
     def _refuse(self, broken: Tensor) -> None:
         if sum_(broken):
-            raise ValueError(f"block {self.index}: its output holds NaN or infinity; try dtype float32")
+            raise self._not_finite(f"block {self.index}: its output holds")
+
+    def _not_finite(self, what: str) -> ValueError:
+        return ValueError(f"{what} NaN or infinity; {way_out(self.inputs.dtype)}")
 
     def _named(self, name: str) -> str:
         return f"block {self.index}, {name}"
@@ -340,7 +343,7 @@ class Block:
         for name in self.projections.keys() - projection_errors.keys():
             raise ValueError(f"{self._named(name)}: never called; conditional projections are not supported")
         if not math.isfinite(error):
-            raise ValueError(f"block {self.index}: pruned, its output holds NaN or infinity; try dtype float32")
+            raise self._not_finite(f"block {self.index}: pruned, its output holds")
         for name, projection in self.projections.items():
             projection.weight.data = pruned.weights[name].detach()  # no copy: the old ones may be mapped from a file
         self._finished = True

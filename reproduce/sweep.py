@@ -30,9 +30,10 @@ def cells(models: str, notebooks: str, methods: str, extra: dict[str, Any]) -> d
     """Name of a cell -> what papermill is given; the name is that of the executed notebook too.
 
     Raises:
-        typer.BadParameter: a notebook that is not there, or a method whose name is none of a file.
+        typer.BadParameter: a notebook that is not there, a method whose name is none of a file, or a parameter that no
+            notebook has.
     """
-    found, known = {}, sorted(path.stem for path in HERE.glob("*.ipynb"))
+    found, known, unused = {}, sorted(path.stem for path in HERE.glob("*.ipynb")), dict(extra)
     for notebook, model, method in itertools.product(notebooks.split(","), models.split(","), methods.split(",")):
         if notebook not in known:  # "../x" may be a file, too
             raise typer.BadParameter(f"unknown notebook {notebook!r}; known: {', '.join(known)}")
@@ -41,18 +42,38 @@ def cells(models: str, notebooks: str, methods: str, extra: dict[str, Any]) -> d
         recipe = HERE / "params" / f"{model}.yaml"
         own = Path(model).name == model and recipe.is_file()  # not of a folder that happens to lie beside a yaml
         given = inspected(notebook)
+        unused = {key: value for key, value in unused.items() if key not in given}
+        if method and "methods" not in given:
+            raise typer.BadParameter(f"{notebook} has no methods to run apart, but {', '.join(given)}")
         parameters = (yaml.safe_load(recipe.read_text()) if own else {}) | {"model": model} | extra
         parameters |= {"methods": method} if method else {}
         name = "-".join(filter(None, (notebook, slug(model), method)))
         if name in found:
             raise typer.BadParameter(f"two models of {models!r} would both be called {name!r}; sweep them apart")
         found[name] = {key: value for key, value in parameters.items() if key in given}
+    for key in unused:
+        raise typer.BadParameter(f"no parameter {key!r} in {notebooks}; {notebook} has {', '.join(given)}")
     return found
 
 
-def inspected(notebook: str) -> set[str]:
+def inspected(notebook: str) -> list[str]:
     """The parameters that a notebook has: a recipe may hold others, for other notebooks."""
-    return set(papermill.inspect_notebook(HERE / f"{notebook}.ipynb"))
+    return list(papermill.inspect_notebook(HERE / f"{notebook}.ipynb"))
+
+
+def parsed(parameter: str) -> tuple[str, Any]:
+    """Name and value of NAME=VALUE.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    name, equals, value = parameter.partition("=")
+    try:
+        if equals:
+            return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise typer.BadParameter(f"parameter {parameter!r} is not NAME=VALUE, with a value in YAML")
 
 
 def run_cell(notebook: str, output: Path, parameters: dict[str, Any], gpus: str | None) -> None:
@@ -91,8 +112,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="for executed notebooks and logs")] = ROOT / "results" / "sweep",
 ) -> None:
     """Run every cell of notebooks x models x methods that is not finished."""
-    extra = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in parameter or [])}
-    todo = {}
+    extra, todo = dict(map(parsed, parameter or [])), {}
     for name, parameters in cells(models, notebooks, methods, extra).items():
         if is_finished(folder / f"{name}.ipynb", parameters):
             typer.echo(f"finished before: {name}")
@@ -115,18 +135,20 @@ def main(
 def run_all(
     executor: submitit.AutoExecutor, todo: dict[str, dict[str, Any]], folder: Path, parallel: int, gpus: int
 ) -> dict[str, Path]:
-    """At most `parallel` jobs at a time, on this machine each on its own GPUs; returns the failed ones' logs."""
+    """At most `parallel` jobs at a time, on this machine each on its own GPUs; returns the failed ones' logs.
+
+    Interrupted, it ends those that run: Ctrl-C may have reached this process alone.
+    """
     waiting, running, failed = list(todo), {}, {}
     places = list(range(parallel))
-    with tqdm(total=len(todo), unit="cell") as bar:
+    own = lambda place: ",".join(map(str, range(place * gpus, (place + 1) * gpus)))
+    bar = tqdm(total=len(todo), unit="cell")
+    try:
         while waiting or running:
             while waiting and len(running) < parallel:
-                name = waiting.pop(0)
-                notebook, place = name.partition("-")[0], places.pop()
-                own = (
-                    ",".join(map(str, range(place * gpus, (place + 1) * gpus))) if executor.cluster == "local" else None
-                )
-                job = executor.submit(run_cell, notebook, folder / f"{name}.ipynb", todo[name], own)
+                name, place = waiting.pop(0), places.pop()
+                output, visible = folder / f"{name}.ipynb", own(place) if executor.cluster == "local" else None
+                job = executor.submit(run_cell, name.partition("-")[0], output, todo[name], visible)
                 running[name] = job, place
             time.sleep(0.5)
             for name, (job, place) in [(name, entry) for name, entry in running.items() if entry[0].done()]:
@@ -135,6 +157,10 @@ def run_all(
                 if job.exception() is not None:
                     failed[name] = job.paths.stderr
                 bar.update()
+    finally:
+        bar.close()
+        for job, _ in running.values():
+            job.cancel()
     return failed
 
 

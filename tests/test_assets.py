@@ -45,7 +45,7 @@ def test_a_broken_file_is_fetched_again_never_used(wheel_index, damage):
 
 def test_a_wrong_download_is_refused_and_leaves_nothing(wheel_index):
     wheel_index["content"] = b"something else"
-    with pytest.raises(RuntimeError, match=r"toy==1.0: data.bin does not have the sha256"):
+    with pytest.raises(FileNotFoundError, match=r"toy==1.0: data.bin does not have the sha256"):
         assets.fetch("toy")
     assert not list(assets.cache_folder().rglob("data.bin"))
 
@@ -103,7 +103,7 @@ def test_pip_failure_names_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setattr(
         assets.subprocess, "run", lambda *_, **__: type("R", (), {"returncode": 1, "stderr": "no index"})
     )
-    with pytest.raises(RuntimeError, match=r"(?s)no index.*package index.*copy .* from a machine"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)no index.*package index.*copy .* from a machine"):
         assets.fetch("wiki")
 
 

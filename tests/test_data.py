@@ -1,4 +1,6 @@
 import json
+import re
+import time
 
 import pytest
 import tokenizers
@@ -6,7 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import besa
+from besa.inputs import text
 from besa.inputs.text import load_documents
+from besa.machine.files import tensor_sha256
+from besa.machine.provenance import ROOT
 
 
 def word_tokenizer():
@@ -87,13 +92,46 @@ def test_bad_names_and_numbers_are_refused(no_type_checks, local_text):
         besa.calibration_windows("wiki", TOKENIZER)
 
 
-@pytest.mark.parametrize("line", ["not json", '{"sentence": "a"}', "3"])
-def test_a_local_text_of_another_form_is_refused_by_name(tmp_path, monkeypatch, line):
+ODD_LINES = {
+    "not json": "Expecting value",
+    '{"text": "cut': "Invalid control character",
+    "": "Expecting value",
+    "3": "it is a int",
+    "null": "it is a NoneType",
+    '["text"]': "it is a list",
+    '{"sentence": "a"}': "it lacks 'text'",
+    '{"text": 3}': "'text' is a int",
+    '{"text": null}': "'text' is a NoneType",
+    '{"text": ["a"]}': "'text' is a list",
+    r'{"text": "\ud800"}': "surrogates not allowed",
+    "[" * 100_000: "recursion",
+}
+
+
+@pytest.mark.parametrize("line, words", ODD_LINES.items(), ids=range(len(ODD_LINES)))
+def test_an_odd_line_of_a_local_text_is_refused_by_file_and_line(tmp_path, monkeypatch, line, words):
     (tmp_path / "c4").mkdir()
-    (tmp_path / "c4" / "train.jsonl").write_text(line)
+    (tmp_path / "c4" / "train.jsonl").write_text(f'{{"text": "one"}}\n{line}\n{{"text": "three"}}\n')
     monkeypatch.setenv("BESA_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"c4/train.jsonl: every line must be a JSON object with a 'text' field"):
+    with pytest.raises(ValueError, match=r"c4/train.jsonl, line 2: every line must be a JSON object .*'text'") as error:
         load_documents("c4", "train")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b'{"text": "one"}\n{"text": "\xff"}\n', "c4/train.jsonl, line 2: .*utf-8"),
+        (b"\x00\x01", "c4/train.jsonl, line 1: .*JSON object"),
+        (b"", "c4/train.jsonl is empty; write a JSON object with 'text' into every line"),
+    ],
+)
+def test_a_file_of_no_text_is_refused_by_name(tmp_path, monkeypatch, content, words):
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "train.jsonl").write_bytes(content)
+    monkeypatch.setenv("BESA_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        besa.calibration_windows("c4", TOKENIZER, 1, 2)
 
 
 def test_without_a_hub_both_ways_out_are_named(monkeypatch, tmp_path):
@@ -129,3 +167,93 @@ def test_a_folder_of_ones_own_is_a_text_by_its_name(tmp_path, monkeypatch):
     assert besa.test_tokens("mine", TOKENIZER).tolist() == TOKENIZER("one\n\ntwo")["input_ids"]
     with pytest.raises(FileNotFoundError, match=r"'mine' has no train.jsonl in .*mine"):
         besa.calibration_windows("mine", TOKENIZER, 1, 2)
+
+
+# A document is encoded once, a huge one in pieces
+
+
+class Counting:
+    """A tokenizer that keeps what it was asked for."""
+
+    is_fast, eos_token_id = True, 0
+
+    def __init__(self, seconds=0.0):
+        self.seen, self.seconds = [], seconds
+
+    def __call__(self, document, **options):
+        time.sleep(self.seconds)
+        self.seen.append(document)
+        return TOKENIZER(document, **options)
+
+
+@pytest.mark.parametrize("sampler, n_samples", [("crop", 1000), ("pack", 10)])
+def test_every_document_is_encoded_at_most_once(no_type_checks, local_text, sampler, n_samples):
+    tokenizer = Counting()
+    besa.calibration_windows("c4", tokenizer, n_samples, 12, sampler=sampler)
+    assert len(tokenizer.seen) == len(set(tokenizer.seen)) <= 10
+
+
+def sentencepiece_tokenizer():
+    """In the manner of Llama's: a space before the text, no split into words, a token before and one behind it."""
+    document = load_documents("sotu", "test")[0]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    steps = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([f" {word}" for word in document.split()], trainer)
+    ids = [(name, special.index(name)) for name in ("<s>", "</s>")]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "words"])
+def test_the_pieces_of_a_huge_text_have_the_tokens_of_the_whole(smollm2, monkeypatch, kind):
+    makers = {"byte-level": lambda: smollm2[1], "sentencepiece": sentencepiece_tokenizer, "words": lambda: TOKENIZER}
+    tokenizer, documents = makers[kind](), load_documents("sotu", "test")[::8]
+    monkeypatch.setattr(text, "load_documents", lambda *_: documents)
+    expected = tokenizer("\n\n".join(documents))["input_ids"]
+    for at_once in (997, 20_000):
+        monkeypatch.setattr(text, "AT_ONCE", at_once)
+        assert besa.test_tokens("sotu", tokenizer).tolist() == expected
+
+
+def test_a_line_without_spaces_is_cut_all_the_same(smollm2, monkeypatch):
+    monkeypatch.setattr(text, "AT_ONCE", 1000)
+    monkeypatch.setattr(text, "load_documents", lambda *_: ["0123456789" * 1000])
+    expected = smollm2[1]("0123456789" * 1000)["input_ids"]  # a token for each digit
+    assert besa.test_tokens("sotu", smollm2[1]).tolist() == expected
+
+
+def test_the_windows_of_the_reference_are_drawn_to_the_bit(smollm2):
+    (path,) = (ROOT / "results" / "reference" / "table1" / "records").glob("smollm2-135m-quick-dense-*.json")
+    config = json.loads(path.read_text())["config"]
+    asked = [config[name] for name in ("n_samples", "seq_len", "seed", "sampler")]
+    windows = besa.calibration_windows(config["calibration"], smollm2[1], *asked)
+    assert tensor_sha256(windows) == config["calibration_sha256"] and config["test_sha256"]
+    for name, expected in config["test_sha256"].items():
+        assert tensor_sha256(besa.test_tokens(name, smollm2[1])[: 32 * config["seq_len"]]) == expected
+
+
+@pytest.mark.parametrize(
+    "sampler, n_samples, seq_len, words",
+    [
+        ("pack", 10**6, 2048, r"'c4' has 680 characters in 10 documents, far too few .* n_samples=1, or another text"),
+        ("crop", 10**6, 12, r"far too few for 1000000 windows: take less than n_samples=2720"),
+        ("pack", 1000, 12, "take less than n_samples=226"),
+    ],
+)
+def test_a_million_windows_of_a_small_text_are_refused_before_it_is_encoded(
+    no_type_checks, local_text, sampler, n_samples, seq_len, words
+):
+    tokenizer = Counting()
+    with pytest.raises(ValueError, match=words):
+        besa.calibration_windows("c4", tokenizer, n_samples, seq_len, sampler=sampler)
+    assert not tokenizer.seen
+
+
+def test_what_takes_longer_than_a_second_shows_how_far_it_is(no_type_checks, local_text, capsys):
+    besa.calibration_windows("c4", TOKENIZER, 4, 12)
+    assert "tokenize" not in capsys.readouterr().err
+    besa.calibration_windows("c4", Counting(seconds=0.2), 17, 10, sampler="pack")
+    assert re.search(r"tokenize: \d+char \[00:0\d", capsys.readouterr().err)

@@ -100,11 +100,51 @@ def test_refuses_meta_weights(tiny_llama):
         check_model(tiny_llama.to("meta"))
 
 
-def test_refuses_quantized_weights(tiny_llama):
+@pytest.mark.parametrize(
+    "dtype, kind",
+    [
+        (torch.int8, "quantized weights"),
+        (torch.uint8, "quantized weights"),
+        (torch.float8_e4m3fn, "quantized weights"),
+        (torch.float64, "weights"),
+        (torch.complex64, "weights"),
+        (torch.int32, "weights"),
+    ],
+)
+def test_refuses_weights_of_other_precisions_by_name(tiny_llama, dtype, kind):
     projection = tiny_llama.model.layers[1].mlp.down_proj
-    projection.weight = nn.Parameter(torch.zeros(32, 80, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"block 1, mlp.down_proj.weight: quantized weights \(torch.int8\)"):
+    projection.weight = nn.Parameter(torch.zeros(32, 80).to(dtype), requires_grad=False)
+    told = rf"block 1, mlp.down_proj.weight: {kind} \({dtype}\); load the model in bfloat16, float16 or float32"
+    with pytest.raises(ValueError, match=told):
         check_model(tiny_llama)
+
+
+@pytest.mark.parametrize("owner, other", [("0.mlp.gate_proj", "0.mlp.up_proj"), ("0.mlp.up_proj", "2.mlp.up_proj")])
+def test_refuses_projections_that_share_a_weight_by_both_names(tiny_llama, windows, owner, other):
+    linear = tiny_llama.model.layers.get_submodule
+    linear(other).weight = linear(owner).weight
+    names = [f"block {name.replace('.', ', ', 1)}" for name in (other, owner)]
+    with pytest.raises(ValueError, match=rf"{names[0]}: its weight is that of {names[1]}, .*; untie them: module"):
+        besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    linear(other).weight = nn.Parameter(linear(other).weight.clone())
+    assert besa.prune(tiny_llama, windows, besa.Wanda(), progress=False).sparsity == 0.5
+
+
+@pytest.mark.parametrize("work", ["prune", "finetune"])
+def test_refuses_inference_mode_and_what_was_made_in_it(tiny_llama, windows, work):
+    report = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    start = {
+        "prune": lambda model: besa.prune(model, windows, besa.Besa(), progress=False),
+        "finetune": lambda model: besa.finetune(model, windows, report, progress=False),
+    }[work]
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=r"within torch.inference_mode\(\); call it outside, or in no_grad\(\)"):
+            start(tiny_llama)
+        made = copy.deepcopy(tiny_llama)
+    with pytest.raises(ValueError, match=r"block 0, .*: its weights were made within torch.inference_mode\(\); load"):
+        start(made)
+    with torch.no_grad():
+        start(tiny_llama)
 
 
 def test_refuses_weights_that_are_not_finite(tiny_llama):

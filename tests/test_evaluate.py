@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -66,9 +67,11 @@ def test_hidden_states_of_the_dense_model_have_no_error_and_other_models_are_ref
         (torch.zeros(100, dtype=torch.int64), 65, r"seq_len 65 is outside \[2, 64\]"),
         (torch.full((100,), 97), 16, "vocabulary has 97"),
         (torch.zeros(0, dtype=torch.int64), 16, "no token ids"),
+        (numpy.zeros(100, numpy.int64), 16, "must be int64 in a torch tensor, not a ndarray of int64; take torch.as"),
+        (torch.zeros(100), 16, "must be int64 in a torch tensor, not a Tensor of torch.float32"),
     ],
 )
-def test_bad_tokens_are_refused(tiny_llama, tokens, seq_len, message):
+def test_bad_tokens_are_refused(no_type_checks, tiny_llama, tokens, seq_len, message):
     with pytest.raises(ValueError, match=message):
         besa.perplexity(tiny_llama, tokens, seq_len, progress=False)
 
@@ -78,11 +81,16 @@ def test_a_loss_that_is_nan_names_the_segment(tiny_llama, monkeypatch):
     tokens[2 * 24 + 5] = 90  # in the last segment alone
     with torch.no_grad():
         tiny_llama.model.embed_tokens.weight[90] = float("nan")
-    with pytest.raises(ValueError, match=r"segment 2: a loss of nan nats per token .*; try dtype float32"):
+    told = "segment 2: a loss of nan nats per token makes no perplexity; look for NaN .*: it is in torch.float32"
+    with pytest.raises(ValueError, match=told):
         besa.perplexity(tiny_llama, tokens, 24, progress=False)
     assert besa.perplexity(tiny_llama, tokens[:48], 24, progress=False) > 1
     monkeypatch.setattr(evaluate, "n_ranks", lambda: 3)
     monkeypatch.setattr(evaluate, "rank", lambda: 2)  # whose first segment it is
+    with pytest.raises(ValueError, match=r"segment 2: a loss of nan"):
+        besa.perplexity(tiny_llama, tokens, 24, progress=False)
+    monkeypatch.setattr(evaluate, "rank", lambda: 0)  # who would wait for the others' sums
+    monkeypatch.setattr(evaluate, "from_all", lambda own: [own, None, "segment 2: a loss of nan nats per token"])
     with pytest.raises(ValueError, match=r"segment 2: a loss of nan"):
         besa.perplexity(tiny_llama, tokens, 24, progress=False)
 
@@ -90,8 +98,9 @@ def test_a_loss_that_is_nan_names_the_segment(tiny_llama, monkeypatch):
 def test_a_loss_whose_exp_overflows_names_the_segment(tiny_llama):
     with torch.no_grad():
         tiny_llama.lm_head.weight *= 1e6
-    with pytest.raises(ValueError, match=r"segment 0: a loss of .*[0-9] nats per token .*; try dtype float32"):
-        besa.perplexity(tiny_llama, torch.arange(48), 24, progress=False)
+    for dtype, way_out in ((torch.float32, "look for NaN"), (torch.bfloat16, "try dtype float32, or look for NaN")):
+        with pytest.raises(ValueError, match=rf"segment 0: a loss of .*[0-9] nats per token .*; {way_out}"):
+            besa.perplexity(tiny_llama.to(dtype), torch.arange(48), 24, progress=False)
 
 
 def test_ranks_sum_to_one_process_even_where_there_are_more_than_segments(tiny_llama, monkeypatch):

@@ -1,22 +1,28 @@
 """Files that somebody else put, changed or broke: left alone, named, healed; never written through, never trusted."""
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 
 import pytest
+import safetensors
+import torch
 from test_shards import load, prune, source, weights  # noqa: F401 (a fixture)
 
 import besa
 from besa.checkpoint import format as checkpoint
-from besa.checkpoint import resume
+from besa.checkpoint import pack, resume
 from besa.checkpoint import run as shards
 from besa.inputs import assets
 from besa.inputs.models import load_shapes
 from besa.machine.files import HALF_WRITTEN, replacing, write_text
+from besa.masks import KeepMasks
+from besa.quantize import save_quantized
 
 
 @pytest.fixture
@@ -153,7 +159,7 @@ def test_code_runs_only_with_the_flag_and_nobody_is_asked(with_code, tmp_path, m
 
 
 def test_evaluate_does_not_take_yes_from_a_pipe(with_code, tmp_path):
-    command = [sys.executable, "-m", "besa", "evaluate", str(with_code), "--device", "cpu"]
+    command = [sys.executable, "-m", "besa", "evaluate", str(with_code), "--device", "cpu", "--texts", ""]
     done = subprocess.run(command, input="y\n", capture_output=True, text=True)
     assert done.returncode == 1 and "--trust-remote-code" in done.stderr
     assert not (tmp_path / "executed").exists()
@@ -243,3 +249,153 @@ def test_a_derived_folder_with_damaged_sums_is_made_again(tmp_path, monkeypatch,
     (folder / assets.SUMS).write_bytes(sums)
     assert (assets.derive("toy", build) / "copy.bin").read_bytes() == b"content"
     assert json.loads((folder / assets.SUMS).read_text())
+
+
+# What a disk refuses
+
+ERRORS = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EIO: "Input/output error",
+    errno.EROFS: "Read-only file system",
+}
+
+
+def refusing(number):
+    """A function that fails as one of the system's or, where it stands for safetensors', as one of safetensors'."""
+
+    def refuse(*arguments, **options):
+        if "metadata" in options:
+            raise safetensors.SafetensorError(f"Error while serializing: I/O error: refused (os error {number})")
+        raise OSError(number, "refused")
+
+    return refuse
+
+
+WRITERS = {
+    "a text": lambda path: write_text(path, "new"),
+    "a shard": lambda path: checkpoint.write_shard({"a": torch.zeros(3)}, path),
+    "keep-masks": lambda path: KeepMasks().save(path),
+    "codes": lambda path: save_quantized({}, path),
+}
+
+
+@pytest.mark.parametrize("number", ERRORS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_a_disk_refuses_is_named_and_the_old_file_stays(tmp_path, monkeypatch, writer, number):
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr("os.fsync" if writer == "a text" else "safetensors.torch.save_file", refusing(number))
+    told = rf"file was not written \({ERRORS[number]}; \d+ MiB are free there\): .* stays.* run the same again"
+    with pytest.raises(OSError, match=told) as error:
+        WRITERS[writer](tmp_path / "file")
+    assert error.value.errno == number
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+@contextlib.contextmanager
+def small_files():
+    """No file of this process may become larger than 1000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_real_limit_of_size_is_named_by_every_writer(tmp_path):
+    tensor = {"a": torch.zeros(1000)}
+    with pytest.raises(OSError, match=r"text was not written \(File too large") as error, small_files():
+        write_text(tmp_path / "text", "x" * 2000)
+    assert error.value.errno == errno.EFBIG
+    with pytest.raises(OSError, match=r"shard was not written \(File too large"), small_files():
+        checkpoint.write_shard(tensor, tmp_path / "shard")
+    told = r"folder was not written \(File too large.*: nothing is left of it"
+    with pytest.raises(OSError, match=told), small_files(), checkpoint.new_folder(tmp_path / "folder") as temporary:
+        checkpoint.write_shard(tensor, temporary / "shard")
+    with (
+        pytest.raises(OSError, match=r"state was not written \(File too large"),
+        small_files(),
+        replacing(tmp_path / "state") as temporary,
+        temporary.open("wb") as file,  # as finetune does
+    ):
+        torch.save(tensor, file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_the_disk_refuses_names_the_file_and_continues(source, tmp_path, windows, monkeypatch):  # noqa: F811
+    prune(source, tmp_path / "whole", windows, besa.Wanda())
+    with monkeypatch.context() as refused:
+        refused.setattr("os.posix_fallocate", refusing(errno.EDQUOT))
+        with pytest.raises(OSError, match=r"besa/hidden-0-0.bin was not written \(Disk quota exceeded"):
+            prune(source, tmp_path / "out", windows, besa.Wanda(), hidden_states="file")
+    assert not list((tmp_path / "out").rglob("*.bin"))
+    prune(source, tmp_path / "out", windows, besa.Wanda(), hidden_states="file")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_cache_that_cannot_be_written_names_the_other_place(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BESA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match=r"wiki.utf8 was not written \(Not a directory.*set BESA_CACHE"):
+        assets.fetch("wiki")
+
+
+# A source that changes while it is read
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace(path):
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[::-1])
+
+
+@pytest.mark.parametrize("change", [cut, replace, os.unlink, os.utime])
+@pytest.mark.parametrize("work", ["prune", "pack"])
+def test_a_source_that_changes_is_found_before_its_mapping_is_read_on(
+    source,  # noqa: F811
+    tmp_path,
+    windows,
+    monkeypatch,
+    change,
+    work,
+):
+    if work == "prune":
+        where, name, start = shards.Shards, "write", lambda: prune(source, tmp_path / "out", windows, besa.Wanda())
+    else:
+        where, name, start = pack, "write_shard", lambda: pack.pack_checkpoint(source, tmp_path / "out")
+    write, calls = getattr(where, name), []
+
+    def changing(*arguments):
+        write(*arguments)
+        calls.append(change(source / "model.safetensors"))
+
+    monkeypatch.setattr(where, name, changing)
+    with pytest.raises(ValueError, match=r"model.safetensors was replaced, changed or cut since it was opened"):
+        start()
+    assert len(calls) == 1  # a second block would end this process on a bus error
+
+
+@pytest.mark.parametrize("opened", [besa.load_model, checkpoint.open_checkpoint, checkpoint.shard_paths])
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tiny_llama, tmp_path, opened):
+    tiny_llama.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing, or no ordinary file"):
+        opened(str(tmp_path) if opened is besa.load_model else tmp_path)
+
+
+def test_pipes_beside_the_weights_are_left_alone(source, tmp_path, windows):  # noqa: F811
+    for name in ("code.py", "notes.txt"):
+        os.mkfifo(source / name)
+    prune(source, tmp_path / "out", windows, besa.Magnitude())
+    assert not (tmp_path / "out" / "code.py").exists()
+    (tmp_path / "out" / "besa" / "source.json").unlink()
+    os.mkfifo(tmp_path / "out" / "besa" / "source.json")
+    prune(source, tmp_path / "out", windows, besa.Magnitude())
+    assert json.loads((tmp_path / "out" / "besa" / "source.json").read_text())

@@ -1,10 +1,14 @@
+import json
+import struct
+
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import besa
-from besa.checkpoint.format import open_checkpoint
+from besa.checkpoint.format import find_checkpoint, open_checkpoint
 from besa.inputs import models
 from besa.machine.device import resolve_dtype
 
@@ -28,6 +32,13 @@ def load(folder):
     return besa.load_model(str(folder), dtype="float32", device="cpu")
 
 
+@pytest.fixture
+def word_tokenizer():
+    """Of one word."""
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 0}, unk_token="w"))
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w")
+
+
 @pytest.mark.parametrize("opened", [load, open_checkpoint])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tiny_llama, tmp_path, opened, name):
@@ -44,6 +55,124 @@ def test_layers_that_the_configuration_leaves_out_are_refused_by_name(tiny_llama
     tiny_llama.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds 9 tensor\(s\) .*first model.layers.2.input_layernorm.weight; mend"):
         opened(tmp_path)
+
+
+def header(content):
+    """A safetensors file of a header and 8 bytes."""
+    encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + bytes(8)
+
+
+ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGED = {
+    "empty": (b"", "is damaged: it has no safetensors header"),
+    "four bytes": (b"1234", "is damaged"),
+    "a header of 16 EB": (b"\xff" * 8 + b"{}", "has 10 bytes, its header says 18446744073709551623"),
+    "a header beyond the end": (struct.pack("<Q", 10**9) + b"{}", "has 10 bytes, its header says 1000000008"),
+    "a header of no JSON": (header(b"{]"), "is damaged"),
+    "a header of no UTF-8": (header(b"\xff\xfe{}"), "is damaged"),
+    "a header of brackets": (header(b"[" * 100_000), "is damaged"),
+    "a header of a list": (header([1]), "is damaged"),
+    "a header of null": (header(None), "is damaged"),
+    "a tensor of nothing": (header({"a": {}}), "is damaged"),
+    "offsets of words": (header({"a": ONE | {"data_offsets": ["0", "8"]}}), "is damaged"),
+    "no tensor": (header({}), "has 18 bytes, its header says 10; fetch or write it again"),
+    "bytes too few": (header({"a": ONE})[:-1], r"has \d+ bytes, its header says"),
+    "bytes too many": (header({"a": ONE}) + b"0", r"has \d+ bytes, its header says"),
+    "an unknown precision": (header({"a": ONE | {"dtype": "F3"}}), "(cannot load|is damaged)"),
+    "a shape of other bytes": (header({"a": ONE | {"shape": [3]}}), "(cannot load|is damaged)"),
+    "a hole before it": (header({"a": ONE | {"shape": [1], "data_offsets": [4, 8]}}), "(cannot load|is damaged)"),
+    "another model's tensor": (header({"a": ONE}), r"lacks 30 tensor\(s\) of a LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("opened", [load, open_checkpoint])
+@pytest.mark.parametrize("content, words", DAMAGED.values(), ids=DAMAGED)
+def test_weights_that_are_not_whole_are_refused_by_file(tiny_llama, tmp_path, opened, content, words):
+    tiny_llama.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        opened(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+CANNOT = "(cannot load|transformers cannot load)"
+
+
+@pytest.mark.parametrize("opened", [load, open_checkpoint])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"vocab_size": 96},
+            r"lm_head.weight of shape \(97, 32\), where a LlamaFor.* of its config.json has \(96",
+        ),
+        ({"intermediate_size": 81}, r"mlp.down_proj.weight of shape \(32, 80\), where .* \(32, 81\); mend config.json"),
+        ({"num_key_value_heads": 4}, r"self_attn.k_proj.weight of shape \(16, 32\), where .* \(32, 32\)"),
+        ({"hidden_size": "wide"}, CANNOT),
+        ({"num_attention_heads": 0}, CANNOT),
+        ({"model_type": "lama"}, f"{CANNOT}.*lama"),
+        ({"model_type": 7}, CANNOT),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused_by_tensor_or_reason(tiny_llama, tmp_path, opened, change, words):
+    tiny_llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("config.json", b""),
+        ("config.json", b"[]"),
+        ("config.json", b"{"),
+        ("config.json", b"\xff"),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b""),
+        ("tokenizer_config.json", b"{"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_one_sentence_with_the_folder(
+    tiny_llama, word_tokenizer, tmp_path, file, content
+):
+    tiny_llama.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot load the model '{tmp_path}': the folder has not delivered it \(\w+"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("llama7b", "llama-7b or llama2-7b"),
+        ("llama-7B", "llama-7b"),
+        ("Llama-7b", "llama-7b"),
+        ("llama-2-7b", "llama2-7b"),
+        ("llama2_13b", "llama2-13b"),
+        ("llama-70b", "llama2-70b"),
+        ("smolm2-135m", "smollm2-135m"),
+        ("smollm2", "smollm2-135m"),
+    ],
+)
+def test_a_typo_is_answered_with_the_near_names_and_without_the_hub(monkeypatch, tmp_path, name, near):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("the hub was asked"))
+    ways = (besa.load_model, models.load_shapes, models.load_tokenizer, models.checkpoint_identity, find_checkpoint)
+    for ask in ways:
+        with pytest.raises(ValueError, match=rf"unknown model '{name}'; did you mean .*{near}"):
+            ask(name)
+    (tmp_path / name).mkdir()
+    assert models.source_of(name) == name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "me/llama7b", "./llama7b", "/models/llama-7b", "mistral-7b"])
+def test_other_names_are_the_hubs_or_a_folders(name):
+    assert models.source_of(name) == name
 
 
 def test_tied_heads_and_old_rotary_frequencies_are_nothing_missing_or_left_over(smollm2, tmp_path):

@@ -21,15 +21,16 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "reproduce"
 
 
-@pytest.fixture
-def tiny_folder(smollm2, tmp_path):
+@pytest.fixture(scope="module")
+def tiny_folder(smollm2, tmp_path_factory):
     """A random two-block model with the embedded model's tokenizer, as a local folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    folder = tmp_path_factory.mktemp("model") / "tiny"
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(tmp_path / "tiny")
-    smollm2[1].save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(folder)
+    smollm2[1].save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -336,6 +337,11 @@ def test_packed_measures_three_forms_and_continues(smollm2, tmp_path):
         ("table1.ipynb", {"sparsity": 0.9}, r"sparsity 0.9 is outside \(0.376, 0.624\)"),
         ("table1.ipynb", {"profile": "fast"}, "unknown profile 'fast'"),
         ("table1.ipynb", {"recipe": {"n_samples": 0}}, "n_samples 0 is not an integer >= 1 or None"),
+        ("table1.ipynb", {"datasets": None}, "None is not a name or a finite number"),
+        ("table1.ipynb", {"methods": None}, "None is not a name or a finite number"),
+        ("table2.ipynb", {"tasks": None}, "None is not a name or a finite number"),
+        ("table1.ipynb", {"model": "llama7b"}, "unknown model 'llama7b'; did you mean llama-7b"),
+        ("table1.ipynb", {"recipe": {"device": "cuda:99"}}, "device 'cuda:99' cannot be used here"),
         ("table1.ipynb", {"recipe": {"dcoef": 1}}, "recipe has an unknown key 'dcoef'; known: calibration, sampler"),
         ("table1.ipynb", {"recipe": {"dtype": "int4"}}, "dtype 'int4' is not 'bfloat16', 'float16', 'float32' or None"),
         ("table3.ipynb", {"bits": 5}, "bits 5 is not 2, 3, 4 or 8"),
@@ -366,9 +372,11 @@ def test_bad_parameters_are_refused_by_name_and_leave_nothing_behind(
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_papermill_shows_what_a_notebook_refuses(tiny_folder, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown profile 'fast'"):
-        run_by_papermill("table1.ipynb", tmp_path, model=str(tiny_folder), profile="fast")
+def test_papermill_shows_what_a_notebook_refuses_a_parameter_that_it_has_not_too(tiny_folder, tmp_path):
+    params = yaml.safe_load((NOTEBOOKS / "params" / "llama-7b.yaml").read_text())  # datasets are for others
+    told = "unknown parameter 'sparsty'; this notebook has model, methods, tasks, limit, sparsity, profile, recipe, res"
+    with pytest.raises(papermill.PapermillExecutionError, match=told):
+        run_by_papermill("table2.ipynb", tmp_path, **params | {"model": str(tiny_folder), "sparsty": 0.6})
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").is_file(), reason="make has not set up .venv here")

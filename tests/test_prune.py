@@ -1,4 +1,5 @@
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -209,6 +210,27 @@ def test_bad_windows_are_refused_before_any_work(tiny_llama, windows, change, me
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "hessian, damping, words",
+    [
+        (torch.full((2, 2), math.nan), 0.01, "even with damping 10: it holds NaN or infinity"),
+        (torch.tensor([[1.0, 9e9], [9e9, 1.0]]), 0.01, "even with damping 10: it is not that of any inputs"),
+        (torch.tensor([[1.0, 9e9], [9e9, 1.0]]), 100.0, "even with damping 100: it is not that of any inputs"),
+    ],
+)
+def test_a_hessian_that_no_damping_mends_is_told_from_one_of_nan(hessian, damping, words):
+    with pytest.raises(ValueError, match=words):
+        inverse_cholesky(hessian, damping)
+
+
+def test_a_damping_above_ten_is_tried_as_it_is():
+    hessian = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    factor = inverse_cholesky(hessian, damping=100.0)
+    damped = hessian + 100 * 2.5 * torch.eye(2)
+    torch.testing.assert_close(factor.upper.T @ factor.upper, torch.linalg.inv(damped))
+    assert factor.damping == 100
+
+
 def test_row_group_that_does_not_divide_is_refused_by_name(tiny_llama, windows):
     with pytest.raises(ValueError, match=r"block 0, self_attn.q_proj: 32 rows do not divide into groups of 3"):
         besa.prune(tiny_llama, windows, besa.Besa(row_group=3), progress=False)
@@ -275,7 +297,7 @@ def test_a_masked_output_that_overflows_is_an_error_that_names_block_and_step(wi
         mlp.gate_proj.weight.copy_(mlp.gate_proj.weight[:1].clone())
         mlp.up_proj.weight.copy_(mlp.up_proj.weight[:1].clone() * 400)
         mlp.down_proj.weight.copy_(torch.tensor([30.0, -30.0]).repeat_interleave(128))
-    with pytest.raises(ValueError, match=r"block 0, training step \d+: the loss is (nan|inf).*bfloat16"):
+    with pytest.raises(ValueError, match=r"block 0, training step \d+: the loss is (nan|inf).*; try dtype float32"):
         besa.prune(model, windows, besa.Besa(epochs=3), progress=False)
 
 

@@ -1,6 +1,7 @@
 """What a run rests on and leaves: recipe, profile, and a record for every row."""
 
 import json
+import os
 
 import huggingface_hub
 import pytest
@@ -97,12 +98,43 @@ def test_a_record_names_who_computed(tmp_path):
     assert saved["provenance"]["hardware"] and len(saved["provenance"]["commit"]) >= 7
 
 
-def test_a_broken_record_counts_as_missing(tmp_path):
-    folder = records.open_folder("table1", str(tmp_path))
-    records.save_record(folder, CONFIG, {})
-    (path,) = (folder / "records").glob("*.json")
-    path.write_text(path.read_text()[:100])
-    assert records.find_record(folder, CONFIG) is None
+BROKEN = {
+    "cut short": lambda record: json.dumps(record)[:100],
+    "empty": lambda record: "",
+    "no JSON": lambda record: "{]",
+    "brackets": lambda record: "[" * 100_000,
+    "null": lambda record: "null",
+    "a list": lambda record: "[1]",
+    "nothing in it": lambda record: "{}",
+    "no configuration": lambda record: json.dumps({**record, "config": None}),
+    "no provenance": lambda record: json.dumps({**record, "provenance": []}),
+    "words for numbers": lambda record: json.dumps({**record, "metrics": {"wiki": "7"}}),
+    "no metrics": lambda record: json.dumps({**record, "metrics": [7.3]}),
+    "no hash": lambda record: json.dumps({**record, "config_hash": 7}),
+    "of another row": lambda record: json.dumps({**record, "config": {**record["config"], "row": "wanda"}}),
+    "of another sparsity": lambda record: json.dumps({**record, "config": {**record["config"], "sparsity": 0.6}}),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_record_of_the_row_counts_as_missing(run, damage):
+    saved = run.save("dense", None, None, {"wiki": 7.3})
+    assert run.has("dense", None) and run.records({"dense": None})[0]["metrics"] == {"wiki": 7.3}
+    (path,) = (run.folder / "records").glob("*.json")
+    path.write_text(damage(saved))
+    assert not run.has("dense", None)
+    with pytest.raises(ValueError, match=rf"row 'dense' has no whole record in {run.folder}; run the cells before"):
+        run.records({"dense": None})
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_stands_where_a_record_is_to_go_is_named_before_any_work(run, make):
+    run.save("dense", None, None, {"wiki": 7.3})
+    (path,) = (run.folder / "records").glob("*.json")
+    path.unlink()
+    make(path)
+    with pytest.raises(FileExistsError, match=rf"{path} is no ordinary file, and a record is to go there; remove it"):
+        run.has("dense", None)
 
 
 def test_smoke_runs_never_enter_what_is_tracked(tmp_path, monkeypatch):

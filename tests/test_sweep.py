@@ -1,10 +1,13 @@
 """Sweeps: every cell runs, a failing one takes no other along, and finished ones are not run again."""
 
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from test_notebooks import tiny_folder  # noqa: F401 (a fixture)
@@ -59,6 +62,13 @@ def test_an_unknown_notebook_is_refused_before_any_job(tmp_path):
         ("--notebooks", "../x", "unknown notebook '../x'"),
         ("--notebooks", "table1,../reproduce/table1", "unknown notebook '../reproduce/table1'"),
         ("--notebooks", "", "unknown notebook ''"),
+        ("-p", "sparsty=0.6", "no parameter 'sparsty' in table1; table1 has model, methods, datasets, sparsity"),
+        ("-p", "tasks=piqa", "no parameter 'tasks' in table1; table1 has model"),
+        ("-p", "recipe.d_coef=2", "no parameter 'recipe.d_coef'"),
+        ("-p", "sparsity", "parameter 'sparsity' is not NAME=VALUE"),
+        ("-p", "sparsity 0.6", "parameter 'sparsity 0.6' is not NAME=VALUE"),
+        ("-p", "recipe={", "parameter 'recipe={' is not NAME=VALUE, with a value in YAML"),
+        ("-p", "=7", "no parameter ''"),
     ],
 )
 def test_names_that_lead_elsewhere_are_refused_before_any_job(tmp_path, option, value, words):
@@ -66,6 +76,39 @@ def test_names_that_lead_elsewhere_are_refused_before_any_job(tmp_path, option, 
     result = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
     assert result.exit_code == 2 and words in " ".join(result.output.split())
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_parameter_of_one_of_two_notebooks_is_its_own_and_methods_of_one_without_are_refused():
+    found = script["cells"]("smollm2-135m", "table1,table2", "", {"tasks": "piqa"})
+    assert found["table2-smollm2-135m"]["tasks"] == "piqa" and "tasks" not in found["table1-smollm2-135m"]
+    with pytest.raises(typer.BadParameter, match="allocation has no methods to run apart, but model, blocks"):
+        script["cells"]("smollm2-135m", "allocation", "wanda", {})
+
+
+def test_sigint_to_the_parent_alone_ends_its_jobs(tmp_path, monkeypatch):
+    started, names = tmp_path / "started", {}
+    code = "def run_cell(*_):\n    import os, pathlib, time\n    pathlib.Path({!r}).write_text(str(os.getpid()))\n"
+    exec(code.format(str(started)) + "    time.sleep(600)\n", names)  # of no module: pickled as a whole
+    inside, sleep = script["run_all"].__globals__, time.sleep
+
+    def interrupted(seconds):
+        sleep(0.05)
+        if started.exists() and started.read_text():
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setitem(inside, "run_cell", names["run_cell"])
+    monkeypatch.setattr(inside["time"], "sleep", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background is deaf to
+    try:
+        executor = script["submitit"].AutoExecutor(folder=tmp_path / "logs", cluster="local")
+        with pytest.raises(KeyboardInterrupt):
+            script["run_all"](executor, {"table1-tiny": {}}, tmp_path, parallel=1, gpus=0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(int(started.read_text())) and time.monotonic() < deadline:
+        sleep(0.05)
+    assert not psutil.pid_exists(int(started.read_text()))
 
 
 def test_a_folder_takes_no_recipe_of_a_yaml_beside_it(tmp_path):

@@ -73,10 +73,59 @@ def test_a_local_file_stands_in_for_the_embedded_one(local_piqa):
     assert list(tasks.load_task("piqa").eval_docs) == [document]
 
 
-@pytest.mark.parametrize("content", ["", '{"goal": "open a door", "sol1": "turn the handle", "label": 0}\n'])
-def test_a_local_file_without_the_hubs_fields_is_refused(local_piqa, content):
-    local_piqa.write_text(content)
-    with pytest.raises(ValueError, match=r"validation.jsonl lacks the fields .*sol2.* of piqa"):
+GOOD = {"goal": "open a door", "sol1": "turn the handle", "sol2": "sing", "label": 0}
+ODD = {
+    "an unfinished line": ('{"goal": "open', "Invalid control character"),
+    "a list": ("[1]", "it is a list"),
+    "a field too few": (json.dumps({name: GOOD[name] for name in ("goal", "sol1", "label")}), "it lacks 'sol2'"),
+    "a number for words": (json.dumps(GOOD | {"goal": 7}), "'goal' is a int"),
+    "nothing for words": (json.dumps(GOOD | {"sol1": None}), "'sol1' is a NoneType"),
+    "words for a number": (json.dumps(GOOD | {"label": "0"}), "'label' is a str"),
+    "half a character": (json.dumps(GOOD | {"sol2": "\ud800"}), "surrogates not allowed"),
+    "an answer beyond the choices": (json.dumps(GOOD | {"label": 2}), "its answer is number 2 of 2 choices"),
+    "an answer before them": (json.dumps(GOOD | {"label": -1}), "its answer is number -1"),
+}
+
+
+@pytest.mark.parametrize("line, words", ODD.values(), ids=ODD)
+def test_an_odd_question_of_a_local_file_is_refused_by_file_and_line(local_piqa, line, words):
+    local_piqa.write_text(f"{json.dumps(GOOD)}\n{line}\n")
+    with pytest.raises(ValueError, match=r"piqa/validation.jsonl, line 2: ") as error:
+        tasks.load_task("piqa")
+    assert words in str(error.value)
+
+
+ARC = {"id": "1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+SWAG = {"activity_label": "x", "ctx_a": "He", "ctx_b": "she", "endings": ["a", "b"], "label": "1"}
+BOOL = {"passage": "It is.", "question": "is it", "label": 1}
+GRANDE = {"sentence": "He saw _ there.", "option1": "her", "option2": "him", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    "name, split, good, change, words",
+    [
+        ("arc_easy", "test", ARC, {"answerKey": "C"}, "line 2: no question of arc_easy"),
+        ("arc_easy", "test", ARC, {"choices": {"text": ["a"], "label": ["B", "A"]}}, "line 2: .*number 1 of 1 choices"),
+        ("hellaswag", "validation", SWAG, {"label": "2"}, "line 2: .*number 2 of 2 choices"),
+        ("hellaswag", "validation", SWAG, {"label": ""}, "makes no hellaswag .*int"),
+        ("winogrande", "validation", GRANDE, {"answer": "3"}, "line 2: no question of winogrande"),
+        ("boolq", "validation", BOOL, {"label": 2}, "line 2: .*number 2 of 2 choices"),
+    ],
+)
+def test_a_question_without_a_right_answer_is_refused_by_line(tmp_path, monkeypatch, name, split, good, change, words):
+    monkeypatch.setenv("BESA_DATA", str(tmp_path))
+    (tmp_path / name).mkdir()
+    path = tmp_path / name / f"{split}.jsonl"
+    path.write_text(f"{json.dumps(good)}\n" * 2)
+    assert len(tasks.load_task(name).eval_docs) == 2
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
+    with pytest.raises(ValueError, match=rf"{path}.*{words}"):
+        tasks.load_task(name)
+
+
+def test_an_empty_local_file_is_refused_by_name(local_piqa):
+    local_piqa.write_text("")
+    with pytest.raises(ValueError, match=r"piqa/validation.jsonl is empty; write a JSON object with 'goal', 'sol1'"):
         tasks.load_task("piqa")
 
 

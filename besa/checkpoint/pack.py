@@ -14,13 +14,14 @@ from besa.checkpoint.format import (
     new_folder,
     open_checkpoint,
     rest_of,
+    shard_paths,
     stored_names,
     write_index,
     write_shard,
 )
 from besa.checkpoint.resume import STATE
 from besa.decoder import find_blocks
-from besa.machine.files import write_text
+from besa.machine.files import check_same, mark_of, write_text
 from besa.masks import KeepMasks
 from besa.packed import pack_block
 from besa.packed_files import described, packed_projections
@@ -41,15 +42,16 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
 
     Raises:
         ValueError: source and output do not go together, masks or codes are of other weights, or nothing would shrink.
-        OSError: the disk is full.
+        OSError: the disk refuses a file.
     """
     folder, output = find_checkpoint(source), Path(output)
     check_apart(folder, output)
     carried(folder)
+    marks = {path: mark_of(path) for path in shard_paths(folder)}
     model = open_checkpoint(folder, trust_remote_code)
     before = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(output) as temporary:
-        shards, packed = _write_shards(model, folder / STATE, temporary)
+        shards, packed = _write_shards(model, folder / STATE, temporary, marks)
         if not packed:
             raise ValueError(f"nothing in {str(source)!r} is smaller packed: it has too few zeros; prune it first")
         carry_over(folder, temporary)
@@ -59,8 +61,14 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
         return before, sum(path.stat().st_size for path in shards)
 
 
-def _write_shards(model: PreTrainedModel, state: Path, output: Path) -> tuple[list[Path], dict[str, nn.Module]]:
-    """A shard per block, then one of what is in no block; the packed projections, on the meta device, by name."""
+def _write_shards(
+    model: PreTrainedModel, state: Path, output: Path, marks: dict[Path, list[str | int]]
+) -> tuple[list[Path], dict[str, nn.Module]]:
+    """A shard per block, then one of what is in no block; the packed projections, on the meta device, by name.
+
+    Args:
+        marks: of the files that the model is mapped from.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     blocks, masks, packed = find_blocks(model), KeepMasks(), {}
     prefixes, shards = [names[id(block)] for block in blocks], []
@@ -69,6 +77,7 @@ def _write_shards(model: PreTrainedModel, state: Path, output: Path) -> tuple[li
     codes = QuantizedFiles(*sorted(state.glob("codes-*.safetensors")))
     kept = masks if masks or codes else None  # no run of besa: what is not 0
     for index, prefix in enumerate(prefixes):
+        check_same(marks)
         block, blocks[index] = blocks[index], nn.Module()  # gone once it is written
         pack_block(index, block, kept, codes)
         tensors = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}

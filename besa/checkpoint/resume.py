@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def make_folder(output: Path) -> None:
         raise ValueError(f"output {str(output)!r} holds {others[0]!r}, of no run of besa; name an empty or new folder")
     try:
         (output / STATE).mkdir(parents=True, exist_ok=True)
-        write_text(output / STATE / "probe", "")
-        (output / STATE / "probe").unlink()
+        with tempfile.TemporaryFile(dir=output / STATE):
+            pass
     except OSError as error:
         raise ValueError(f"output {str(output)!r} is not writable ({error}); name another folder") from error
 
@@ -58,7 +59,7 @@ def remove_half_written(output: Path) -> None:
 def read_note(path: Path) -> dict[str, Any]:
     """What lies beside the output as JSON by name; {} where it is not there, or damaged."""
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
@@ -143,7 +144,8 @@ def _source_sums(source: Path, output: Path) -> dict[str, str]:
     path = output / STATE / "source.json"
     known = read_note(path)
     seen = {}
-    files = [*shard_paths(source), source / "config.json", *sorted(source.glob("*.py"))]
+    code = [path for path in sorted(source.glob("*.py")) if path.is_file()]
+    files = [*shard_paths(source), source / "config.json", *code]
     for file in tqdm(files, desc="sha256", unit="file", leave=False):
         mark, old = mark_of(file), known.get(file.name)
         same = isinstance(old, dict) and old.get("mark") == mark and isinstance(old.get("sha256"), str)

@@ -30,7 +30,7 @@ from besa.checkpoint.format import (
     find_checkpoint,
     open_checkpoint,
     rest_of,
-    room_for,
+    shard_paths,
     stored_names,
     write_index,
     write_shard,
@@ -48,7 +48,7 @@ from besa.checkpoint.resume import (
 from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.machine.device import resolve_device
 from besa.machine.fields import checked
-from besa.machine.files import sha256, write_text
+from besa.machine.files import check_same, mark_of, sha256, write_text, writing
 from besa.machine.processes import from_rank_0, n_ranks, rank
 from besa.machine.provenance import provenance
 from besa.prune import Method, check_fit
@@ -92,8 +92,9 @@ def prune_checkpoint(
         What pruning did, now or earlier. `keep_masks` and `quantized` read from `output/besa/` what is asked of them.
 
     Raises:
-        ValueError: source, output, windows and method do not go together, or do not fit; before any long work.
-        OSError: the disk is full; what is written stays.
+        ValueError: source, output, windows and method do not go together, or do not fit; before any long work. Or the
+            source is changed while it is read.
+        OSError: the disk refuses a file; the blocks that are written stay.
     """
     with opened(source, output, windows, method, device, trust_remote_code, progress, reconstruct) as shards:
         if not shards.complete:
@@ -145,6 +146,7 @@ def opened(
     reconstruct: Reconstruct | None = None,
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
+    place = resolve_device(device)
     if method.measures_model:
         raise ValueError(
             f"{method.name} with these options measures a model that is in memory; prune it there, or give the "
@@ -157,7 +159,7 @@ def opened(
     check_model(model, values=False)
     check_tokenizer(model, folder, trust_remote_code)
     check_fit(model, windows, method, reconstruct)
-    shards = Shards(folder, output, model, windows, method, resolve_device(device), progress, reconstruct)
+    shards = Shards(folder, output, model, windows, method, place, progress, reconstruct)
     try:
         yield shards
     finally:
@@ -185,6 +187,7 @@ class Shards:
         self.prefixes = [names[id(block)] for block in find_blocks(model)]
         self.hidden_states: HiddenStates = "device"
         self._streams: list[Path] = []
+        self._marks = {path: mark_of(path) for path in shard_paths(source)}
         self._lock = filelock.FileLock(output / STATE / "lock")
         try:
             self.run, self.notes = from_rank_0(self._open() if rank() == 0 else None)
@@ -274,7 +277,7 @@ class Shards:
         path = self.output / STATE / f"hidden-{rank()}-{len(self._streams)}.bin"
         size = torch.Size(shape).numel()
         self._streams.append(path)
-        with path.open("xb") as file:  # never through a link of somebody else's
+        with writing(path), path.open("xb") as file:  # never through a link of somebody else's
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash later
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
@@ -308,10 +311,15 @@ class Shards:
             self.method.span,
             take_dense=self.reconstruct is not None,
             ignore=self.method.ignore,
-            load=lambda block: _copy_to(self.device, block),
+            load=self._load,
             room=self.room,
             progress=self.progress,
         )
+
+    def _load(self, block: nn.Module) -> nn.Module:
+        """A copy on the device, from a source that is still what was opened."""
+        check_same(self._marks)
+        return _copy_to(self.device, block)
 
     def has(self, block: Block) -> bool:
         """Whether an earlier run finished it."""
@@ -350,14 +358,11 @@ class Shards:
         number, state = note["block"], block.state_dict()
         paths = [self.output / note["shard"], self._beside("masks", number)]
         write_shard({stored: state[name].cpu() for name, stored in self._names(number, block).items()}, paths[0])
-        masks = report.keep_masks.of_block(number)
-        with room_for(masks.nbytes, paths[1]):
-            masks.save(paths[1])
+        report.keep_masks.of_block(number).save(paths[1])
         codes = {key: value for key, value in report.quantized.items() if key[0] == number}
         if codes:
             paths.append(self._beside("codes", number))
-            with room_for(sum(weight.codes.nbytes for weight in codes.values()), paths[2]):
-                save_quantized(codes, paths[2])
+            save_quantized(codes, paths[2])
         sums = {str(path.relative_to(self.output)): sha256(path) for path in paths}
         write_text(self.output / STATE / f"block-{number:05d}.json", json.dumps(note | {"files": sums}) + "\n")
 
@@ -374,6 +379,7 @@ class Shards:
     def close(self) -> None:
         """Write what is in no block, carry over the small files, and the index last."""
         if rank() == 0:
+            check_same(self._marks)
             shards = [self.output / self.notes[index]["shard"] for index in range(len(self.prefixes))]
             shards.append(self.output / "model-rest.safetensors")
             write_shard(rest_of(self.model, self.prefixes), shards[-1])

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from besa.decoder import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
+from besa.machine.device import way_out
 from besa.machine.fields import checked
-from besa.machine.processes import n_ranks, rank, sum_
+from besa.machine.processes import from_all, n_ranks, rank, sum_
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 """Tokens times vocabulary that the head computes at once: 64 MiB and 1 GiB in float32."""
@@ -47,28 +48,28 @@ def perplexity(
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
     mine = segments[rank() :: n_ranks()]
     together = SPREAD_AT_ONCE if any(parameter.is_meta for parameter in model.parameters()) else 1
-    total = torch.zeros((), dtype=torch.float64)
+    total, problem = torch.zeros((), dtype=torch.float64), None
     options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress}
     with _evaluating(model), tqdm(total=len(mine), **options) as bar:
         batches = mine.split(together) if len(mine) else ()  # more ranks than segments
         calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
         for number, batch in enumerate(batches):
             loss = _negative_log_likelihood(model, batch, calls[len(batch)])
-            _check_loss(loss / batch[:, 1:].numel(), rank() + number * together * n_ranks(), len(batch))
+            problem = _problem(loss / batch[:, 1:].numel(), rank() + number * together * n_ranks(), len(batch))
+            if problem:
+                break
             total += loss
             bar.update(len(batch))
+    for each in filter(None, from_all(problem)):  # on every rank: none is to wait for one that is gone
+        raise ValueError(f"{each} makes no perplexity; {way_out(model.dtype)}")
     total = float(sum_(total))
     return math.exp(total / (n_segments * (seq_len - 1)))
 
 
-def _check_loss(nats: float, segment: int, n: int) -> None:
-    """Refuse a mean loss that is NaN, or whose exp float64 does not hold, where it arises."""
-    if not nats < LARGEST_LOSS:
-        others = f" (or one of the {n - 1} that run with it)" if n > 1 else ""
-        raise ValueError(
-            f"segment {segment}{others}: a loss of {nats:.4g} nats per token makes no perplexity; try dtype float32, "
-            "and look for NaN in the model's weights"
-        )
+def _problem(nats: float, segment: int, n: int) -> str | None:
+    """A mean loss that is NaN, or whose exp float64 does not hold, and where it arises."""
+    others = f" (or one of the {n - 1} that run with it)" if n > 1 else ""
+    return None if nats < LARGEST_LOSS else f"segment {segment}{others}: a loss of {nats:.4g} nats per token"
 
 
 @contextlib.contextmanager

