@@ -69,9 +69,10 @@ class Item:
 
     def verdict(self, name: str) -> str:
         """How a run's numbers compare with the published ones; without any, with each other."""
-        if "verdict" in (compared := self.tables.get(f"{name}-published", pd.DataFrame())):
-            counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
-            return f"{self.title_of(name)}: of {len(compared)} published numbers {counts}"
+        for beside, what in (("published", "published numbers"), ("released", "comparisons with the released code")):
+            if "verdict" in (compared := self.tables.get(f"{name}-{beside}", pd.DataFrame())):
+                counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
+                return f"{self.title_of(name)}: of {len(compared)} {what} {counts}"
         run = self.runs[name].query("metrics.notna() and not one_kind")
         pruned = run.query("sparsity > 0 and row != 'dense'")["sparsity"]
         shown = run["sparsity"] == (0.5 if 0.5 in set(pruned) else pruned.max())
@@ -190,7 +191,7 @@ def build(reproduce: Path, results: Path) -> tuple[dict[Path, str], list[str]]:
         ValueError: a notebook cannot be read.
     """
     items = [read_notebook(path) for path in reproduce.glob("*.ipynb")]
-    items.sort(key=lambda item: (not item.title.startswith("Table"), item.title))
+    items.sort(key=lambda item: (item.name != "fidelity", not item.title.startswith("Table"), item.title))
     items = [read_item(item, results / item.name, ROOT / "besa" / "paper" / "published.csv") for item in items]
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
