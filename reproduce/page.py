@@ -68,10 +68,12 @@ class Item:
         return citation(list(self.runs[run]["record"])).removeprefix(PAPER_BIBTEX).strip()
 
     def verdict(self, name: str) -> str:
-        """How a run's numbers compare with the published ones; without any, with each other."""
-        if "verdict" in (compared := self.tables.get(f"{name}-published", pd.DataFrame())):
-            counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
-            return f"{self.title_of(name)}: of {len(compared)} published numbers {counts}"
+        """What a run's notebook says of claims and published numbers; without either, the rows beside each other."""
+        judged, compared = (self.tables.get(f"{name}-{kind}", pd.DataFrame()) for kind in ("verdicts", "published"))
+        found = [f"of {len(compared)} published numbers {counts(compared)}"] if "verdict" in compared else []
+        found += [claims(judged)] if "verdict" in judged else []
+        if found:
+            return f"{self.title_of(name)}: {'; '.join(found)}"
         run = self.runs[name].query("metrics.notna() and not one_kind")
         pruned = run.query("sparsity > 0 and row != 'dense'")["sparsity"]
         shown = run["sparsity"] == (0.5 if 0.5 in set(pruned) else pruned.max())
@@ -86,11 +88,25 @@ class Item:
         higher = self.published is not None and "accuracy_percent" in set(self.published["metric"])
         stderr = {row: errors.get("average") for row, errors in zip(run["row"], run["stderr"], strict=True)}
         found = [outcome(scores[text].dropna(), higher, stderr) for text in scores]
-        return f"not comparable: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
+        return f"not judged: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
+
+
+def counts(table: pd.DataFrame) -> str:
+    """How often each verdict was reached."""
+    return ", ".join(f"{n} {word}" for word, n in table["verdict"].value_counts().items())
+
+
+def claims(judged: pd.DataFrame) -> str:
+    """The verdicts on a few claims with their differences, of many their number."""
+    if len(judged) > 8 or "difference ± standard error" not in judged:
+        return f"of {len(judged)} claims {counts(judged)}"
+    over = "{task}" if "task" in judged else "{text}"
+    said = f"{{row}} before {{against}} on {over}: {{verdict}} ({{difference ± standard error}})"
+    return "; ".join(said.format(**line) for line in judged.to_dict("records"))
 
 
 def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float | None]) -> str:
-    """The best row at the same sparsity; beside it BESA, SparseGPT, Wanda and the dense model."""
+    """In order the first row of a sparsity, BESA, SparseGPT, Wanda, and the dense model: with one draw no winner."""
     error = lambda row: f" ± {stderr[row]:.2f}" if stderr[row] else ""
     shown = {row: f"{row} {value:.2f}{error(row)}" for row, value in values.items()}
     dense = [shown["dense"]] if "dense" in shown else []
@@ -99,7 +115,7 @@ def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float |
         return f"{values.name}: {', '.join(dense)}"
     named = re.compile(r"(joint-)?(besa|wanda|sparsegpt|besa-row-wise)(-0\.5)?|baseline")
     others = [shown[row] for row in ranked[1:] if named.fullmatch(row)] + dense
-    return f"{values.name}: best {shown[ranked[0]]}" + f" ({', '.join(others)})" * bool(others)
+    return f"{values.name}: {', '.join([shown[ranked[0]], *others])}"
 
 
 def read_notebook(path: Path) -> Item:
