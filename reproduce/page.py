@@ -68,11 +68,15 @@ class Item:
         return citation(list(self.runs[run]["record"])).removeprefix(PAPER_BIBTEX).strip()
 
     def verdict(self, name: str) -> str:
-        """How a run's numbers compare with the published ones; without any, with each other."""
+        """What a run says of claims, published and released numbers; without any, the rows beside each other."""
+        found = []
         for beside, what in (("published", "published numbers"), ("released", "comparisons with the released code")):
             if "verdict" in (compared := self.tables.get(f"{name}-{beside}", pd.DataFrame())):
-                counts = ", ".join(f"{n} {word}" for word, n in compared["verdict"].value_counts().items())
-                return f"{self.title_of(name)}: of {len(compared)} {what} {counts}"
+                found.append(f"of {len(compared)} {what} {counts(compared)}")
+        if "verdict" in (judged := self.tables.get(f"{name}-verdicts", pd.DataFrame())):
+            found.append(claims(judged))
+        if found:
+            return f"{self.title_of(name)}: {'; '.join(found)}"
         run = self.runs[name].query("metrics.notna() and not one_kind")
         pruned = run.query("sparsity > 0 and row != 'dense'")["sparsity"]
         shown = run["sparsity"] == (0.5 if 0.5 in set(pruned) else pruned.max())
@@ -87,11 +91,25 @@ class Item:
         higher = self.published is not None and "accuracy_percent" in set(self.published["metric"])
         stderr = {row: errors.get("average") for row, errors in zip(run["row"], run["stderr"], strict=True)}
         found = [outcome(scores[text].dropna(), higher, stderr) for text in scores]
-        return f"not comparable: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
+        return f"not judged: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
+
+
+def counts(table: pd.DataFrame) -> str:
+    """How often each verdict was reached."""
+    return ", ".join(f"{n} {word}" for word, n in table["verdict"].value_counts().items())
+
+
+def claims(judged: pd.DataFrame) -> str:
+    """The verdicts on a few claims with their differences, of many their number."""
+    if len(judged) > 8 or "difference ± standard error" not in judged:
+        return f"of {len(judged)} claims {counts(judged)}"
+    over = "{task}" if "task" in judged else "{text}"
+    said = f"{{row}} before {{against}} on {over}: {{verdict}} ({{difference ± standard error}})"
+    return "; ".join(said.format(**line) for line in judged.to_dict("records"))
 
 
 def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float | None]) -> str:
-    """The best row at the same sparsity; beside it BESA, SparseGPT, Wanda and the dense model."""
+    """In order the first row of a sparsity, BESA, SparseGPT, Wanda, and the dense model: with one draw no winner."""
     error = lambda row: f" ± {stderr[row]:.2f}" if stderr[row] else ""
     shown = {row: f"{row} {value:.2f}{error(row)}" for row, value in values.items()}
     dense = [shown["dense"]] if "dense" in shown else []
@@ -100,7 +118,7 @@ def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float |
         return f"{values.name}: {', '.join(dense)}"
     named = re.compile(r"(joint-)?(besa|wanda|sparsegpt|besa-row-wise)(-0\.5)?|baseline")
     others = [shown[row] for row in ranked[1:] if named.fullmatch(row)] + dense
-    return f"{values.name}: best {shown[ranked[0]]}" + f" ({', '.join(others)})" * bool(others)
+    return f"{values.name}: {', '.join([shown[ranked[0]], *others])}"
 
 
 def read_notebook(path: Path) -> Item:

@@ -22,7 +22,9 @@ def test_perplexity_equals_the_naive_loop_over_full_logits(tiny_llama, seq_len):
         logits = tiny_llama(segment).logits[0, :-1].double()
         losses.append(torch.nn.functional.cross_entropy(logits, segment[0, 1:]))
     expected = math.exp(torch.stack(losses).mean())
-    assert besa.perplexity(tiny_llama, tokens, seq_len, progress=False) == pytest.approx(expected, rel=1e-5)
+    found = besa.perplexity(tiny_llama, tokens, seq_len, progress=False)
+    assert found == pytest.approx(expected, rel=1e-5) and isinstance(found, float)
+    assert found.losses.tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-5)
 
 
 def test_perplexity_does_not_depend_on_how_the_head_is_cut(tiny_llama, monkeypatch):
@@ -128,7 +130,9 @@ def test_a_spread_model_is_measured_as_a_whole_one(tiny_llama, spread, windows):
     for n in (5, 8, 19):  # one batch, whole batches only, a rest
         tokens = torch.randint(0, 97, (n * 24,), generator=torch.Generator().manual_seed(n))
         whole = besa.perplexity(tiny_llama, tokens, 24, progress=False)
-        assert besa.perplexity(spread, tokens, 24, progress=False) == pytest.approx(whole, rel=1e-6)
+        found = besa.perplexity(spread, tokens, 24, progress=False)
+        assert found == pytest.approx(whole, rel=1e-6)
+        assert found.losses.tolist() == pytest.approx(whole.losses.tolist(), rel=1e-5)
     for name, projection in projections(spread.model.layers[2]).items():
         assert torch.equal(weight_of(projection), tiny_llama.model.layers[2].get_submodule(name).weight)
     assert max(row["error"] for row in hidden_state_errors(spread, tiny_llama, windows, progress=False)) < 1e-6

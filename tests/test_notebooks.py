@@ -73,23 +73,34 @@ def test_table1_continues_where_it_was_interrupted(tiny_folder, tmp_path):
     assert {path.name for path in (broken / "records").iterdir()} == {p.name for p in (whole / "records").iterdir()}
     columns = slice(0, 4)  # method, sparsity and the two perplexities; seconds and memory differ between runs
     tables = [(folder / "tiny-smoke.csv").read_text().splitlines() for folder in (whole, broken)]
-    assert len(tables[0]) == 7
+    assert len(tables[0]) == 1 + 6 + 2  # and two with BESA's zeros
     assert [row.split(",")[columns] for row in tables[0]] == [row.split(",")[columns] for row in tables[1]]
     for suffix in ("md", "tex", "png", "svg"):
         assert (broken / f"tiny-smoke.{suffix}").stat().st_size > 0
     assert "SMOKE RUN" in (broken / "tiny-smoke.md").read_text()
     assert (broken / "tiny-smoke-besa-row-wise-allocation.png").is_file()
+    judged = pandas.read_csv(broken / "tiny-smoke-verdicts.csv")
+    rows = ["wanda", "sparsegpt", "wanda-matched", "sparsegpt-matched"]
+    assert list(judged["against"]) == [row for row in rows for _ in ("wiki", "sotu")]
+    assert set(judged["verdict"]) <= {"holds", "does not hold", "undecided"}
+    assert set(judged["rests on"]) == {"2 segments, 1 draw"}
+    zeros = judged["zeros"].str.split(" and ", expand=True).astype(float)[judged["against"].str.endswith("matched")]
+    assert (zeros[0] >= zeros[1]).all()
 
 
 def test_a_bare_papermill_prints_the_notebook_and_writes_its_results(tiny_folder, tmp_path):
     command = [sys.executable, "-m", "papermill", NOTEBOOKS / "table1.ipynb", "-p", "model", tiny_folder]
     command += ["-p", "methods", "dense,wanda", "-p", "datasets", "wiki", "-y", "recipe: {seq_len: 32}"]
+    command += ["-p", "seeds", "3,1"]
     where = os.environ | {"BESA_RESULTS": str(tmp_path), "BESA_PROFILE": "smoke"}
     result = subprocess.run(list(map(str, command)), env=where, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["nbformat"] == 4
     folder = tmp_path / "table1"
-    assert len(list((folder / "records").iterdir())) == 2 and (folder / "tiny-smoke.png").is_file()
+    found = [json.loads(path.read_text())["config"] for path in (folder / "records").iterdir()]
+    assert sorted((c["row"], c["seed"]) for c in found) == [("dense", 3), ("wanda", 1), ("wanda", 3)]
+    assert len({config["calibration_sha256"] for config in found}) == 2 and (folder / "tiny-smoke.png").is_file()
+    assert list(pandas.read_csv(folder / "tiny-smoke.csv").columns[2:4]) == ["wiki", "± wiki"]
     assert "2 windows of 32 tokens of sotu" in (folder / "tiny-smoke.md").read_text()
 
 
@@ -135,7 +146,8 @@ def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):
     run("table3.ipynb", folder, model=str(tiny_folder), datasets=["wiki"])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
-    assert list(table.index) == ["dense", "quantized", "joint-wanda", "joint-besa"]
+    assert list(table.index) == ["dense", "quantized", "joint-wanda", "joint-besa", "joint-wanda-matched"]
+    assert len(pandas.read_csv(folder / "tiny-smoke-verdicts.csv")) == 2
     # a bit of mask, 4 bits per weight that is not 0, and 24 bits per row of scale and zero-point
     assert table.loc["dense", "bits/weight"] in (16, 32)
     assert table.loc["quantized", "bits/weight"] > table.loc["joint-wanda", "bits/weight"] > 1 + 4 * 0.49
@@ -164,7 +176,7 @@ def test_table2_continues_and_keeps_standard_errors_and_versions(tiny_folder, tm
     (first,) = (folder / "records").iterdir()
     written = first.stat().st_mtime_ns
     run("table2.ipynb", folder, **options)
-    assert len(list((folder / "records").iterdir())) == 4 and first.stat().st_mtime_ns == written
+    assert len(list((folder / "records").iterdir())) == 6 and first.stat().st_mtime_ns == written
     record = json.loads(first.read_text())
     assert set(record["metrics"]) == set(record["stderr"]) == {"piqa", "arc_challenge", "average"}
     assert record["config"]["limit"] == 3 and record["lm_eval"] and record["tasks"][0]["version"] == 1.0
@@ -172,7 +184,10 @@ def test_table2_continues_and_keeps_standard_errors_and_versions(tiny_folder, tm
     assert "SMOKE RUN" in table and "3 questions per task" in table
     for suffix in ("csv", "tex", "png", "svg"):
         assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
-    assert len((folder / "tiny-smoke-stderr.csv").read_text().splitlines()) == 5
+    assert len((folder / "tiny-smoke-stderr.csv").read_text().splitlines()) == 1 + 6
+    judged = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
+    assert list(judged["task"]) == 4 * ["piqa", "arc_challenge", "average"]
+    assert list(judged["rests on"]) == 4 * ["3 questions, 1 draw", "3 questions, 1 draw", "6 questions, 1 draw"]
 
 
 def written(folder):

@@ -65,9 +65,9 @@ def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
     readme, page, skipped = build_texts(folders)
     assert not skipped
     judged = "llama-7b, paper: of 2 published numbers 1 reproduced, 1 worse"
-    embedded = "smollm2-135m, quick; wikitext2: best sparsegpt 40.00 (besa-row-wise 45.00, wanda 50.12, dense 20.00)"
+    embedded = "smollm2-135m, quick; wikitext2: sparsegpt 40.00, besa-row-wise 45.00, wanda 50.12, dense 20.00"
     for text in (readme, page):
-        assert judged in text and f"not comparable: {embedded}" in text
+        assert judged in text and f"not judged: {embedded}" in text
     source = rows[0]["provenance"]
     for shown in (
         source["commit"][:12],
@@ -119,7 +119,7 @@ def test_broken_records_and_tables_are_skipped_by_name(folders):
     assert [line.split(" ")[0] for line in skipped] == ["table1/notes.md", "table1/broken.json", "table1/empty.json"]
     for name in ("broken.json", "empty.json", "notes.md"):
         assert name in readme and name in page
-    assert "2 not judged: other protocol" in readme
+    assert "2 not judged: other profile" in readme
 
 
 @pytest.mark.parametrize(
@@ -192,10 +192,10 @@ def test_only_whole_models_of_the_same_sparsity_are_ranked_with_their_standard_e
     outcome = {"metrics": {"wikitext2": 60.0, "error last block": 0.5}, "stderr": {"average": 1.354}}
     records.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
     text = build_texts(folders)[0]
-    assert "wikitext2: best joint-besa 45.00 (wanda 50.00, sparsegpt 60.00 ± 1.35)" in text and "error last" not in text
+    assert "wikitext2: joint-besa 45.00, wanda 50.00, sparsegpt 60.00 ± 1.35" in text and "error last" not in text
     outcome["metrics"]["wikitext2"] = 20.0
     records.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
-    assert "wikitext2: best sparsegpt 20.00 ± 1.35 (joint-besa 45.00, wanda 50.00)" in build_texts(folders)[0]
+    assert "wikitext2: sparsegpt 20.00 ± 1.35, joint-besa 45.00, wanda 50.00" in build_texts(folders)[0]
 
 
 def test_a_broken_notebook_is_named(folders):

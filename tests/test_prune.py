@@ -72,18 +72,23 @@ def test_unsmoothed_softmax_reaches_sparsities_beyond_the_recipes_range(tiny_lla
     assert report.sparsity == pytest.approx(0.75, abs=0.02)
 
 
-def test_seed_changes_the_order_of_the_windows_only(tiny_llama, windows):
+@pytest.mark.parametrize("n_different, is_moved", [(6, True), (1, False)])
+def test_seed_changes_the_order_of_the_windows_only(tiny_llama, windows, n_different, is_moved):
+    """And nothing where all windows are the same."""
+    windows = windows[:n_different].repeat(6 // n_different, 1)
     twin = copy.deepcopy(tiny_llama)
-    plain = besa.prune(tiny_llama, windows, besa.Besa(epochs=2), progress=False)
-    shuffled = besa.prune(twin, windows, besa.Besa(epochs=2, seed=5), progress=False)
-    assert [s["loss"] for s in plain.steps[:6]] != [s["loss"] for s in shuffled.steps[:6]]
+    plain = besa.prune(tiny_llama, windows, besa.Besa(), progress=False)
+    shuffled = besa.prune(twin, windows, besa.Besa(seed=5), progress=False)
+    assert ([step["loss"] for step in plain.steps] != [step["loss"] for step in shuffled.steps]) == is_moved
 
 
 def test_targets_of_the_first_block_agree_and_later_ones_differ(tiny_llama, windows):
     twin = copy.deepcopy(tiny_llama)
-    pruned = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    pruned = besa.prune(tiny_llama, windows, besa.Besa(targets="pruned"), progress=False)
     dense = besa.prune(twin, windows, besa.Besa(targets="dense"), progress=False)
-    assert {row["block"] for row in pruned.rows} == {row["block"] for row in dense.rows} == {0, 1, 2}
+    losses = [[[s["loss"] for s in report.steps if s["block"] == b] for b in range(3)] for report in (pruned, dense)]
+    agree = [ours == pytest.approx(theirs, rel=1e-6) for ours, theirs in zip(*losses, strict=True)]
+    assert agree == [True, False, False]
     errors = dense.to_frame().groupby("block")["block_error"].first()
     assert errors[2] > errors[0]  # against the dense model, errors accumulate
 

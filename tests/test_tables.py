@@ -1,16 +1,19 @@
 """Records as tables: verdicts, the reference run, rounding, figures that repeat, citations."""
 
+import csv
 import json
 import re
 import runpy
 
 import matplotlib.pyplot as plt
+import nbformat
 import pandas as pd
 import pytest
 
+import besa
 from besa.machine.provenance import ROOT
 from besa.paper import tables
-from besa.paper.records import open_folder, save_record
+from besa.paper.records import open_folder, resolve_recipe, save_record
 
 page = runpy.run_path(str(ROOT / "reproduce" / "page.py"))
 
@@ -43,11 +46,38 @@ def test_comparison_judges_accuracies_by_the_higher_one_and_only_on_all_question
     frame = compared(record(outcome, **config), "table2", "accuracy_percent", over="task")
     assert dict(frame["verdict"]) == {"piqa": "better", "boolq": "worse", "average": "reproduced"}
     part = record(outcome, **config | {"limit": 100})
-    assert set(compared(part, "table2", "accuracy_percent")["verdict"]) == {"not judged: other protocol"}
+    assert set(compared(part, "table2", "accuracy_percent")["verdict"]) == {"not judged: other limit"}
 
 
-def test_runs_of_another_protocol_are_not_judged(record):
-    assert set(compared(record(profile="quick"), "table1")["verdict"]) == {"not judged: other protocol"}
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"profile": "quick"},
+        {"calibration": "sotu", "sampler": "pack"},
+        {"seed": 1, "n_samples": 64, "seq_len": 512},
+        {"dtype": "torch.bfloat16"},
+        {"sparsity": 0.6},
+        {"method.d_coef": 10.0},
+        {"method.penalty": 1.0, "method.epochs": 3},
+        {"method.budget": "exact"},
+    ],
+)
+def test_runs_that_differ_in_any_published_value_are_not_judged_and_name_it(record, others):
+    """The published d_coef of LLaMA-30B is 10, of LLaMA-13B 5."""
+    own = {"row": "besa-row-wise", "method": besa.Besa(d_coef=5.0).config(), "seed": 0, "dtype": "torch.float16"}
+    same = record(**own, model="llama-13b", sampler="crop")
+    assert set(compared(same, "table1")["verdict"]) <= {"reproduced", "better", "worse"}
+    for name, value in others.items():
+        part = own["method"] if name.startswith("method.") else own
+        part[name.removeprefix("method.")] = value
+    names = [name.removeprefix("method.") for name in others]
+    other = record(**{"sampler": "crop"} | own, model="llama-13b")
+    assert set(compared(other, "table1")["verdict"]) == {f"not judged: other {', '.join(names)}"}
+
+
+def test_other_models_have_other_published_steps_and_some_no_published_numbers(record):
+    own = {"row": "besa-row-wise", "method": besa.Besa(d_coef=10.0).config()}
+    assert not compared(record(**own, model="llama-30b"), "table1")["verdict"].str.contains("not judged").any()
     assert tables.compare([record(model="smollm2-135m")], "table1").empty
 
 
@@ -143,3 +173,51 @@ def test_old_records_are_read_as_new_ones():
     assert len(found) > 100 and all(record["config"]["profile"] != "smoke" for record in found)
     scored = [record for record in found if record["config"]["item"] not in ("cost", "scale")]
     assert len(tables.summary(scored)) == len(scored) and len(tables.sources(found)) == len(found)
+
+
+def test_the_readmes_numbers_are_those_of_the_records():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| method | sparsity | wiki | sotu |") + 2
+    shown = lines[start : lines.index("", start)]
+    expected = {}
+    for path in (tables.REFERENCE / "table1" / "records").glob("smollm2-135m-quick-*.json"):
+        record = json.loads(path.read_text())
+        row, metrics = record["config"]["row"], record["metrics"]
+        expected[row] = f"| {row} | {record['sparsity']:.4f} | {metrics['wiki']:.2f} | {metrics['sotu']:.2f} |"
+    assert len(shown) == 6 and all(line == expected[line.split()[1]] for line in shown)
+
+
+@pytest.mark.parametrize(
+    "item, behind, said",
+    [
+        ("table1", {("llama2-70b", "ptb", "sparsegpt")}, ["41 of the 42", "22.67", "22.87"]),
+        ("table2", 16, ["84", "in 67", "in 16", "in one", "63.13", "63.12"]),
+        ("table4", {("llama-7b", "o_proj", "wanda")}, ["six of the seven", "2698.53", "2461.59"]),
+    ],
+)
+def test_notebooks_state_where_the_printed_numbers_part_from_the_claim(item, behind, said):
+    metric = {"table1": "perplexity", "table2": "accuracy_percent", "table4": "cycles"}[item]
+    values = {}
+    with open(ROOT / "besa" / "paper" / "published.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            if (line["item"], line["metric"]) == (item, metric):
+                values[line["model"], line["task"], line["method"]] = float(line["value"])
+    others = [key for key in values if key[2] in ("wanda", "sparsegpt") and key[1] != "average"]
+    sign = 1 if item == "table2" else -1  # more accuracy, less of the others
+    ahead = {key: sign * (values[*key[:2], "besa"] - values[key]) for key in others}
+    found = {key for key, difference in ahead.items() if difference < 0}
+    assert found == behind or len(found) == behind
+    if item == "table2":
+        assert len(others) == 84 and sum(difference > 0 for difference in ahead.values()) == 67
+        averages = [key for key in values if key[1] == "average" and key[2] in ("wanda", "sparsegpt")]
+        assert len(averages) == 14 and all(values[*key[:2], "besa"] > values[key] for key in averages)
+    claim = nbformat.read(ROOT / "reproduce" / f"{item}.ipynb", as_version=4).cells[0].source
+    assert all(number in claim for number in said)
+
+
+def test_the_recipes_take_the_published_steps():
+    published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv").query("metric == 'd_coef'")
+    assert len(published) == 14
+    for _, row in published.iterrows():
+        recipe = resolve_recipe(row["model"])
+        assert row["value"] == (recipe.d_coef if row["method"] == "besa-row-wise" else recipe.d_coef_layer)

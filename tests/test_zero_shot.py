@@ -74,6 +74,7 @@ def test_accuracy_equals_the_naive_loop_over_single_choices(model, tokenizer, na
         assert answer["correct"] == right
         n_right += right
     assert report.rows[0]["acc"] == report.average == n_right / 12
+    assert report.correct[name].tolist() == [answer["correct"] for answer in report.answers]
     assert report.rows[0]["stderr"] == pytest.approx(math.sqrt(n_right / 12 * (1 - n_right / 12) / 11))
 
 

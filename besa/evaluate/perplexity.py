@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -26,11 +26,19 @@ SPREAD_AT_ONCE = 8
 """Segments that run together where a model's weights do not all fit on the GPU, and come anew for every run."""
 
 
+class Perplexity(float):
+    """A number, which brings along what it is the exp of the mean of."""
+
+    losses: Float64[Tensor, "n_segments"]
+    """Mean negative log-likelihood of each segment, in nats per token: rows measured on the same text are compared
+    segment by segment."""
+
+
 @checked
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, tokens: Int64[Tensor, "n_tokens"], seq_len: int = 2048, progress: bool = True
-) -> float:
+) -> Perplexity:
     """exp of the mean negative log-likelihood, in nats per token, over non-overlapping segments.
 
     The last incomplete segment is left out, and the first token of each is not predicted: seq_len - 1 predictions per
@@ -48,28 +56,31 @@ def perplexity(
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
     mine = segments[rank() :: n_ranks()]
     together = SPREAD_AT_ONCE if any(parameter.is_meta for parameter in model.parameters()) else 1
-    total, problem = torch.zeros((), dtype=torch.float64), None
+    losses, problem = torch.zeros(n_segments, dtype=torch.float64), None  # summed over each segment's tokens
     options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress}
     with _evaluating(model), tqdm(total=len(mine), **options) as bar:
         batches = mine.split(together) if len(mine) else ()  # more ranks than segments
         calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
         for number, batch in enumerate(batches):
-            loss = _negative_log_likelihood(model, batch, calls[len(batch)])
-            problem = _problem(loss / batch[:, 1:].numel(), rank() + number * together * n_ranks(), len(batch))
+            first = rank() + number * together * n_ranks()
+            found = _negative_log_likelihoods(model, batch, calls[len(batch)])
+            for segment, loss in enumerate(found):
+                losses[first + segment * n_ranks()] = loss
+                problem = problem or _problem(loss / (seq_len - 1), first + segment * n_ranks())
             if problem:
                 break
-            total += loss
             bar.update(len(batch))
     for each in filter(None, from_all(problem)):  # on every rank: none is to wait for one that is gone
         raise ValueError(f"{each} makes no perplexity; {way_out(model.dtype)}")
-    total = float(sum_(total))
-    return math.exp(total / (n_segments * (seq_len - 1)))
+    losses = sum_(losses).tolist()
+    value = Perplexity(math.exp(sum(losses) / (n_segments * (seq_len - 1))))
+    value.losses = torch.tensor(losses, dtype=torch.float64) / (seq_len - 1)
+    return value
 
 
-def _problem(nats: float, segment: int, n: int) -> str | None:
+def _problem(nats: float, segment: int) -> str | None:
     """A mean loss that is NaN, or whose exp float64 does not hold, and where it arises."""
-    others = f" (or one of the {n - 1} that run with it)" if n > 1 else ""
-    return None if nats < LARGEST_LOSS else f"segment {segment}{others}: a loss of {nats:.4g} nats per token"
+    return None if nats < LARGEST_LOSS else f"segment {segment}: a loss of {nats:.4g} nats per token"
 
 
 @contextlib.contextmanager
@@ -83,22 +94,21 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _negative_log_likelihood(
+def _negative_log_likelihoods(
     model: PreTrainedModel, segments: Int64[Tensor, "batch seq_len"], calls: list[BlockCall]
-) -> float:
-    """Summed over the segments' predicted tokens, in nats."""
+) -> Iterator[float]:
+    """Of each segment, summed over its predicted tokens, in nats."""
     hidden = embed(model, segments)
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
-    hidden, labels = hidden[:, :-1].flatten(0, 1)[None], segments[:, 1:].flatten().to(hidden.device)
+    labels = segments[:, 1:].to(hidden.device)
     # never more at once than a segment has, which is what the model can place
     at_once = LOGITS_AT_ONCE["cpu" if hidden.device.type == "cpu" else "cuda"]
     step = max(1, min(segments.shape[1] - 1, at_once // model.get_input_embeddings().num_embeddings))
-    total = 0.0
-    for part, targets in zip(hidden.split(step, dim=1), labels.split(step), strict=True):
-        logits = run_head(model, part, calls[0])[0].float()  # (step, vocab)
-        total += F.cross_entropy(logits, targets, reduction="sum").double()
-    return float(total)
+    for states, targets in zip(hidden[:, :-1].split(1), labels, strict=True):
+        parts = zip(states.split(step, dim=1), targets.split(step), strict=True)
+        logits = ((run_head(model, part, calls[0])[0].float(), wanted) for part, wanted in parts)  # (step, vocab)
+        yield float(sum(F.cross_entropy(each, wanted, reduction="sum").double() for each, wanted in logits))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,12 @@ class ZeroShot:
     seed: int
     lm_eval: str
     """Version of lm-eval."""
+
+    @property
+    def correct(self) -> dict[str, np.ndarray]:
+        """Whether each question got the right answer, by task: rows that were asked the same compare one by one."""
+        marks = lambda task: [answer["correct"] for answer in self.answers if answer["task"] == task]
+        return {row["task"]: np.array(marks(row["task"])) for row in self.rows}
 
     @property
     def average(self) -> float:

@@ -10,11 +10,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -22,13 +23,14 @@ from jaxtyping import Int64
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from besa.evaluate.perplexity import Perplexity
 from besa.inputs.models import checkpoint_identity
 from besa.inputs.text import Sampler
 from besa.machine.device import resolve_device, resolve_dtype
 from besa.machine.fields import Count, Positive, check_fields, checked
-from besa.machine.files import tensor_sha256, write_text
+from besa.machine.files import replacing, tensor_sha256, write_text
 from besa.machine.provenance import ROOT, provenance, results_root
-from besa.paper import tables
+from besa.paper import tables, verdicts
 from besa.paper.tables import Record, slug
 from besa.prune import Method
 from besa.report import Report
@@ -193,14 +195,21 @@ def find_record(folder: Path, config: dict[str, Any]) -> Record | None:
     return record if config_hash(record["config"]) == config_hash(config) else None
 
 
-def save_record(folder: Path, config: dict[str, Any], outcome: dict[str, Any]) -> Record:
-    """Write one row's record: configuration and its hash, outcome, provenance.
+def save_record(
+    folder: Path, config: dict[str, Any], outcome: dict[str, Any], samples: Mapping[str, np.ndarray] | None = None
+) -> Record:
+    """Write one row's record: configuration and its hash, outcome, provenance; beside it what its metrics are means of.
 
     Raises:
         ValueError: a smoke run among the results that are tracked.
     """
     if config["profile"] == "smoke" and tables.REFERENCE in folder.resolve().parents:
         raise ValueError(f"smoke runs only show that the code runs: none goes to {folder}; name another results folder")
+    if samples:
+        path = _samples_path(folder, config)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            np.savez_compressed(temporary, **samples)
     record = {"config": config, "config_hash": config_hash(config), **outcome, "provenance": provenance()}
     write_text(_record_path(folder, config), json.dumps(record, indent=1) + "\n")
     return record
@@ -209,6 +218,10 @@ def save_record(folder: Path, config: dict[str, Any], outcome: dict[str, Any]) -
 def _record_path(folder: Path, config: dict[str, Any]) -> Path:
     parts = (slug(config["model"]), config["profile"], config["row"], config_hash(config))
     return folder / "records" / ("-".join(parts) + ".json")
+
+
+def _samples_path(folder: Path, config: dict[str, Any]) -> Path:
+    return folder / "samples" / _record_path(folder, config).with_suffix(".npz").name
 
 
 class Run:
@@ -274,13 +287,15 @@ class Run:
         windows: Int64[Tensor, "n_samples seq_len"],
         texts: dict[str, Int64[Tensor, "_"]] | None = None,
         dtype: torch.dtype | None = None,
+        seed: int | None = None,
     ) -> "Run":
-        """The same run, its records told apart by calibration windows, test texts and precision, too."""
+        """The same run, its records told apart by calibration windows (and their seed), test texts and precision."""
         run = copy.copy(self)
+        run.seed = self.seed if seed is None else seed
         run.checkpoint = checkpoint_identity(self.model)  # the tokenizer may just have come from the hub
         run.n_samples, run.dtype = len(windows), dtype or self.dtype
         run.segments = {name: len(tokens) // self.seq_len for name, tokens in (texts or {}).items()}
-        run.config = self.config | {"calibration_sha256": tensor_sha256(windows)}
+        run.config = self.config | {"seed": run.seed, "calibration_sha256": tensor_sha256(windows)}
         if texts:
             run.config["test_sha256"] = {name: tensor_sha256(tokens) for name, tokens in texts.items()}
         return run
@@ -309,14 +324,21 @@ class Run:
         return self.folder / f".{row}-{config_hash(self.row_config(row, method))}"
 
     def save(
-        self, row: str, method: Method | None, report: Report | None, metrics: dict[str, float], **more: Any
+        self,
+        row: str,
+        method: Method | None,
+        report: Report | None,
+        metrics: dict[str, float],
+        samples: Mapping[str, np.ndarray] | None = None,
+        **more: Any,
     ) -> Record:
         """Write the record of a finished row.
 
         Args:
             row: its name, unique in the table and fit for a file name.
             method, report: what pruned, and what it did; None for the dense model.
-            metrics: what was measured.
+            metrics: what was measured; a perplexity brings its segments' losses along.
+            samples: what else a metric is the mean of, by its name, such as the answers to a task's questions.
             more: what else the record keeps.
         """
         outcome = {
@@ -326,7 +348,9 @@ class Run:
             "peak_bytes": report.peak_bytes if report else 0,
             "projections": report.rows if report else [],
         }
-        record = save_record(self.folder, self.row_config(row, method), outcome | more)
+        losses = {name: value.losses.numpy() for name, value in metrics.items() if isinstance(value, Perplexity)}
+        samples = {**losses, **(samples or {})}
+        record = save_record(self.folder, self.row_config(row, method), outcome | more, samples)
         shutil.rmtree(self.work(row, method), ignore_errors=True)
         print(row, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
         for missed in report.missed if report else ():
@@ -343,6 +367,14 @@ class Run:
         for row in (row for row, record in found.items() if record is None):
             raise ValueError(f"row {row!r} has no whole record in {self.folder}; run the cells before this one again")
         return list(found.values())
+
+    def samples(self, record: Record) -> dict[str, np.ndarray]:
+        """What the metrics of a row are means of: losses by segment, answers by question; none of older records."""
+        path = _samples_path(self.folder, record["config"])
+        if not path.is_file():
+            return {}
+        with np.load(path) as file:
+            return dict(file)
 
     @property
     def stem(self) -> str:
@@ -367,6 +399,19 @@ class Run:
         if comparison.empty:
             return f"The paper has no numbers for {self.model} here; its LLaMA numbers are not comparable."
         return self.write_table(comparison, "Ours beside published", "-published")
+
+    def write_verdicts(
+        self,
+        records: Iterable[Record],
+        claims: Iterable[tuple[str, str]],
+        metric: str = "perplexity",
+        over: str = "text",
+    ) -> str:
+        """Write whether rows are better than others, as is claimed of them (`verdicts.judge`); returns Markdown."""
+        found = verdicts.judge(records, claims, self.samples, metric, over)
+        if found.empty:
+            return "Of the rows that are compared, one is missing: there is nothing to judge."
+        return self.write_table(found, "Claims at two standard errors of paired differences", "-verdicts")
 
     def write_reference(self, records: Iterable[Record]) -> str:
         """Write our numbers beside those that came with the repository, if there are any; returns Markdown."""

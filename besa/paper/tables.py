@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
+from besa.baselines import named_method
 from besa.machine.files import replacing, write_text
 from besa.machine.provenance import ROOT
 
@@ -77,6 +78,25 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
+def over_draws(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for all draws of a `summary`'s row: the means and, behind each metric, the standard deviation ("±")."""
+    draws = table.groupby(level=0, sort=False)
+    if draws.size().max() < 2:
+        return table
+    means = draws.mean()
+    for name in table.columns[1:-2]:  # between sparsity and cost
+        means.insert(means.columns.get_loc(name) + 1, f"± {name}", draws[name].std())
+    return means
+
+
+def block_sparsities(record: Record) -> tuple[float, ...]:
+    """The counted sparsity of every block, for other methods to prune to."""
+    rows = pd.DataFrame(record["projections"])
+    rows["weights"] = rows["rows"] * rows["columns"]
+    blocks = rows.groupby("block")[["zeros", "weights"]].sum()
+    return tuple((blocks["zeros"] / blocks["weights"]).tolist())
+
+
 def compare(
     records: Iterable[Record],
     item: str,
@@ -86,9 +106,9 @@ def compare(
 ) -> pd.DataFrame:
     """Ours beside published, where there is a published value, with the relative difference and a verdict.
 
-    The verdict is "reproduced" within 2 %, else "better" (higher for accuracy, else lower) or "worse"; runs that do not
-    follow the published protocol (another profile, sparsity, calibration or number of bits, a part of the questions)
-    are shown and not judged.
+    The verdict is "reproduced" within 2 %, else "better" (higher for accuracy, else lower) or "worse"; runs that differ
+    from the published one in any value that is known of it (profile, calibration, sampler, seed, precision, a field of
+    the method, ...) are shown and not judged: the verdict names the values.
 
     Args:
         records: `metrics` holds our values by what `over` says.
@@ -96,16 +116,18 @@ def compare(
         over: text, projection or task: the column's name.
         impossible: (projection, method) of printed numbers that cannot be: shown, not judged.
     """
-    published = pd.read_csv(Path(__file__).with_name("published.csv"))
-    published = published[published["item"].isin([item, "readme_granularity"]) & (published["metric"] == metric)]
+    everything = pd.read_csv(Path(__file__).with_name("published.csv"))
+    steps = everything[everything["metric"] == "d_coef"].set_index(["model", "method"])["value"]
+    published = everything[everything["item"].isin([item, "readme_granularity"]) & (everything["metric"] == metric)]
     rows = []
     for record in records:
         config, own = record["config"], published[published["model"] == record["config"]["model"]]
         own = own[own["method"].replace({"besa": "besa-row-wise"}) == config["row"]]
+        others = _departures(config, steps) if len(own) else []
         for text, ours in record["metrics"].items():
             for _, row in own[own["task"] == text].drop_duplicates("value").iterrows():
                 skip = "the printed number is not possible" if (text, row["method"]) in impossible else None
-                skip = skip if _follows_protocol(config) else "other protocol"
+                skip = f"other {', '.join(others)}" if others else skip
                 verdict = f"not judged: {skip}" if skip else _verdict(ours, row["value"], metric == "accuracy_percent")
                 entry = _difference(config["row"], over, text, ours, "published", row["value"])
                 rows.append(entry | {"verdict": verdict, "source": row["source"]})
@@ -122,13 +144,22 @@ def _verdict(ours: float, published: float, higher_is_better: bool) -> str:
     return "reproduced" if abs(difference) <= 0.02 else "better" if better else "worse"
 
 
-def _follows_protocol(config: dict[str, Any]) -> bool:
-    """Whether a run is what the paper ran: what it does not name counts as the published value."""
-    published = {"profile": "paper", "limit": None, "bits": 4, "group_size": None}
-    published |= {"calibration": "c4", "n_samples": 128, "seq_len": 2048}
-    return config["sparsity"] in (0.0, 0.5) and all(
-        config.get(name, value) == value for name, value in published.items()
-    )
+def _departures(config: dict[str, Any], steps: pd.Series) -> list[str]:
+    """In which values a run differs from what the paper ran; what it does not name counts as the published value.
+
+    Args:
+        steps: the published `d_coef` by model and row.
+    """
+    published = {"profile": "paper", "limit": None, "bits": 4, "group_size": None, "dtype": "torch.float16"}
+    published |= {"calibration": "c4", "sampler": "crop", "seed": 0, "n_samples": 128, "seq_len": 2048}
+    found = [name for name, value in published.items() if config.get(name, value) != value]
+    row = {"joint-wanda": "wanda", "joint-besa": "besa-row-wise"}.get(config["row"], config["row"])
+    if row == "dense":
+        return found
+    step = {"d_coef": float(steps[key])} if (key := (config["model"], row)) in steps else {}
+    method = named_method(row, 0.5, **step).config()
+    own = (config.get("method") or {}) | {"sparsity": config["sparsity"]}
+    return found + [name for name, value in method.items() if name != "quantize" and own.get(name, value) != value]
 
 
 def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:

@@ -1,0 +1,95 @@
+"""Claims, judged by code: differences of two rows, paired by segment or question and by draw of calibration windows."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from besa.paper.tables import Record
+
+Samples = Callable[[Record], Mapping[str, np.ndarray]]
+"""What a row's metrics are means of (`besa.paper.records.Run.samples`); older records have none."""
+
+
+def judge(
+    records: Iterable[Record],
+    claims: Iterable[tuple[str, str]],
+    samples: Samples,
+    metric: str = "perplexity",
+    over: str = "text",
+) -> pd.DataFrame:
+    """A verdict on each claim, for each text. A claim is a pair of rows, of which the first is said to be better.
+
+    It "holds", or "does not hold", where the mean difference lies more than two standard errors (`paired`) from 0. It
+    is "undecided" elsewhere, also where the better row has fewer zeros, which is no fair win, and where neither samples
+    nor three draws tell an error.
+
+    Args:
+        records: of all draws, which `seed` tells apart.
+        metric: perplexity (less is better; differences are factors) or accuracy_percent (in points).
+        over: text or task: the column's name.
+    """
+    draws: dict[str, dict[int, Record]] = {}
+    for record in records:
+        draws.setdefault(record["config"]["row"], {})[record["config"]["seed"]] = record
+    lines = []
+    for ours, other in claims:
+        both = draws.get(ours, {}).keys() & draws.get(other, {}).keys()
+        pairs = [(draws[ours][seed], draws[other][seed]) for seed in sorted(both)]
+        for name in pairs[0][0]["metrics"] if pairs else ():
+            differences = _differences(pairs, name, samples, metric == "perplexity")
+            about = {"row": ours, "against": other, over: name}
+            lines.append(about | _verdict(pairs, differences, metric == "perplexity"))
+    return pd.DataFrame(lines).set_index("row") if lines else pd.DataFrame()
+
+
+def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, float]:
+    """Mean difference and its standard error, NaN where nothing tells it.
+
+    With d_sgi of draw s of S, group g of k (one text, or the tasks of an average) and its sample i of n_g:
+
+        error^2 = 1/k^2 sum_g Var_i(mean_s d_sgi) / n_g + Var_s(mean_gi d_sgi) / S
+
+    The first part is of the text or the questions, the second, where there are several draws, of the calibration.
+    Without samples (n_g = 1) three draws are the least.
+    """
+    by_draw = np.mean([group.mean(axis=1) for group in differences], axis=0)
+    parts = [group.mean(axis=0).var(ddof=1) / group.shape[1] for group in differences if group.shape[1] > 1]
+    parts = [part / len(differences) ** 2 for part in parts]
+    if len(by_draw) > (1 if parts else 2):
+        parts.append(by_draw.var(ddof=1) / len(by_draw))
+    return float(by_draw.mean()), float(np.sqrt(sum(parts))) if parts else float("nan")
+
+
+def _differences(
+    pairs: list[tuple[Record, Record]], name: str, samples: Samples, is_perplexity: bool
+) -> list[Float[np.ndarray, "draws _"]]:
+    """Ours less the other's by group, in nats per token or in points; without samples, of the metric itself."""
+    names = [each for each in pairs[0][0]["metrics"] if each != "average"] if name == "average" else [name]
+    found = [[samples(record) for record in pair] for pair in pairs]
+    if all(set(names) <= set(each) for pair in found for each in pair):
+        scale = 1.0 if is_perplexity else 100.0
+        return [np.stack([scale * ours[g] - scale * other[g] for ours, other in found]) for g in names]
+    value = lambda record: np.log(record["metrics"][name]) if is_perplexity else record["metrics"][name]
+    return [np.array([[value(ours) - value(other)] for ours, other in pairs])]
+
+
+def _verdict(
+    pairs: list[tuple[Record, Record]], differences: list[Float[np.ndarray, "draws _"]], is_perplexity: bool
+) -> dict[str, str]:
+    """The difference, what it rests on, and what it says of the claim."""
+    mean, error = paired(differences)
+    zeros = [sum(record["sparsity"] for record in row) / len(pairs) for row in zip(*pairs)]
+    is_better = (mean < 0) == is_perplexity
+    is_fair = zeros[0] >= zeros[1] - 1e-6 if is_better else zeros[1] >= zeros[0] - 1e-6
+    is_sure = abs(mean) > 2 * error  # not where the error is NaN
+    n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
+    shown = f"{np.expm1(mean):+.1%} ± {error:.1%}" if is_perplexity else f"{mean:+.2f} ± {error:.2f}"
+    rests_on = [f"{n} {'segments' if is_perplexity else 'questions'}"] * (n > 1)
+    return {
+        "difference ± standard error": shown.replace("nan%", "?").replace("nan", "?"),
+        "zeros": " and ".join(f"{zero:.4f}" for zero in zeros),
+        "rests on": ", ".join([*rests_on, f"{n_draws} draw" + "s" * (n_draws > 1)]),
+        "verdict": ("holds" if is_better else "does not hold") if is_sure and is_fair else "undecided",
+    }

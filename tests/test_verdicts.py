@@ -1,0 +1,159 @@
+"""Claims are judged by paired differences: against scipy's paired test, naive loops, and what noise does."""
+
+import copy
+import runpy
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+
+import besa
+from besa.machine.provenance import ROOT
+from besa.paper.records import Run
+from besa.paper.tables import block_sparsities, over_draws, summary, write_table
+from besa.paper.verdicts import judge, paired
+
+
+def record(row, metrics, seed=0, sparsity=0.5):
+    return {"config": {"row": row, "seed": seed}, "metrics": metrics, "sparsity": sparsity}
+
+
+def judged(ours, other, samples=None, metric="perplexity"):
+    """The verdicts on "a is better than b"; `samples` by row and seed."""
+    of = lambda record: (samples or {}).get((record["config"]["row"], record["config"]["seed"]), {})
+    return judge([*ours, *other], [("a", "b")], of, metric)
+
+
+def losses(mean, noise, n=32, seed=0):
+    return mean + noise * np.random.default_rng(seed).standard_normal(n)
+
+
+def test_the_error_of_one_draw_is_that_of_the_paired_t_test():
+    ours, other = losses(3.0, 0.5), losses(3.1, 0.5, seed=1)
+    mean, error = paired([(ours - other)[None]])
+    assert mean / error == pytest.approx(scipy.stats.ttest_rel(ours, other).statistic)
+
+
+def test_the_error_of_an_average_and_of_several_draws_adds_theirs_up():
+    groups = [np.random.default_rng(n).standard_normal((3, n)) for n in (5, 40)]
+    mean, error = paired(groups)
+    draws = [sum(sum(group[s]) / len(group[s]) for group in groups) / 2 for s in range(3)]
+    variance = sum((draw - mean) ** 2 for draw in draws) / 2 / 3
+    for group in groups:
+        samples = [sum(group[:, i]) / 3 for i in range(group.shape[1])]
+        centre = sum(samples) / len(samples)
+        variance += sum((x - centre) ** 2 for x in samples) / (len(samples) - 1) / len(samples) / 4
+    assert mean == pytest.approx(sum(draws) / 3) and error == pytest.approx(variance**0.5)
+
+
+def test_equal_rows_are_told_apart_once_in_twenty_times():
+    """A text of segments of very different difficulty, and two rows whose differences are noise."""
+    words = []
+    for seed in range(200):
+        easy = losses(3.0, 1.0, seed=seed)
+        samples = {("a", 0): {"t": easy + losses(0, 0.1, seed=10**4 + seed)}, ("b", 0): {"t": easy}}
+        words += list(judged([record("a", {"t": 20.0})], [record("b", {"t": 20.0})], samples)["verdict"])
+    assert 0.02 < 1 - words.count("undecided") / 200 < 0.09 and {"holds", "does not hold"} < set(words)
+
+
+CASES = {  # difference of the losses, its noise, zeros of both -> verdict
+    "lower beyond two errors": (-0.1, 0.1, (0.5, 0.5), "holds"),
+    "higher beyond two errors": (0.1, 0.1, (0.5, 0.5), "does not hold"),
+    "within two errors": (-0.01, 0.5, (0.5, 0.5), "undecided"),
+    "equal": (0.0, 0.0, (0.5, 0.5), "undecided"),
+    "lower with fewer zeros": (-0.1, 0.1, (0.49, 0.5), "undecided"),
+    "lower with more zeros": (-0.1, 0.1, (0.51, 0.5), "holds"),
+    "higher with fewer zeros": (0.1, 0.1, (0.49, 0.5), "does not hold"),
+    "higher with more zeros": (0.1, 0.1, (0.51, 0.5), "undecided"),
+}
+
+
+@pytest.mark.parametrize("difference, noise, zeros, verdict", CASES.values(), ids=CASES)
+def test_a_verdict_needs_two_standard_errors_and_no_fewer_zeros(difference, noise, zeros, verdict):
+    easy = losses(3.0, 1.0)
+    ours = easy + difference + noise * np.linspace(-1, 1, 32)
+    rows = [[record(row, {"t": 20.0}, sparsity=zero)] for row, zero in zip("ab", zeros, strict=True)]
+    found = judged(*rows, {("a", 0): {"t": ours}, ("b", 0): {"t": easy}}).iloc[0]
+    assert found["verdict"] == verdict and found["rests on"] == "32 segments, 1 draw"
+    assert found["difference ± standard error"].startswith(f"{np.expm1(difference):+.1%} ± ")
+
+
+@pytest.mark.parametrize(
+    "perplexities, verdict", [([18.0], "undecided"), ([18.0, 18.1], "undecided"), ([18.0, 18.1, 18.2], "holds")]
+)
+def test_rows_without_losses_by_segment_take_three_draws(perplexities, verdict):
+    """As older records have it; one row with losses does not make up for one without."""
+    ours = [record("a", {"t": value}, seed) for seed, value in enumerate(perplexities)]
+    other = [record("b", {"t": 20.0}, seed) for seed in range(len(perplexities))]
+    found = judged(ours, other, {("a", 0): {"t": losses(2.9, 0.1)}}).iloc[0]
+    assert found["verdict"] == verdict and found["rests on"].startswith(f"{len(perplexities)} draw")
+
+
+def test_accuracies_are_judged_question_by_question_and_on_average_over_the_tasks():
+    right = {"a": {"x": np.arange(200) % 4 > 0, "y": np.arange(50) % 2 > 0}}  # 75 and 50 %
+    right["b"] = {"x": np.arange(200) % 2 > 0, "y": np.arange(50) % 2 > 0}  # 50 and 50 %
+    rows = [[record(row, {"x": 0.0, "y": 0.0, "average": 0.0})] for row in "ab"]
+    found = judged(*rows, {(row, 0): right[row] for row in "ab"}, "accuracy_percent").set_index("text")
+    assert found["verdict"].to_dict() == {"x": "holds", "y": "undecided", "average": "holds"}
+    error = scipy.stats.sem(right["a"]["x"] * 1.0 - right["b"]["x"]) * 100
+    assert found.loc["x", "difference ± standard error"] == f"+25.00 ± {error:.2f}"
+    assert found.loc["average", "difference ± standard error"] == f"+12.50 ± {error / 2:.2f}"
+    assert found.loc["average", "rests on"] == "250 questions, 1 draw"
+
+
+def test_the_index_says_few_verdicts_one_by_one_and_counts_many(tmp_path):
+    page = runpy.run_path(str(ROOT / "reproduce" / "page.py"))
+    frame = judged([record("a", {"t": 18.0}, s) for s in range(3)], [record("b", {"t": 20.0 + s}, s) for s in range(3)])
+    item = page["Item"]("table1", "", runs={"m-quick": pd.DataFrame([{"model": "m", "profile": "quick"}])})
+    for copies, said in ((1, "a before b on t: holds (-14.2% ± 2.8%)"), (9, "of 9 claims 9 holds")):
+        write_table(pd.concat(copies * [frame]), tmp_path, "m-quick-verdicts", "Claims")
+        item.tables["m-quick-verdicts"] = page["read_table"](tmp_path / "m-quick-verdicts.md")
+        assert item.verdict("m-quick") == f"m, quick: {said}"
+
+
+def test_claims_about_rows_that_were_not_run_are_left_out(tmp_path):
+    assert judge([record("a", {"t": 1.0})], [("a", "b"), ("c", "a")], lambda _: {}).empty
+    run = Run("table1", model="tiny", profile="smoke", recipe={"device": "cpu"}, results=str(tmp_path))
+    assert "nothing to judge" in run.write_verdicts([record("a", {"t": 1.0})], [("a", "b")])
+
+
+def test_wanda_with_besas_zeros_has_never_more_and_less_than_one_a_row_fewer(tiny_llama, windows):
+    twin = copy.deepcopy(tiny_llama)
+    own = besa.prune(tiny_llama, windows, besa.Besa(epochs=3), progress=False)
+    sparsities = block_sparsities({"projections": own.rows})
+    matched = besa.prune(twin, windows, besa.Wanda(sparsities=sparsities), progress=False)
+    zeros = [pd.DataFrame(report.rows).groupby("block")[["zeros", "rows"]].sum() for report in (own, matched)]
+    fewer = zeros[0]["zeros"] - zeros[1]["zeros"]
+    assert ((fewer >= 0) & (fewer < zeros[0]["rows"])).all() and own.sparsity != 0.5
+
+
+def test_draws_become_a_mean_and_a_standard_deviation_and_one_draw_stays_as_it_is():
+    cost = {"seconds": 1.0, "peak_bytes": 2**30}
+    rows = [record("dense", {"t": 5.0}) | cost, *(record("a", {"t": v}, s) | cost for s, v in enumerate((6.0, 8.0)))]
+    table = over_draws(summary(rows))
+    assert list(table.columns) == ["sparsity", "t", "± t", "seconds", "peak GiB"] and list(table.index) == [
+        "dense",
+        "a",
+    ]
+    assert table.loc["a", ["t", "± t"]].tolist() == pytest.approx([7.0, 2**0.5]) and np.isnan(table.loc["dense", "± t"])
+    assert over_draws(summary(rows[:2])).equals(summary(rows[:2]))
+
+
+def test_what_a_rows_metrics_are_means_of_lies_beside_its_record(tiny_llama, windows, tmp_path):
+    run = Run("table1", model="tiny", profile="smoke", recipe={"seq_len": 24, "device": "cpu"}, results=str(tmp_path))
+    run = run.on(windows, {"text": windows.flatten()}, torch.float32, seed=7)
+    value = besa.perplexity(tiny_llama, windows.flatten(), 24, progress=False)
+    saved = run.save("dense", None, None, {"text": value, "piqa": 75.0}, {"piqa": np.array([True, False])})
+    assert saved["config"]["seed"] == 7 and run.has("dense", None)
+    (read,) = run.records({"dense": None})
+    samples = run.samples(read)
+    assert np.exp(samples["text"].mean()) == pytest.approx(read["metrics"]["text"]) and len(samples["text"]) == 6
+    assert samples["piqa"].tolist() == [True, False]
+    (path,) = (tmp_path / "samples").iterdir()
+    before = path.read_bytes()
+    run.save("dense", None, None, {"text": value}, {"piqa": np.array([True, False])})
+    assert path.read_bytes() == before
+    run.apart(limit=3).save("dense", None, None, {"text": 20.0})
+    assert run.samples(run.apart(limit=3).records({"dense": None})[0]) == {}
