@@ -6,7 +6,7 @@ generated: a file of besa/ is read as a page of its docstrings, and formulas bec
 
 import re
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import besa
@@ -22,7 +22,7 @@ html_static_path = html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode, nb_merge_streams, nb_render_markdown_format = "off", True, "myst"
-default_role, autosummary_generate = "py:obj", False
+default_role, highlight_language, autosummary_generate = "py:obj", "none", False
 suppress_warnings = ["autosummary.import_cycle"]  # the front door lists what stands in the rooms
 autodoc_member_order, autodoc_preserve_defaults, python_maximum_signature_line_length = "bysource", True, 100
 
@@ -48,28 +48,25 @@ def reference(docname: str) -> str:
     text = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n"
     if not docname.endswith("/__init__"):
         return f"{text}   :members:\n"
-    rooms = ""
-    if name == "besa":
-        rooms = "   */__init__\n"
-        text += "\n.. autosummary::\n\n" + "".join(
-            f"   ~besa.{home}.{public}\n" for public, home in besa._HOMES.items()
-        )
-    return f"{text}\n.. toctree::\n   :glob:\n   :titlesonly:\n\n   *\n{rooms}"
+    is_root = name == "besa"
+    public = "".join(f"   ~besa.{home}.{public}\n" for public, home in besa._HOMES.items())
+    text += f"\n.. autosummary::\n\n{public}" * is_root
+    return f"{text}\n.. toctree::\n   :glob:\n   :titlesonly:\n\n   *\n" + "   */__init__\n" * is_root
 
 
 def read(app, docname: str, source: list[str]) -> None:
     source[0] = reference(docname) if docname.startswith("besa/") else source[0] + contents(docname, source[0])
 
 
-def lead(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """Napoleon takes what stands before a colon in the first line for a type."""
-    lines.insert(0, "")
+def hide_colons(app, what: str, name: str, thing, options, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in a constant's first line for its type."""
+    lines[:1] = [line.replace(":", "\0") for line in lines[:1]]
 
 
 def take_literally(app, what: str, name: str, thing, options, lines: list[str]) -> None:
     """A docstring is plain text: stars and bars mean themselves, and an indented paragraph stands as it is."""
     escape = lambda text: re.sub(r"(`[^`]*`)|(?<!\\)([*|]|_(?!\w))", lambda found: found[1] or "\\" + found[2], text)
-    paragraphs = re.split(r"\n{2,}", "\n".join(lines))
+    paragraphs = re.split(r"\n{2,}", "\n".join(lines).replace("\0", ":"))
     lines[:] = "\n\n".join(f"::\n\n{p}" if p.startswith("    ") else escape(p) for p in paragraphs).splitlines()
 
 
@@ -79,20 +76,15 @@ def skip_fields(app, what: str, name: str, thing, skip: bool, options) -> bool |
     return True if what == "class" and not described else None
 
 
-def draw(display: bool):
-    """Visits a formula."""
-
-    def visit(writer, node) -> None:
-        formula = re.sub(r"\\tag\{(\w+)\}", r"\\qquad (\1)", node.astext())
-        writer.body.append(tex2mathml(formula, as_block=display))
-        raise SkipNode
-
-    return visit, None
+def draw(writer, node) -> None:
+    formula = re.sub(r"\\tag\{(\w+)\}", r"\\qquad (\1)", node.astext())
+    writer.body.append(tex2mathml(formula, as_block=isinstance(node, math_block)))
+    raise SkipNode
 
 
 def setup(app) -> None:
     app.connect("source-read", read)
-    app.connect("autodoc-process-docstring", lead, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", take_literally, priority=600)  # after it
     app.connect("autodoc-skip-member", skip_fields)
-    app.add_html_math_renderer("mathml", inline_renderers=draw(False), block_renderers=draw(True))
+    app.add_html_math_renderer("mathml", inline_renderers=(draw, None), block_renderers=(draw, None))
