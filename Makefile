@@ -4,7 +4,7 @@ PROFILE ?= auto
 RESULTS := $(or $(BESA_RESULTS),results)
 ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
 
-.PHONY: venv venv-newest lock $(ITEMS) reproduce report test lab clean
+.PHONY: venv venv-newest lock $(ITEMS) reproduce report book test lab clean
 
 venv: .venv/installed
 
@@ -12,13 +12,13 @@ venv: .venv/installed
 # locked for CUDA is not installed.
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint requirements.lock --editable '.[notebooks,dev]'
+	.venv/bin/pip install --quiet --constraint requirements.lock --editable '.[notebooks,dev,docs]'
 	touch $@
 
 # The newest versions that pyproject.toml admits, instead of the locked ones.
 venv-newest:
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[notebooks,dev]'
+	.venv/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[notebooks,dev,docs]'
 	touch .venv/installed
 
 # Write down what pyproject.toml now asks for; UPGRADE=--upgrade takes the newest version of everything.
@@ -45,9 +45,14 @@ reproduce:
 	$(MAKE) -k -j1 $(ITEMS) PROFILE=$(PROFILE); status=$$?; \
 		.venv/bin/python reproduce/page.py --results $(RESULTS) && exit $$status
 
-# The page and the index of what came with the repository.
+# The report of what came with the repository.
 report: venv
 	.venv/bin/python reproduce/page.py
+
+# The site, in build/book: tutorials, report, executed notebooks, reference; nothing is executed, every warning fails.
+book: venv
+	.venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir reproduce/book . build/book
+	cp build/book/README.html build/book/index.html
 
 test: venv
 	.venv/bin/ruff check .
@@ -59,4 +64,4 @@ lab: venv
 	.venv/bin/jupyter lab --notebook-dir .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build

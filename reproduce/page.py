@@ -1,9 +1,9 @@
-"""Write reproduce/README.md and results/reference/index.html from the notebooks and from what came with the repository.
+"""Write the report, reproduce/README.md, from the notebooks and from what came with the repository.
 
 `python reproduce/page.py`, or `make report`; the same inputs give the same bytes. `--results results` writes
-results/index.html from your own runs instead, `--show table1` prints what a run left, as `make table1` does. Smoke
-runs are left out. A record or table that cannot be read is skipped, and named in both files and on the terminal. How
-the files look is in reproduce/templates.
+results/README.md from your own runs instead, `--show table1` prints what a run left, as `make table1` does. Smoke
+runs are left out. A record or table that cannot be read is skipped, and named in the report and on the terminal. How
+it looks is in reproduce/templates; `make book` makes a site of it and of what it leads to.
 """
 
 import os
@@ -11,19 +11,17 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-import mistune
 import nbformat
 import pandas as pd
 import typer
 
 from besa.machine.files import write_text
 from besa.machine.provenance import ROOT
-from besa.paper.tables import PAPER_BIBTEX, REFERENCE, citation, commit, load_record, slug
+from besa.paper.tables import REFERENCE, load_record, slug
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
@@ -34,14 +32,13 @@ class Item:
 
     name: str
     title: str
-    claim: str = ""
-    params: str = ""
-    """The recipe of a paper model that the notebook names."""
+    higher_is_better: bool = False
+    notebooks: list[str] = field(default_factory=list)
+    """The executed ones, that of the item's own name first."""
     runs: dict[str, pd.DataFrame] = field(default_factory=dict)
     """A row per record, by what the names of their files start with: model and profile, or "" for other names."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: list[str] = field(default_factory=list)
-    published: pd.DataFrame | None = None
     skipped: list[str] = field(default_factory=list)
 
     def read(self, read: Callable[..., Any], path: Path, *arguments: Any) -> Any:
@@ -62,10 +59,6 @@ class Item:
 
     def title_of(self, run: str) -> str:
         return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
-
-    def cite(self, run: str) -> str:
-        """BibTeX of a run, every row by its hash."""
-        return citation(list(self.runs[run]["record"])).removeprefix(PAPER_BIBTEX).strip()
 
     def verdict(self, name: str) -> str:
         """What a run says of claims, published and released numbers; without any, the rows beside each other."""
@@ -88,9 +81,8 @@ class Item:
         scores = scores.dropna(axis=1, how="all")
         if not scores.index.is_unique or run["model"].nunique() > 1:  # several runs: no row stands for its method
             scores = pd.DataFrame()
-        higher = self.published is not None and "accuracy_percent" in set(self.published["metric"])
         stderr = {row: errors.get("average") for row, errors in zip(run["row"], run["stderr"], strict=True)}
-        found = [outcome(scores[text].dropna(), higher, stderr) for text in scores]
+        found = [outcome(scores[text].dropna(), self.higher_is_better, stderr) for text in scores]
         return f"not judged: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
 
 
@@ -122,7 +114,7 @@ def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float |
 
 
 def read_notebook(path: Path) -> Item:
-    """Title, claim and recipe from a notebook's first cell.
+    """The title from a notebook's first cell.
 
     Raises:
         ValueError: it is not a notebook that starts with a heading.
@@ -133,65 +125,28 @@ def read_notebook(path: Path) -> Item:
         raise ValueError(f"{path} is not a notebook ({type(error).__name__})") from error
     if not text.startswith("# "):
         raise ValueError(f"the first cell of {path} does not start with a heading")
-    claim = next((part for part in text.split("\n\n") if part.startswith("**Claim**")), "")
-    params = re.search(r"reproduce/params/[\w.-]+\.yaml|$", text)
-    return Item(path.stem, text.splitlines()[0][2:], claim, params[0])
+    return Item(path.stem, text.splitlines()[0][2:])
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What the page says of a record."""
+    """What the report says of a record."""
     record = load_record(path)
-    config, source = record["config"], record["provenance"]
+    config, method = record["config"], record["config"].get("method") or {}
     metrics = {text: float(value) for text, value in record.get("metrics", {}).items()}
-    facts = {"row": config["row"], "model": slug(config["model"]), "profile": config["profile"], "file": path.name}
-    method = config.get("method") or {}
+    facts = {"row": config["row"], "model": slug(config["model"]), "profile": config["profile"]}
     facts |= {"sparsity": config.get("sparsity", 0.0), "one_kind": "kind" in method, "stderr": record.get("stderr", {})}
-    facts |= {"config_hash": record["config_hash"], "metrics": metrics or None, "date": source["date"]}
-    facts |= {"commit": commit(source), "hardware": source["hardware"], "record": record}
-    facts |= {"versions": ", ".join(f"{name} {version}" for name, version in source["versions"].items())}
-    return facts
+    return facts | {"metrics": metrics or None, "date": record["provenance"]["date"]}
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A table as `besa.paper.tables.write_table` wrote it: rounded, as text, its caption in `attrs`."""
-    caption, _, table = path.read_text(encoding="utf-8").partition("\n\n")
-    if not caption.startswith("**"):
-        raise ValueError("not a table with its caption")
-    options = {
-        "sep": r"\s*(?<!\\)\|\s*",
-        "engine": "python",
-        "dtype": str,
-        "keep_default_na": False,
-        "index_col": False,
-    }
-    plain = lambda cell: re.sub(r"\\([\\|])", r"\1", cell)
-    frame = pd.read_csv(StringIO(table), **options).iloc[1:, 1:-1].rename(columns=plain).map(plain)
-    frame.attrs["caption"] = caption.strip("*\n")
-    return frame
-
-
-def read_published(path: Path, item: str) -> pd.DataFrame | None:
-    """What the paper printed for an item, one column per task, as text."""
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False).query("item == @item")
-    table = rows.pivot_table("value", ["model", "method", "metric"], "task", aggfunc="first", sort=False)
-    table.attrs["caption"] = f"By the paper, not run here: {'; '.join(rows['source'].unique())}."
-    return None if rows.empty else table.fillna("").reset_index()
-
-
-def alignment(table: pd.DataFrame) -> list[str]:
-    """Whether each column of a table holds numbers or text."""
-    numbers = lambda column: pd.to_numeric(column.str.rstrip("%"), errors="coerce").notna() | column.isin(["", "nan"])
-    return ["number" if numbers(column).all() else "text" for _, column in table.items()]
-
-
-def read_item(item: Item, folder: Path, published: Path) -> Item:
+def read_item(item: Item, folder: Path) -> Item:
     """Add what the runs of an item left in its folder."""
     found: dict[str, list[dict[str, Any]]] = {}
-    item.published = item.read(read_published, published, item.name)
     smoke = re.compile(r"-smoke(-|$)")  # these numbers only show that the code runs
-    tables = {path.stem: item.read(read_table, path) for path in folder.glob("*.md") if not smoke.search(path.stem)}
-    item.tables = {name: tables[name] for name in sorted(tables) if tables[name] is not None}
-    item.figures = sorted(path.stem for path in folder.glob("*.png") if not smoke.search(path.stem))
+    stems = lambda pattern: sorted(path.stem for path in folder.glob(pattern) if not smoke.search(path.stem))
+    tables = {name: item.read(pd.read_csv, folder / f"{name}.csv") for name in stems("*.csv")}
+    item.tables = {name: table for name, table in tables.items() if table is not None}
+    item.figures = stems("*.png")
+    item.notebooks = sorted(stems("*.ipynb"), key=lambda name: name != item.name)
     records = [item.read(read_record, path) for path in sorted(folder.glob("records/*.json"))]
     records = [record for record in records if record and record["profile"] != "smoke"]
     for record in sorted(records, key=lambda record: record["date"]):
@@ -202,23 +157,22 @@ def read_item(item: Item, folder: Path, published: Path) -> Item:
     return item
 
 
-def build(reproduce: Path, results: Path) -> tuple[dict[Path, str], list[str]]:
-    """Both files' text by path, and what was skipped.
+def build(reproduce: Path, results: Path, path: Path) -> tuple[str, list[str]]:
+    """The text of the report at `path`, and what was skipped.
 
     Raises:
         ValueError: a notebook cannot be read.
     """
-    items = [read_notebook(path) for path in reproduce.glob("*.ipynb")]
+    items = [read_notebook(notebook) for notebook in reproduce.glob("*.ipynb")]
     items.sort(key=lambda item: (item.name != "fidelity", not item.title.startswith("Table"), item.title))
-    items = [read_item(item, results / item.name, ROOT / "besa" / "paper" / "published.csv") for item in items]
+    published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv").query("metric == 'accuracy_percent'")
+    for item in items:
+        item.higher_is_better = item.name in set(published["item"])
+        read_item(item, results / item.name)
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"markdown": mistune.create_markdown(), "alignment": alignment}
-    values = {"items": items, "paper": PAPER_BIBTEX}
-    values |= {"results": os.path.relpath(results, reproduce), "reproduce": os.path.relpath(reproduce, results)}
-    files = {reproduce / "README.md": "README.md", results / "index.html": "index.html"}
-    texts = {path: environment.get_template(name).render(values) + "\n" for path, name in files.items()}
-    return texts, [f"{item.name}/{line}" for item in items for line in item.skipped]
+    text = environment.get_template("README.md").render(items=items, results=os.path.relpath(results, path.parent))
+    return text + "\n", [f"{item.name}/{line}" for item in items for line in item.skipped]
 
 
 def shown(item: str, folder: Path) -> str:
@@ -239,15 +193,14 @@ def main(
     results: Annotated[Path, typer.Option(help="folder of your own runs, such as results")] = REFERENCE,
     show: Annotated[str, typer.Option(help="print what a notebook left there, such as table1, and write nothing")] = "",
 ) -> None:
-    """Write the page of all results, and for those that came with the repository the index reproduce/README.md."""
+    """Write the report: reproduce/README.md of what came with the repository, or README.md among your own results."""
     if show:
         print(shown(show, results / show))
         return
-    written, skipped = build(ROOT / "reproduce", results)
-    for path, text in written.items():
-        if path.name != "README.md" or results.resolve() == REFERENCE:
-            write_text(path, text)
-            print(path)
+    path = (ROOT / "reproduce" if results.resolve() == REFERENCE else results) / "README.md"
+    text, skipped = build(ROOT / "reproduce", results, path)
+    write_text(path, text)
+    print(path)
     print(*(f"skipped {line}" for line in skipped), sep="\n", end="\n" * bool(skipped), file=sys.stderr)
 
 

@@ -1,10 +1,9 @@
-"""The page of all results, built from records in a temporary folder."""
+"""The report and the site's contents: built from records in a temporary folder."""
 
 import json
 import re
 import runpy
-import shutil
-from html import unescape
+from fnmatch import fnmatch
 from urllib.parse import unquote
 
 import nbformat
@@ -25,9 +24,8 @@ def folders(tmp_path):
     reproduce = tmp_path / "reproduce"
     reproduce.mkdir()
     (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "besa" / "paper" / "published.csv", reproduce)
-    write_notebook(reproduce / "cost.ipynb", "# Cost, <measured>\n\n**Claim**: little.\n\n**Here**: all.")
-    write_notebook(reproduce / "table1.ipynb", "# Table 1\n\n**Claim**: `-f`\n\n`-f reproduce/params/llama-7b.yaml`")
+    write_notebook(reproduce / "cost.ipynb", "# Cost, <measured>\n\n**Claim**: little.")
+    write_notebook(reproduce / "table1.ipynb", "# Table 1\n\n**Claim**: much.")
     return reproduce, tmp_path / "results"
 
 
@@ -53,60 +51,55 @@ def run(folders, model, profile, caption="Perplexity", **perplexities):
     return written
 
 
-def build_texts(folders):
-    texts, skipped = build(*folders)
-    readme, page = texts.values()
-    return readme, page, skipped
+def report_of(folders):
+    return build(*folders, folders[0] / "README.md")
 
 
-def test_every_run_has_its_table_figure_provenance_and_verdict(folders):
-    rows = run(folders, "llama-7b", "paper", wanda=7.3, besa_row_wise=8.0)  # published: 7.26, 6.86
+def test_every_run_has_its_table_figure_and_verdict(folders):
+    run(folders, "llama-7b", "paper", wanda=7.3, besa_row_wise=8.0)  # published: 7.26, 6.86
     run(folders, "smollm2-135m", "quick", dense=20.0, sparsegpt=40.0, wanda=50.123, besa_row_wise=45.0)
-    readme, page, skipped = build_texts(folders)
+    readme, skipped = report_of(folders)
     assert not skipped
     judged = "llama-7b, paper: of 2 published numbers 1 reproduced, 1 worse"
     embedded = "smollm2-135m, quick; wikitext2: sparsegpt 40.00, besa-row-wise 45.00, wanda 50.12, dense 20.00"
-    for text in (readme, page):
-        assert judged in text and f"not judged: {embedded}" in text
-    source = rows[0]["provenance"]
-    for shown in (
-        source["commit"][:12],
-        source["date"][:10],
-        source["hardware"],
-        f"torch {source['versions']['torch']}",
-    ):
-        assert shown in unescape(page)
-    assert all(f">{record['config_hash']}</a>" in page for record in rows)
-    assert page.count("@misc{besa-") == 2 and page.count("@inproceedings{xu2024besa,") == 1
-    assert "<mark>published</mark> Ours beside published" in page
-    assert '<td class="number">50.12</td>' in page  # rounded as the written table is
+    assert judged in readme and f"not judged: {embedded}" in readme
+    for stem in ("llama-7b-paper.csv", "llama-7b-paper-published.csv", "smollm2-135m-quick.csv", "llama-7b-paper.png"):
+        assert f"](../results/table1/{stem})" in readme
 
 
 def test_all_links_lead_to_files(folders):
     run(folders, "org/my model #1", "quick", wanda=7.3)
-    readme, page, _ = build_texts(folders)
-    linked = re.findall(r'(?:href|src)="([^"#]+)"', page)
-    assert len(linked) > 8 and all((folders[1] / unquote(unescape(link))).is_file() for link in linked)
-    assert "://" not in "".join(linked)
-    (folders[1] / "index.html").touch()
-    linked = re.findall(r"\]\(([^)]+)\)", readme)
-    assert len(linked) >= 6 and all((folders[0] / unquote(link)).exists() for link in linked)
+    for name in ("my run", "table1"):
+        write_notebook(folders[1] / "table1" / f"{name}.ipynb", "# Table 1")
+    linked = re.findall(r"\]\(([^)]+)\)", report_of(folders)[0])
+    assert len(linked) == 4 and all((folders[0] / unquote(link)).is_file() for link in linked)
+    assert linked[0] == "../results/table1/table1.ipynb"
 
 
-def test_titles_order_and_recipe_come_from_the_notebooks(folders):
-    readme, page, _ = build_texts(folders)
+def test_the_site_leads_to_every_page():
+    """Its contents are the toctrees that conf.py puts behind the front page and the report."""
+    pytest.importorskip("docutils")
+    contents = runpy.run_path(str(ROOT / "reproduce" / "book" / "conf.py"))["contents"]
+    names = ["README", "reproduce/README"]
+    trees = [contents(name, (ROOT / f"{name}.md").read_text()) for name in names]
+    entries = [re.sub(r".* <(.*)>", r"\1", line).lstrip("/") for tree in trees for line in tree.splitlines()]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/reference/*/*.ipynb")]
+    pages = [str(page.relative_to(ROOT).with_suffix("")) for page in pages if page.name != "README.md"]
+    assert len(pages) >= 20
+    assert not [page for page in pages if not any(fnmatch(page, entry) for entry in entries if entry)]
+
+
+def test_titles_and_order_come_from_the_notebooks(folders):
+    readme, _ = report_of(folders)
     rows = [line for line in readme.splitlines() if "make " in line and line.startswith("|")]
     assert len(rows) == 2 and rows[0].startswith("| Table 1 |") and rows[1].startswith("| Cost, &lt;measured&gt; |")
-    assert "results/table1/llama-7b.ipynb -f reproduce/params/llama-7b.yaml" in rows[0] and "-f" not in rows[1]
     assert all(row.count("not run yet") == 2 for row in rows)
-    assert page.count("Not run yet.") == 2 and "<strong>Claim</strong>: little." in page and "all." not in page
 
 
-def test_text_from_records_and_captions_is_escaped(folders):
-    run(folders, "<script>x|y", "quick", caption="<img src=x> & more", wanda=7.3)
-    readme, page, _ = build_texts(folders)
-    assert "<script" not in readme + page and "<img src=x>" not in page
-    assert "&lt;img src=x&gt; &amp; more" in page and r"&lt;script&gt;x\|y" in readme
+def test_text_from_records_is_escaped(folders):
+    run(folders, "<script>x|y", "quick", wanda=7.3)
+    readme, _ = report_of(folders)
+    assert "<script" not in readme and r"&lt;script&gt;x\|y" in readme
 
 
 def test_broken_records_and_tables_are_skipped_by_name(folders):
@@ -114,11 +107,11 @@ def test_broken_records_and_tables_are_skipped_by_name(folders):
     folder = folders[1] / "table1" / "records"
     (folder / "broken.json").write_text("{")
     (folder / "empty.json").write_text('{"config": {}}')
-    (folders[1] / "table1" / "notes.md").write_text("nothing")
-    readme, page, skipped = build_texts(folders)
-    assert [line.split(" ")[0] for line in skipped] == ["table1/notes.md", "table1/broken.json", "table1/empty.json"]
-    for name in ("broken.json", "empty.json", "notes.md"):
-        assert name in readme and name in page
+    (folders[1] / "table1" / "notes.csv").write_text("")
+    readme, skipped = report_of(folders)
+    names = ["notes.csv", "broken.json", "empty.json"]
+    assert [line.split(" ")[0] for line in skipped] == [f"table1/{name}" for name in names]
+    assert all(f"skipped: {name} (" in readme for name in names)
     assert "2 not judged: other profile" in readme
 
 
@@ -144,16 +137,15 @@ def test_broken_records_and_tables_are_skipped_by_name(folders):
 )
 def test_records_of_another_kind_are_named_and_stop_nothing(folders, change, words):
     (record,) = run(folders, "llama-7b", "quick", wanda=7.3)
-    _, page, _ = build_texts(folders)
+    before, _ = report_of(folders)
     for key, value in change.items():
         part, _, name = key.rpartition(".")
         (record[part] if part else record)[name] = value
     odd = folders[1] / "table1" / "records" / "odd.json"
     odd.write_text(json.dumps(record))
-    _, page_with, skipped = build_texts(folders)
+    after, skipped = report_of(folders)
     assert len(skipped) == 1 and skipped[0].startswith("table1/odd.json (") and words in skipped[0]
-    rest = [line for line in page_with.splitlines() if "<mark>skipped</mark>" not in line]
-    assert rest == page.splitlines()
+    assert re.sub(r"<br>skipped: .*?(?= \|\n)", "", after) == before
     shown = report["shown"]("table1", folders[1] / "table1")
     assert "skipped odd.json" in shown and "7.30" in shown
 
@@ -162,7 +154,7 @@ def test_records_of_another_kind_are_named_and_stop_nothing(folders, change, wor
 def test_what_is_no_record_at_all_is_named(folders, content):
     run(folders, "llama-7b", "quick", wanda=7.3)
     (folders[1] / "table1" / "records" / "odd.json").write_bytes(content)
-    (line,) = build_texts(folders)[2]
+    (line,) = report_of(folders)[1]
     assert line.startswith("table1/odd.json (")
     with pytest.warns(UserWarning, match=r"odd.json is skipped"):
         tables.beside_reference([], folders[1] / "table1")
@@ -178,7 +170,7 @@ def test_rows_of_several_runs_are_not_ranked(folders):
     folder, config = folders[1] / "table1", {"item": "table1", "model": "smollm2-135m", "profile": "quick"}
     config |= {"sparsity": 0.5, "row": "wanda", "seed": 1}
     records.save_record(folder, config, {"metrics": {"wikitext2": 60.0}})
-    assert "smollm2-135m, quick; see the tables" in build_texts(folders)[0]
+    assert "smollm2-135m, quick; see the tables" in report_of(folders)[0]
 
 
 def test_only_whole_models_of_the_same_sparsity_are_ranked_with_their_standard_errors(folders):
@@ -191,23 +183,23 @@ def test_only_whole_models_of_the_same_sparsity_are_ranked_with_their_standard_e
         records.save_record(folder, config | {"row": row} | more, {"metrics": {"wikitext2": 30.0}})
     outcome = {"metrics": {"wikitext2": 60.0, "error last block": 0.5}, "stderr": {"average": 1.354}}
     records.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
-    text = build_texts(folders)[0]
+    text = report_of(folders)[0]
     assert "wikitext2: joint-besa 45.00, wanda 50.00, sparsegpt 60.00 ± 1.35" in text and "error last" not in text
     outcome["metrics"]["wikitext2"] = 20.0
     records.save_record(folder, config | {"row": "sparsegpt", "sparsity": 0.5}, outcome)
-    assert "wikitext2: sparsegpt 20.00 ± 1.35, joint-besa 45.00, wanda 50.00" in build_texts(folders)[0]
+    assert "wikitext2: sparsegpt 20.00 ± 1.35, joint-besa 45.00, wanda 50.00" in report_of(folders)[0]
 
 
 def test_a_broken_notebook_is_named(folders):
     (folders[0] / "table9.ipynb").write_text("{")
     with pytest.raises(ValueError, match=r"table9.ipynb is not a notebook"):
-        build(*folders)
+        report_of(folders)
 
 
 def test_smoke_runs_are_left_out(folders):
-    before = build_texts(folders)
+    before = report_of(folders)
     run(folders, "smollm2-135m", "smoke", wanda=7.3)
-    assert build_texts(folders) == before
+    assert report_of(folders) == before
 
 
 def test_what_a_run_left_is_shown_with_the_reference_last(folders):
@@ -222,12 +214,14 @@ def test_what_a_run_left_is_shown_with_the_reference_last(folders):
     assert "Other" not in text and text.endswith(str(folder / "records"))
 
 
-def test_the_page_of_ones_own_runs_leaves_the_index_alone(folders):
-    index = (ROOT / "reproduce" / "README.md").read_bytes()
+def test_the_report_of_ones_own_runs_leaves_the_committed_one_alone(folders):
+    committed = (ROOT / "reproduce" / "README.md").read_bytes()
+    run(folders, "llama-7b", "paper", wanda=7.3)
     report["main"](folders[1], "")
-    assert (folders[1] / "index.html").is_file() and (ROOT / "reproduce" / "README.md").read_bytes() == index
+    own = (folders[1] / "README.md").read_text()
+    assert "](./table1/llama-7b-paper.csv)" in own and (ROOT / "reproduce" / "README.md").read_bytes() == committed
 
 
 def test_the_committed_report_is_up_to_date():
-    for path, text in build(ROOT / "reproduce", tables.REFERENCE)[0].items():
-        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run `make report`"
+    path = ROOT / "reproduce" / "README.md"
+    assert path.read_text() == build(ROOT / "reproduce", tables.REFERENCE, path)[0], "out of date: run `make report`"
