@@ -128,9 +128,8 @@ def test_cells_are_text_in_every_format_and_are_read_back_as_they_were(tmp_path,
     text = (tmp_path / "t.tex").read_text()
     assert not re.search(r"\\input", text) and text.count("passwd") == 4 * cell.count("passwd")
     assert latex is None or text.count(latex) >= 3
-    read = page["read_table"](tmp_path / "t.md")
-    assert list(read) == ["row", *[" ".join(name.split()) for name in (cell, "more")]]
-    assert read.iloc[0].tolist() == [" ".join(cell.split()), "1.50", " ".join(cell.split())]
+    read = pd.read_csv(tmp_path / "t.csv")
+    assert list(read) == ["row", cell, "more"] and read.iloc[0].tolist() == [cell, 1.5, cell]
 
 
 def test_braces_and_backslashes_do_not_unbalance_a_citation(record):
