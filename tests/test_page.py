@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from fnmatch import fnmatch
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import nbformat
@@ -76,10 +77,15 @@ def test_all_links_lead_to_files(folders):
     assert linked[0] == "../results/table1/table1.ipynb"
 
 
-def test_the_site_leads_to_every_page():
+@pytest.fixture(scope="module")
+def conf():
+    pytest.importorskip("docutils", reason="the extra docs is not installed")
+    return runpy.run_path(str(ROOT / "reproduce" / "book" / "conf.py"))
+
+
+def test_the_site_leads_to_every_page(conf):
     """Its contents are the toctrees that conf.py puts behind the front page and the report."""
-    pytest.importorskip("docutils")
-    contents = runpy.run_path(str(ROOT / "reproduce" / "book" / "conf.py"))["contents"]
+    contents = conf["contents"]
     names = ["README", "reproduce/README"]
     trees = [contents(name, (ROOT / f"{name}.md").read_text()) for name in names]
     entries = [re.sub(r".* <(.*)>", r"\1", line).lstrip("/") for tree in trees for line in tree.splitlines()]
@@ -87,6 +93,26 @@ def test_the_site_leads_to_every_page():
     pages = [str(page.relative_to(ROOT).with_suffix("")) for page in pages if page.name != "README.md"]
     assert len(pages) >= 20
     assert not [page for page in pages if not any(fnmatch(page, entry) for entry in entries if entry)]
+
+
+def test_the_site_draws_every_formula_without_a_script(conf):
+    paths = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/reference/*/*.ipynb")]
+    cells = [cell.source for path in paths for cell in nbformat.read(path, as_version=4).cells]
+    formulas = {formula for cell in cells for formula in re.findall(r"(?s)\$\$(.*?)\$\$", cell)}
+    assert len(formulas) >= 8
+    for formula in formulas:
+        writer = SimpleNamespace(body=[])
+        with pytest.raises(conf["SkipNode"]):
+            conf["draw"](writer, conf["math_block"]("", formula))
+        assert writer.body[0].startswith("<math") and "tag" not in writer.body[0] and "\\" not in writer.body[0]
+
+
+def test_the_site_takes_docstrings_literally(conf):
+    lines = ["One: by |W_ij| * `a * b`, or W_.", "", "    c * d"]
+    conf["hide_colons"](None, "data", "", None, None, lines)
+    assert ":" not in lines[0]
+    conf["take_literally"](None, "data", "", None, None, lines)
+    assert lines == [r"One: by \|W_ij\| \* `a * b`, or W\_.", "", "::", "", "    c * d"]
 
 
 def test_titles_and_order_come_from_the_notebooks(folders):
