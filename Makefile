@@ -4,7 +4,7 @@ PROFILE ?= auto
 RESULTS := $(or $(BESA_RESULTS),results)
 ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
 
-.PHONY: venv venv-newest lock $(ITEMS) reproduce report book test lab clean
+.PHONY: venv venv-newest lock $(ITEMS) reproduce report book test test-gpu lab clean
 
 venv: .venv/installed
 
@@ -59,6 +59,15 @@ test: venv
 	.venv/bin/ruff format --check .
 	BESA_PROFILE=smoke BESA_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile \
 		--nbval-lax --nbval-current-env tests reproduce notebooks
+
+# What is marked gpu, then one block of each shape against its floor: a table and records under results/cost.
+test-gpu: venv
+	.venv/bin/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch finds no GPU here")'
+	.venv/bin/python -m pytest -m gpu tests
+	mkdir -p $(RESULTS)/cost
+	.venv/bin/papermill reproduce/cost.ipynb $(RESULTS)/cost/gpu.ipynb --log-output -p profile $(PROFILE) \
+		-p shapes llama-7b,llama2-70b -p methods besa-row-wise
+	.venv/bin/python reproduce/page.py --results $(RESULTS) --show cost
 
 lab: venv
 	.venv/bin/jupyter lab --notebook-dir .
