@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import pydoc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -152,6 +153,7 @@ class Own(Method):
     name: ClassVar[str] = "own"
     tries: int = 1
     limit: float = INF
+    order: Iterable[int] = ()
     keep: jaxtyping.Bool[torch.Tensor, "rows columns"] | None = None
     thing: "object | None" = None
 
@@ -166,7 +168,7 @@ class Foreign(Method):
 
 def test_fields_of_derived_methods_are_checked_too():
     assert Own().limit == INF  # its class's own business
-    assert Own(keep=torch.ones(2, 3) > 0, thing=object, tries=2).tries == 2
+    assert Own(keep=torch.ones(2, 3) > 0, thing=object, order=[1], tries=2).tries == 2
     for fields, message in (
         ({"sparsity": NAN}, f"sparsity nan is not {FRACTION}"),
         ({"tries": 2.5}, "tries 2.5 is not an integer"),

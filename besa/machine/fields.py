@@ -131,10 +131,10 @@ def _fault_of_field(value: Any, hint: Any) -> list[Any]:
 
 
 def _alike(value: Any, valid: Any) -> bool:
-    """Whether a value was taken as it is: 1 for 1.0 may be, a fraction or a tensor for its float, or 4.0 for 4, not."""
+    """Whether a number was taken as it is, or as 1 for 1.0; not a fraction or a tensor as its float, nor 4.0 as 4."""
     if isinstance(valid, tuple):
         return all(map(_alike, value, valid))
-    return isinstance(value, (type(valid), int))
+    return not isinstance(valid, int | float) or isinstance(value, (type(valid), int))
 
 
 def _fault_of_argument(value: Any, hint: Any) -> list[Any]:
