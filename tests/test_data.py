@@ -172,6 +172,9 @@ def test_a_folder_of_ones_own_is_a_text_by_its_name(tmp_path, monkeypatch):
 # A document is encoded once, a huge one in pieces
 
 
+drawn = besa.calibration_windows.__wrapped__  # by what is no tokenizer of transformers, too
+
+
 class Counting:
     """A tokenizer that keeps what it was asked for."""
 
@@ -189,7 +192,7 @@ class Counting:
 @pytest.mark.parametrize("sampler, n_samples", [("crop", 1000), ("pack", 10)])
 def test_every_document_is_encoded_at_most_once(no_type_checks, local_text, sampler, n_samples):
     tokenizer = Counting()
-    besa.calibration_windows("c4", tokenizer, n_samples, 12, sampler=sampler)
+    drawn("c4", tokenizer, n_samples, 12, sampler=sampler)
     assert len(tokenizer.seen) == len(set(tokenizer.seen)) <= 10
 
 
@@ -248,12 +251,12 @@ def test_a_million_windows_of_a_small_text_are_refused_before_it_is_encoded(
 ):
     tokenizer = Counting()
     with pytest.raises(ValueError, match=words):
-        besa.calibration_windows("c4", tokenizer, n_samples, seq_len, sampler=sampler)
+        drawn("c4", tokenizer, n_samples, seq_len, sampler=sampler)
     assert not tokenizer.seen
 
 
 def test_what_takes_longer_than_a_second_shows_how_far_it_is(no_type_checks, local_text, capsys):
-    besa.calibration_windows("c4", TOKENIZER, 4, 12)
+    drawn("c4", TOKENIZER, 4, 12)
     assert "tokenize" not in capsys.readouterr().err
-    besa.calibration_windows("c4", Counting(seconds=0.2), 17, 10, sampler="pack")
+    drawn("c4", Counting(seconds=0.2), 17, 10, sampler="pack")
     assert re.search(r"tokenize: \d+char \[00:0\d", capsys.readouterr().err)

@@ -69,8 +69,8 @@ def test_hidden_states_of_the_dense_model_have_no_error_and_other_models_are_ref
         (torch.zeros(100, dtype=torch.int64), 65, r"seq_len 65 is outside \[2, 64\]"),
         (torch.full((100,), 97), 16, "vocabulary has 97"),
         (torch.zeros(0, dtype=torch.int64), 16, "no token ids"),
-        (numpy.zeros(100, numpy.int64), 16, "must be int64 in a torch tensor, not a ndarray of int64; take torch.as"),
-        (torch.zeros(100), 16, "must be int64 in a torch tensor, not a Tensor of torch.float32"),
+        (numpy.zeros(100, numpy.int64), 16, r"is not int64 token ids \(n_tokens,\) as besa.test_tokens makes"),
+        (torch.zeros(100), 16, r"tokens of torch.float32 \(100,\) is not int64 token ids"),
     ],
 )
 def test_bad_tokens_are_refused(no_type_checks, tiny_llama, tokens, seq_len, message):
