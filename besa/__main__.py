@@ -105,7 +105,9 @@ def prune(
     from besa.checkpoint.format import find_checkpoint
     from besa.inputs.models import load_tokenizer
     from besa.machine import processes
+    from besa.machine.device import resolve_device
 
+    resolve_device(device)
     batch_size = batch_size or (processes.n_ranks() if method.startswith("besa") else None)
     fields = {"sparsity": sparsity, "pattern": pattern, "ignore": ignore, "d_coef": d_coef, "epochs": epochs}
     chosen = _method(method, bits, group_size, **fields, batch_size=batch_size)
@@ -151,15 +153,23 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Perplexity and zero-shot accuracy of a model; `torchrun ... -m besa evaluate` shares the segments out."""
+    from besa.evaluate.tasks import load_task
     from besa.evaluate.zero_shot import check_request
+    from besa.inputs.models import load_tokenizer
     from besa.machine import processes
+    from besa.machine.device import resolve_device, resolve_dtype
 
+    resolve_dtype(dtype, resolve_device(device))  # what can be refused is, before a model is loaded
     if tasks:
         check_request(tasks.split(","), limit)
-    model, tokenizer = besa.load_model(source, dtype, device, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    most = max_segments and max_segments * seq_len
+    streams = {text: besa.test_tokens(text, tokenizer)[:most] for text in filter(None, texts.split(","))}
+    for name in filter(None, tasks.split(",")):
+        load_task(name)
+    model, _ = besa.load_model(source, dtype, device, trust_remote_code=trust_remote_code)
     quiet = processes.rank() > 0
-    for text in filter(None, texts.split(",")):
-        tokens = besa.test_tokens(text, tokenizer)[: max_segments and max_segments * seq_len]
+    for text, tokens in streams.items():
         value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
         _say(f"perplexity on {text}: {value:.4f} over {len(tokens) // seq_len} segments of {seq_len} tokens")
     if tasks:

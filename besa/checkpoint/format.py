@@ -145,11 +145,23 @@ def check_apart(source: Path, output: Path) -> None:
     """Refuse an output that would touch its source.
 
     Raises:
-        ValueError: they are the same folder, or one lies in the other.
+        ValueError: they are the same folder, or one lies in the other, or a name is no UTF-8.
     """
+    _check_name(source)
+    _check_name(output)
     a, b = source.resolve(), output.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise ValueError(f"output {str(output)!r} is, or lies in or around, the source {str(source)!r}; name another")
+
+
+def _check_name(folder: Path) -> None:
+    """Refuse a name that safetensors would refuse once there is something to write."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the name of {str(folder)!r} is no UTF-8, and safetensors opens no other; rename it"
+        ) from error
 
 
 def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
@@ -242,9 +254,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` once everything is in it.
 
     Raises:
-        ValueError: there is something in `folder`.
+        ValueError: there is something in `folder`, or its name is no UTF-8.
         OSError: the disk refuses it; nothing is left of it.
     """
+    _check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
     about = {"prefix": HALF_WRITTEN, "dir": folder.parent, "ignore_cleanup_errors": True}
