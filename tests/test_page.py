@@ -8,6 +8,7 @@ from html import unescape
 from urllib.parse import unquote
 
 import nbformat
+import pandas as pd
 import pytest
 import typer
 from matplotlib.figure import Figure
@@ -100,6 +101,19 @@ def test_titles_order_and_recipe_come_from_the_notebooks(folders):
     assert "results/table1/llama-7b.ipynb -f reproduce/params/llama-7b.yaml" in rows[0] and "-f" not in rows[1]
     assert all(row.count("not run yet") == 2 for row in rows)
     assert page.count("Not run yet.") == 2 and "<strong>Claim</strong>: little." in page and "all." not in page
+
+
+def test_what_is_held_against_the_released_code_comes_first(folders):
+    write_notebook(folders[0] / "fidelity.ipynb", "# Fidelity")
+    folder = records.open_folder("fidelity", str(folders[1] / "fidelity"))
+    config = {"item": "fidelity", "model": "smollm2-135m", "profile": "quick", "row": "layer"}
+    records.save_record(folder, config, {"metrics": {"loss": 0.0}})
+    verdicts = pd.DataFrame({"verdict": ["reproduced", "not reproduced", "reproduced"]})
+    tables.write_table(verdicts, folder, "smollm2-135m-quick-released", "Ours beside the released code's")
+    readme, page, _ = build_texts(folders)
+    said = "smollm2-135m, quick: of 3 comparisons with the released code 2 reproduced, 1 not reproduced"
+    assert said in readme and said in page
+    assert readme.index("| Fidelity |") < readme.index("| Table 1 |") < readme.index("| Cost, ")
 
 
 def test_text_from_records_and_captions_is_escaped(folders):
