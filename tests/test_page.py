@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote
 
 import nbformat
+import pandas as pd
 import pytest
 import typer
 from matplotlib.figure import Figure
@@ -75,6 +76,18 @@ def test_all_links_lead_to_files(folders):
     linked = re.findall(r"\]\(([^)]+)\)", report_of(folders)[0])
     assert len(linked) == 4 and all((folders[0] / unquote(link)).is_file() for link in linked)
     assert linked[0] == "../results/table1/table1.ipynb"
+
+
+def test_what_is_held_against_the_released_code_comes_first(folders):
+    write_notebook(folders[0] / "fidelity.ipynb", "# Fidelity")
+    folder = records.open_folder("fidelity", str(folders[1] / "fidelity"))
+    config = {"item": "fidelity", "model": "smollm2-135m", "profile": "quick", "row": "layer"}
+    records.save_record(folder, config, {"metrics": {"loss": 0.0}})
+    verdicts = pd.DataFrame({"verdict": ["reproduced", "not reproduced", "reproduced"]})
+    tables.write_table(verdicts, folder, "smollm2-135m-quick-released", "Ours beside the released code's")
+    text, _ = report_of(folders)
+    assert "smollm2-135m, quick: of 3 comparisons with the released code 2 reproduced, 1 not reproduced" in text
+    assert text.index("| Fidelity |") < text.index("| Table 1 |") < text.index("| Cost, ")
 
 
 @pytest.fixture(scope="module")
