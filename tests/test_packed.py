@@ -23,6 +23,7 @@ from besa.decoder import find_blocks, projections
 from besa.packed import PADDING, PackedLinear, pack, unpack
 from besa.packed_files import save_packed
 from besa.quantize import Quantize
+from besa.report import Report
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PATHS = [path for path in ("avx512", "avx2", "none") if path in ("none", "avx2", kernels.instructions())]
@@ -336,7 +337,7 @@ def test_a_packed_model_answers_as_the_dense_one_and_unpacks_to_it(tiny_llama, w
         assert torch.equal(weight, expected), name
 
 
-class JointReport:
+class JointReport(Report):
     """What a report of joint compression has."""
 
     def __init__(self, model, bits):
