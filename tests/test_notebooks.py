@@ -195,10 +195,7 @@ def written(folder):
 
 
 def test_granularity_runs_a_missing_row_again_and_tells_targets_from_granularity(tiny_folder, tmp_path):
-    folder, options = (
-        tmp_path / "out",
-        {"model": str(tiny_folder), "row_groups": ["row", 4, 8], "references": ["dense"]},
-    )
+    folder, options = tmp_path / "out", {"model": str(tiny_folder), "row_groups": [4, "row"]}
     run("granularity.ipynb", folder, **options)  # smoke takes every second row
     before = written(folder)
     (gone,) = (name for name in before if "besa-4-pruned" in name)
@@ -389,7 +386,7 @@ def test_bad_parameters_are_refused_by_name_and_leave_nothing_behind(
 
 def test_papermill_shows_what_a_notebook_refuses_a_parameter_that_it_has_not_too(tiny_folder, tmp_path):
     params = yaml.safe_load((NOTEBOOKS / "params" / "llama-7b.yaml").read_text())  # datasets are for others
-    told = "unknown parameter 'sparsty'; this notebook has model, methods, tasks, limit, sparsity, profile, recipe, res"
+    told = "unknown parameter 'sparsty'; this notebook has model, methods, tasks, limit, sparsity, seeds, profile"
     with pytest.raises(papermill.PapermillExecutionError, match=told):
         run_by_papermill("table2.ipynb", tmp_path, **params | {"model": str(tiny_folder), "sparsty": 0.6})
 
