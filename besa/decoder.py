@@ -358,6 +358,20 @@ def run_until(
     raise ValueError(f"{name}: never called; conditional projections are not supported")
 
 
+@torch.no_grad()
+def run_past(
+    block: nn.Module, name: str, hidden: Float[Tensor, "batch seq_len hidden"], call: BlockCall
+) -> tuple[Float[Tensor, "*batch columns"], Float[Tensor, "batch seq_len n_out"]]:
+    """What enters a projection of a block, which it calls, and what leaves the block."""
+    entered: list[Tensor] = []
+    handle = block.get_submodule(name).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    try:
+        output = run_block(block, hidden, call)
+    finally:
+        handle.remove()
+    return entered[0], output
+
+
 class Remembered:
     """What enters the last projection of a part of a block, as a rule attention's, for each window of a stream.
 

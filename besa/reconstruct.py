@@ -79,8 +79,9 @@ class Reconstruct:
         if not pruned.weights:  # all projections are ignored
             return pruned
         weights: dict[str, Tensor] = {}
-        for names in block.fed_alike():
-            moments = block.moments(names[0], weights, self.toward_dense)
+        groups = block.fed_alike()
+        for names in groups:
+            moments = block.moments(names[0], weights, self.toward_dense, onward=names is groups[-1])
             for name in names:
                 weights[name] = self.closed_form(block.projections[name].weight, *moments, pruned.keep_masks[name])
         pruned = replace(pruned, weights=weights)
@@ -98,20 +99,18 @@ class Reconstruct:
         Args:
             hessian, toward: H and T, from `Block.moments`; with T = H the projection's own pruning is mended alone.
         """
-        hessian, toward = hessian.to(torch.float64, copy=True), toward.to(torch.float64, copy=True)
         damping = self.damping * hessian.diagonal().mean() + 1e-30
-        hessian.diagonal().add_(damping)
-        toward.diagonal().add_(damping)
+        damp = damping * torch.eye(len(hessian), device=hessian.device)
+        hessian, toward = hessian + damp, toward + damp
         scale = hessian.diagonal().sqrt()
-        hessian, toward = (hessian / (scale[:, None] * scale)).float(), (toward / (scale[:, None] * scale)).float()
-        w, eye = weight.float() * scale.float(), torch.eye(len(hessian), device=weight.device)
-        inverse, wanted = torch.cholesky_inverse(torch.linalg.cholesky(hessian + self.rho * eye)), w @ toward
-        z, u = w * keep_mask, torch.zeros_like(w)
-        for _ in range(self.iterations):
-            v = (wanted + self.rho * (z - u)) @ inverse
-            z = (v + u) * keep_mask
-            u += v - z
-        return (z / scale.float()).to(weight.dtype).masked_fill_(~keep_mask, 0)
+        hessian, toward = (moment / (scale[:, None] * scale) for moment in (hessian, toward))
+        hessian.diagonal().add_(self.rho)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        w, kept = weight.float() * scale, keep_mask.float()
+        wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
+        for _ in range(self.iterations):  # both = Z + U: Z is its kept part and U the rest, so that Z - U = sign * both
+            both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
+        return (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
 
     def _n_held_out(self, n_samples: int) -> int:
         return max(1, round(self.held_out * n_samples))

@@ -32,6 +32,7 @@ from besa.decoder import (
     record_calls,
     record_part,
     run_block,
+    run_past,
     run_until,
     spans,
 )
@@ -222,11 +223,14 @@ class Block:
 
     @torch.no_grad()
     def moments(
-        self, name: str, weights: dict[str, Tensor], toward_dense: float
+        self, name: str, weights: dict[str, Tensor], toward_dense: float, onward: bool = False
     ) -> tuple[Float32[Tensor, "columns columns"], Float32[Tensor, "columns columns"]]:
         """Second moments H = sum y y^T and T = sum (y + a (x - y)) y^T of a projection's inputs, all ranks' windows.
 
         y enters the projection in this block with `weights` in it, x in the dense model; `toward_dense` is a.
+
+        Args:
+            onward: these are the last to be asked for: the dense model's hidden states move on in the same runs.
 
         Raises:
             ValueError: the inputs are not finite.
@@ -239,24 +243,30 @@ class Block:
             self._remembered = [Remembered(self.module, part, room) for room in self._parts or ()]
         columns = self.module.get_submodule(name).weight.shape[1]
         hessian = torch.zeros(columns, columns, device=self.device)
-        toward, share = torch.zeros_like(hessian), 1 / self.n_samples
+        cross, share, onward = torch.zeros_like(hessian), 1 / self.n_samples, onward and not self._moved
         for number in self.bar(range(len(self.inputs)), "observe"):
             y = self._entering(name, number, 0, weights).flatten(0, -2)
-            x = self._entering(name, number, 1, {}).flatten(0, -2)
+            x = self._entering(name, number, 1, {}, onward).flatten(0, -2)
             if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
                 x, y = x.float(), y.float()
-            of_y, of_both = (y.T @ y).float(), (x.T @ y).float()
-            hessian.add_(of_y, alpha=share)
-            toward.add_(of_y.lerp_(of_both, toward_dense), alpha=share)
-        if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(toward)).all():
+            hessian.add_(y.T @ y, alpha=share)
+            cross.add_(x.T @ y, alpha=share)
+        self._moved |= onward
+        if not torch.isfinite(sum_(hessian)).all() or not torch.isfinite(sum_(cross)).all():
             raise self._not_finite(f"{self._named(name)}: its inputs hold")
-        return hessian, toward
+        return hessian, hessian.lerp(cross, toward_dense)
 
-    def _entering(self, name: str, number: int, stream: int, weights: dict[str, Tensor]) -> Tensor:
-        """What enters a projection, of a window of `inputs` (0) or of `dense` (1)."""
+    def _entering(
+        self, name: str, number: int, stream: int, weights: dict[str, Tensor], onward: bool = False
+    ) -> Tensor:
+        """What enters a projection, of a window of `inputs` (0) or of `dense` (1), which may move on with it."""
         hidden = self._here((self.inputs, self._dense)[stream], number)
         with self._recalling(stream, number, weights):
-            entered = run_until(self.module, name, hidden, self.call, weights)
+            if onward:
+                entered, output = run_past(self.module, name, hidden.clone(), self.call)
+                self._ahead[number] = output[0]
+            else:
+                entered = run_until(self.module, name, hidden, self.call, weights)
         for remembered in self._remembered[stream : stream + 1]:
             remembered.note(number, name, entered, weights)
         return entered
