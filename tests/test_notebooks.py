@@ -311,7 +311,7 @@ def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder,
     assert len(verdicts) == 4 and set(verdicts["verdict"]) <= {"holds", "does not hold", "undecided"}
     parts = pandas.read_csv(folder / "tiny-smoke-parts.csv").set_index(["target", "row"])
     besa_rows = [row for row in parts.index if row[1].startswith("besa") and row[0] == "0.6" and "paper" not in row[1]]
-    assert len(besa_rows) == 7 and parts.loc[besa_rows, "sparsity"].nunique() == 1  # to the weight, fine-tuned too
+    assert len(besa_rows) == 8 and parts.loc[besa_rows, "sparsity"].nunique() == 1  # to the weight, fine-tuned too
     assert (parts.loc["2:4", "sparsity"] == 0.5).all()
     assert (
         len(pandas.read_csv(folder / "tiny-smoke-zero-shot.csv")) == 4
