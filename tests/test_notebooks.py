@@ -146,8 +146,9 @@ def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):
     run("table3.ipynb", folder, model=str(tiny_folder), datasets=["wiki"])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
-    assert list(table.index) == ["dense", "quantized", "joint-wanda", "joint-besa", "joint-wanda-matched"]
-    assert len(pandas.read_csv(folder / "tiny-smoke-verdicts.csv")) == 2
+    rows = ["dense", "quantized", "joint-wanda", "joint-clipping", "joint-besa"]
+    assert list(table.index) == [*rows, "joint-wanda-matched", "joint-clipping-matched"]
+    assert len(pandas.read_csv(folder / "tiny-smoke-verdicts.csv")) == 5
     # a bit of mask, 4 bits per weight that is not 0, and 24 bits per row of scale and zero-point
     assert table.loc["dense", "bits/weight"] in (16, 32)
     assert table.loc["quantized", "bits/weight"] > table.loc["joint-wanda", "bits/weight"] > 1 + 4 * 0.49
