@@ -45,6 +45,32 @@ def test_row_features_are_those_of_a_loop_over_rows(tiny_llama, windows):
     assert len(features) == 3 * 7
 
 
+def test_owl_and_dlp_give_blocks_the_sparsities_of_a_loop_over_their_importances(tiny_llama, windows):
+    inputs = {}
+    handles = [
+        linear.register_forward_pre_hook(lambda _, x, key=(index, name): inputs.__setitem__(key, x[0].flatten(0, 1)))
+        for index, block in enumerate(find_blocks(tiny_llama))
+        for name, linear in projections(block).items()
+    ]
+    with torch.no_grad():
+        tiny_llama(windows)
+    for handle in handles:
+        handle.remove()
+    outliers, medians = [], []
+    for index, block in enumerate(find_blocks(tiny_llama)):
+        scores = [
+            linear.weight.detach().abs() * inputs[index, name].norm(dim=0)
+            for name, linear in projections(block).items()
+        ]
+        outliers.append(sum((s > 2 * s.mean()).sum().item() for s in scores) / sum(s.numel() for s in scores))
+        ordered = np.sort(np.concatenate([s.flatten().numpy() for s in scores]))
+        medians.append(ordered[(len(ordered) - 1) // 2])  # torch's, of an even number
+    for method, worth in ((analysis.Owl(times=2.0), np.array(outliers)), (analysis.Dlp(), -np.array(medians))):
+        kept = 2 * method.most * (worth - worth.min()) / (worth.max() - worth.min())
+        found = method.prepared(tiny_llama, windows, progress=False).sparsities
+        assert np.allclose(found, 0.5 - (kept - kept.mean()), atol=2e-3) and np.isclose(np.mean(found), 0.5)
+
+
 def test_rows_are_summed_up_by_projection_and_correlated_by_block():
     sparsities = {(0, "q"): np.array([0.2, 0.4, 0.6]), (1, "q"): np.array([0.1, 0.9, 0.5])}
     features = {key: pd.DataFrame({"x": [1.0, 2.0, 3.0]}) for key in sparsities}

@@ -48,13 +48,39 @@ class WandaOneKind(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Owl(Wanda):
-    """Wanda with a sparsity for each block: the more outliers it has, the more is kept (Yin et al. 2024, OWL).
+class WandaByBlock(Wanda):
+    """Wanda with a sparsity for each block, by what is seen of its importances in the dense model.
 
-    An outlier is an importance of more than `times` the mean of its projection's; with D_l their share in block l,
+    With D_l what speaks for keeping block l,
 
         s_l = sparsity - (d_l - mean of d),    d_l = 2 most (D_l - min D) / (max D - min D)
     """
+
+    most: float
+    """How far from the mean the sparsities may lie: d_l is at most twice this."""
+
+    def worth(self, importances: list[Float[Tensor, "rows columns"]]) -> float:
+        """D_l, of the importances of a block's projections."""
+        raise NotImplementedError
+
+    @property
+    def measures_model(self) -> bool:
+        return True
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "WandaByBlock":
+        worths = []
+        for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
+            linear = projections(block)
+            worths.append(self.worth([wanda(weight_of(each), statistics[name]) for name, each in linear.items()]))
+        worths = torch.tensor(worths, dtype=torch.float64)
+        d = 2 * self.most * (worths - worths.min()) / (worths.max() - worths.min()).clamp_min(1e-12)
+        return replace(self, sparsities=tuple((self.sparsity - (d - d.mean())).tolist()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owl(WandaByBlock):
+    """More outliers, more is kept (Yin et al. 2024, OWL): D_l is the share of importances above `times` the mean of
+    their projection's."""
 
     times: float = 5.0
     """M."""
@@ -63,19 +89,25 @@ class Owl(Wanda):
 
     name: ClassVar[str] = "owl"
 
-    @property
-    def measures_model(self) -> bool:
-        return True
+    def worth(self, importances: list[Tensor]) -> float:
+        outliers = sum(int((each > self.times * each.mean()).sum()) for each in importances)
+        return outliers / sum(each.numel() for each in importances)
 
-    def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Owl":
-        shares = []
-        for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
-            scores = [wanda(weight_of(each), statistics[name]) for name, each in projections(block).items()]
-            outliers = sum(int((each > self.times * each.mean()).sum()) for each in scores)
-            shares.append(outliers / sum(each.numel() for each in scores))
-        shares = torch.tensor(shares, dtype=torch.float64)
-        d = 2 * self.most * (shares - shares.min()) / (shares.max() - shares.min()).clamp_min(1e-12)
-        return replace(self, sparsities=tuple((self.sparsity - (d - d.mean())).tolist()))
+
+@dataclass(frozen=True, kw_only=True)
+class Dlp(WandaByBlock):
+    """A larger median importance, less is kept (Chen et al. 2025, DLP); their code takes the mean.
+
+    With U_l the median of a block's, D_l = 1 - U_l / sum of U, of which only the order and the distances count: -U_l.
+    """
+
+    most: float = 0.15
+    """alpha."""
+
+    name: ClassVar[str] = "dlp"
+
+    def worth(self, importances: list[Tensor]) -> float:
+        return -float(torch.cat([each.flatten() for each in importances]).median())
 
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
