@@ -1,4 +1,7 @@
+import copy
 import dataclasses
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -69,6 +72,30 @@ def test_owl_and_dlp_give_blocks_the_sparsities_of_a_loop_over_their_importances
         kept = 2 * method.most * (worth - worth.min()) / (worth.max() - worth.min())
         found = method.prepared(tiny_llama, windows, progress=False).sparsities
         assert np.allclose(found, 0.5 - (kept - kept.mean()), atol=2e-3) and np.isclose(np.mean(found), 0.5)
+
+
+def test_what_llm_compressor_prunes_is_taken_with_its_masks(tiny_llama, windows, monkeypatch):
+    asked = {}
+
+    def oneshot(model, dataset, recipe, **size):
+        asked.update(recipe=recipe, tokens=dataset["input_ids"], **size)
+        for block in find_blocks(model):
+            for linear in projections(block).values():
+                linear.weight.data[:, ::2] = 0
+
+    package, pruning = types.ModuleType("llmcompressor"), types.ModuleType("llmcompressor.modifiers.pruning")
+    package.oneshot, pruning.SparseGPTModifier = oneshot, dict
+    for name, module in ((package.__name__, package), (pruning.__name__, pruning)):
+        monkeypatch.setitem(sys.modules, name, module)
+    dense = copy.deepcopy(tiny_llama)
+    report = besa.prune(tiny_llama, windows, analysis.LlmCompressor(sparsity=0.5), progress=False)
+    assert asked["recipe"]["sparsity"] == 0.5 and asked["recipe"]["mask_structure"] == "0:0"
+    assert list(asked["tokens"]) == windows.tolist() and asked["num_calibration_samples"] == len(windows)
+    for index, block in enumerate(find_blocks(tiny_llama)):
+        for name, linear in projections(block).items():
+            weight = projections(find_blocks(dense)[index])[name].weight
+            assert not linear.weight[:, ::2].any() and torch.equal(linear.weight[:, 1::2], weight[:, 1::2])
+            assert torch.equal(report.keep_masks[index, name], linear.weight != 0)
 
 
 def test_rows_are_summed_up_by_projection_and_correlated_by_block():

@@ -1,6 +1,7 @@
 """What a learned allocation looks like by row, and what it goes along with; what a quantized model takes as stored."""
 
 import contextlib
+import copy
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -108,6 +110,39 @@ class Dlp(WandaByBlock):
 
     def worth(self, importances: list[Tensor]) -> float:
         return -float(torch.cat([each.flatten() for each in importances]).median())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmCompressor(Method):
+    """SparseGPT as llm-compressor has it, by its own one-shot pruning of the whole model on the same windows.
+
+    It is not installed with besa, whose locked transformers it does not take: `pip install llmcompressor`.
+    """
+
+    name: ClassVar[str] = "llm-compressor"
+
+    @property
+    def measures_model(self) -> bool:
+        return True
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "LlmCompressor":
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+        recipe = SparseGPTModifier(
+            sparsity=self.sparsity, mask_structure=self.pattern or "0:0", targets=["Linear"], ignore=["re:.*lm_head"]
+        )
+        data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+        method, pruned = replace(self), copy.deepcopy(model)
+        size = {"max_seq_length": windows.shape[1], "num_calibration_samples": len(windows)}
+        oneshot(model=pruned, dataset=data, recipe=recipe, **size)
+        object.__setattr__(method, "_pruned", find_blocks(pruned))
+        return method
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        theirs = projections(self._pruned[block.index])
+        weights = {name: theirs[name].weight.detach() for name in block.projections}
+        return PrunedBlock(weights=weights, keep_masks={name: weight != 0 for name, weight in weights.items()})
 
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
