@@ -56,8 +56,8 @@ TEXTS = {  # repository -> file -> documents
         "en/c4-validation.00000-of-00008.json.gz": sentences(1105, 4, "."),
     },
     PTB: {
-        "penn_treebank/train/0000.parquet": sentences(30, 30, " N"),
-        "penn_treebank/test/0000.parquet": sentences(30, 12, " N"),
+        "penn_treebank/train/0000.parquet": sentences(30, 30, " <unk> N"),
+        "penn_treebank/test/0000.parquet": sentences(30, 12, " <unk> N"),
     },
 }
 
@@ -266,13 +266,16 @@ tokenizer = load_tokenizer("llama-7b")
 for name in ("wikitext2", "c4", "ptb"):
     windows = besa.calibration_windows(name, tokenizer, 5, 40)
     print(json.dumps([besa.test_tokens(name, tokenizer).tolist(), windows.tolist()]))
+both = [load_tokenizer(name) for name in ("llama-7b", "llama2-7b")]
+print(json.dumps([tokenizer.decode(tokenizer("mer <unk> N")["input_ids"]) for tokenizer in both]))
 """)
     encode = lambda text: tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json")).encode(text).ids
-    found = map(json.loads, output.splitlines())
+    *found, spaces = map(json.loads, output.splitlines())
     for (tokens, windows), texts, joint in zip(found, TEXTS.values(), ["\n\n", " ", " "], strict=True):
         train, test = texts.values()
         assert tokens == encode(joint.join(test[:1100])) and tokens[0] == 1
         assert windows == windows_of(train, encode, 5, 40)
+    assert spaces == ["<s> mer <unk>  N", "<s> mer <unk> N"]  # behind it, Llama 2 puts no space of its own
 
 
 def test_table1_of_a_paper_model_runs_end_to_end_and_records_the_commit(session):

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    LlamaTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -169,7 +170,24 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     folder = fetch(name)
     with _explained(name):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if isinstance(tokenizer, LlamaTokenizer):
+            _read_as_shipped(tokenizer, folder)
+    return tokenizer
+
+
+def _read_as_shipped(tokenizer: LlamaTokenizer, folder: Path) -> None:
+    """Prepare text as the first Llamas' own file says, in place of what transformers 5 makes for every Llama.
+
+    The published numbers come from the former, which puts one more space behind a special token, such as PTB's `<unk>`.
+    Llama 2 says legacy=False, and has none there.
+    """
+    own, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if own.is_file() and said.get("legacy", True):
+        shipped = tokenizers.Tokenizer.from_file(str(own))
+        tokenizer.backend_tokenizer.normalizer = shipped.normalizer
+        tokenizer.backend_tokenizer.pre_tokenizer = shipped.pre_tokenizer
 
 
 def source_of(name: str) -> str:
