@@ -134,21 +134,6 @@ def test_a_file_of_no_text_is_refused_by_name(tmp_path, monkeypatch, content, wo
         besa.calibration_windows("c4", TOKENIZER, 1, 2)
 
 
-def test_without_a_hub_both_ways_out_are_named(monkeypatch, tmp_path):
-    def unreachable(*_, **__):
-        raise ConnectionError("no route")
-
-    monkeypatch.setenv("BESA_DATA", str(tmp_path))
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"\$BESA_DATA/ptb/test.jsonl.*'sotu', 'wiki'"):
-        besa.test_tokens("ptb", TOKENIZER)
-
-
-def test_hub_files_are_read_by_column(monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"sentence": ["1 2", "3"]})
-    assert besa.test_tokens("ptb", TOKENIZER).tolist() == [1, 2, 3]
-
-
 def test_embedded_texts_are_split_by_speech_and_article():
     train, test = load_documents("sotu", "train"), load_documents("sotu", "test")
     assert (len(train), len(test)) == (200, 49)

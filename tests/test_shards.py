@@ -319,7 +319,7 @@ def test_pickles_are_never_opened_and_the_way_out_is_told(source, tmp_path, wind
 
 
 def test_a_hub_model_of_pickles_is_refused_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ValueError, match=r"me/old has neither .* on the hub.*from_pretrained\('me/old'"):
         checkpoint.find_checkpoint("me/old")
 

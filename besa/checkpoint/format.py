@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
@@ -17,13 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from besa.inputs import assets
-from besa.inputs.models import INDEX, check_loaded, load_tokenizer, source_of, whole_shards
+from besa.inputs.models import CARRIED, INDEX, check_loaded, fetch, load_tokenizer, source_of, whole_shards
 from besa.machine.device import resolve_dtype
 from besa.machine.files import HALF_WRITTEN, replacing, sha256, write_text, writing
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_CARRIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*")
-"""Files beside the weights that belong to a checkpoint: configuration, tokenizer, its own code, licence."""
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -33,15 +30,8 @@ def find_checkpoint(source: str | Path) -> Path:
         ValueError: neither folder nor hub has it, or the hub has no safetensors of it.
     """
     name = source_of(str(source))
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", *_CARRIED]))
-    except Exception as error:  # the hub raises many kinds; each means that it did not deliver
-        raise ValueError(
-            f"source {str(source)!r} is no folder, and the hub did not deliver it ({type(error).__name__})"
-        ) from error
-    if not any(folder.glob("*.safetensors")):
+    folder = fetch(str(source), "*.safetensors")
+    if not Path(name).is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(_no_safetensors(name, " on the hub"))
     return folder
 
@@ -211,7 +201,7 @@ def carried(source: Path) -> list[Path]:
         ValueError: a link that leads out of the folder (but for the hub's own cache): nobody knows what a copy would
             make public.
     """
-    paths = [path for pattern in _CARRIED for path in sorted(source.glob(pattern)) if path.is_file()]
+    paths = [path for pattern in CARRIED for path in sorted(source.glob(pattern)) if path.is_file()]
     folder = source.resolve()
     inside = [folder] + [folder.parents[1] / "blobs"] * (folder.parent.name == "snapshots")
     for path in paths:

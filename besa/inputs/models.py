@@ -18,12 +18,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    LlamaTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 import besa
-from besa.inputs import assets
+from besa.inputs import assets, hub
 from besa.machine.device import resolve_device, resolve_dtype
 from besa.machine.fields import checked
 from besa.machine.files import check_whole, mark_of
@@ -44,6 +45,10 @@ PAPER_MODELS = {
 }
 
 INDEX = "model.safetensors.index.json"
+CARRIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*")
+"""Files beside the weights that belong to a checkpoint: configuration, tokenizer, its own code, licence."""
+_OTHER_FORMS = ("*/*.safetensors", "*/*.bin", "consolidated*")
+"""The same weights once more, in some repositories."""
 _MADE_ANEW = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
 """Causal masks and rotary frequencies, which older checkpoints hold and every model makes for itself."""
 _DECIDING = ("*.safetensors", "*.bin", "*.index.json", "config.json", "*.py")
@@ -79,13 +84,15 @@ def load_model(
     """
     name, device = str(name), resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    source = source_of(name)
-    whole_shards(Path(source))
+    folder = fetch(name, "*.safetensors")
+    if not any(folder.glob("*.safetensors")):  # pickles, of which transformers reads nothing but weights
+        folder = fetch(name, "*.bin")
+    whole_shards(folder)
     spread = _spread(name, dtype, device, trust_remote_code)
-    with _explained(source):
+    with _explained(name):
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **spread}
-        model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    check_loaded(source, model, found)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    check_loaded(source_of(name), model, found)
     tokenizer = load_tokenizer(name, trust_remote_code)
     if spread and model.device.type != "cuda":
         raise ValueError(
@@ -149,9 +156,9 @@ def load_shapes(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     Raises:
         ValueError: neither hub nor folder has it.
     """
-    source = source_of(name)
-    with _explained(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    folder = fetch(name)
+    with _explained(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -161,9 +168,26 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         ValueError: neither hub nor folder has it.
     """
-    source = source_of(name)
-    with _explained(source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    folder = fetch(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if isinstance(tokenizer, LlamaTokenizer):
+            _read_as_shipped(tokenizer, folder)
+    return tokenizer
+
+
+def _read_as_shipped(tokenizer: LlamaTokenizer, folder: Path) -> None:
+    """Prepare text as the first Llamas' own file says, in place of what transformers 5 makes for every Llama.
+
+    The published numbers come from the former, which puts one more space behind a special token, such as PTB's `<unk>`.
+    Llama 2 says legacy=False, and has none there.
+    """
+    own, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if own.is_file() and said.get("legacy", True):
+        shipped = tokenizers.Tokenizer.from_file(str(own))
+        tokenizer.backend_tokenizer.normalizer = shipped.normalizer
+        tokenizer.backend_tokenizer.pre_tokenizer = shipped.pre_tokenizer
 
 
 def source_of(name: str) -> str:
@@ -179,6 +203,30 @@ def source_of(name: str) -> str:
     if near and "/" not in name and name not in PAPER_MODELS and not Path(name).is_dir():
         raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(near)}? A hub id reads OWNER/{name}")
     return PAPER_MODELS.get(name, name)
+
+
+def fetch(name: str, *weights: str) -> Path:
+    """The folder of a model by a name that `load_model` takes, with the files that lie beside its weights.
+
+    What the hub has delivered once is found in its cache where it is out of reach.
+
+    Args:
+        weights: patterns of the files of weights that are to be there, too.
+
+    Raises:
+        ValueError: it is no folder, and not delivered by the hub; says why, and the way out.
+    """
+    source = source_of(name)
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = {"allow_patterns": [*CARRIED, *weights], "ignore_patterns": [*_OTHER_FORMS]}
+    try:
+        return hub.fetch(huggingface_hub.snapshot_download, source, **patterns, tqdm_class=hub.Late)
+    except hub.Refused as refused:
+        raise ValueError(
+            f"cannot load the model {source!r}: it is no folder, and {refused}; without a hub, take "
+            f"{', '.join(EMBEDDED)} or a local folder"
+        ) from refused
 
 
 def whole_shards(folder: Path) -> list[Path]:
@@ -246,19 +294,20 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn the hub's many failures into one error that names the ways out."""
+def _explained(name: str) -> Iterator[None]:
+    """Turn transformers' many failures into one error that names the ways out."""
     try:
         yield
     except Exception as error:  # a damaged file or an odd configuration makes transformers raise many kinds
+        source = source_of(name)
         if "trust_remote_code=True" in str(error):
             raise ValueError(
                 f"the model {source!r} comes with Python code of its own, which was not run; read it, and where you "
                 "trust it, give trust_remote_code=True (--trust-remote-code)"
             ) from error
-        who = "the folder has" if Path(source).is_dir() else "it is no folder, and the hub has"
+        who = "the folder" if Path(source).is_dir() else "the hub"
         why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"cannot load the model {source!r}: {who} not delivered it ({why}). Known without a "
+            f"cannot load the model {source!r}: {who} has not delivered it ({why}). Known without a "
             f"hub: {', '.join(EMBEDDED)} or a local folder; with one: {', '.join(PAPER_MODELS)} or any hub id."
         ) from error

@@ -10,18 +10,19 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from besa.inputs import assets
+from besa.inputs import assets, hub
 from besa.machine.fields import checked
 from besa.machine.processes import rank
 
@@ -40,10 +41,14 @@ _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 class Text:
     separator: str
     """What the documents of the test split are joined with."""
-    hub: dict[str, str] | None = None
-    """Split -> file on the hub, its revision pinned."""
-    field: str = "text"
-    """Column of the hub's file that holds the document."""
+    repository: str = ""
+    """Data set on the hub, if it has the text."""
+    revision: str = ""
+    """Its commit, pinned."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Split -> file in it."""
+    column: str = "text"
+    """Of that file, what holds the document."""
     test_split: str = "test"
     max_documents: int | None = None
     """Test documents used (the published protocol takes C4's first 1100)."""
@@ -51,31 +56,31 @@ class Text:
     """Test tokens used (C4: 256 segments of 2048)."""
 
 
-_WIKITEXT = "hf://datasets/Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3/wikitext-2-raw-v1/"
-_C4 = "hf://datasets/allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/"
-# The hub keeps PTB's parquet files on a branch of its own, which has no commit to pin for good.
-_PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/"
-
 TEXTS = {
     "wikitext2": Text(
         separator="\n\n",
-        hub={
-            "train": _WIKITEXT + "train-00000-of-00001.parquet",
-            "test": _WIKITEXT + "test-00000-of-00001.parquet",
-        },
+        repository="Salesforce/wikitext",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        files={split: f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet" for split in ("train", "test")},
     ),
     "c4": Text(
         separator=" ",
-        hub={
-            "train": _C4 + "c4-train.00000-of-01024.json.gz",
-            "validation": _C4 + "c4-validation.00000-of-00008.json.gz",
+        repository="allenai/c4",
+        revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
         test_split="validation",
         max_documents=1100,
         max_tokens=256 * 2048,
     ),
     "ptb": Text(
-        separator=" ", hub={"train": _PTB + "train/0000.parquet", "test": _PTB + "test/0000.parquet"}, field="sentence"
+        separator=" ",
+        repository="ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",  # a branch of the hub's own, which has no commit to pin for good
+        files={split: f"penn_treebank/{split}/0000.parquet" for split in ("train", "test")},
+        column="sentence",
     ),
     "sotu": Text(separator="\n\n"),
     "wiki": Text(separator="\n\n"),
@@ -113,7 +118,7 @@ def calibration_windows(
         return _pack(name, documents, encode, n_samples, seq_len, rng, tokenizer.eos_token_id)
 
 
-def _check_size(name: str, documents: list[str], n_samples: int, own: int) -> None:
+def _check_size(name: str, documents: Sequence[str], n_samples: int, own: int) -> None:
     """Refuse at once what no tokenizer can give: of a character, it makes four tokens at most.
 
     Args:
@@ -144,7 +149,7 @@ def test_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, 
 test_tokens.__test__ = False  # a function of the module, not a test for pytest to collect
 
 
-def load_documents(name: str, split: str) -> list[str]:
+def load_documents(name: str, split: str) -> Sequence[str]:
     """The documents of one split of a text, in their order at the source."""
     text = _text(name)
     folder = _local(name)
@@ -225,21 +230,38 @@ def _wiki(split: str) -> list[str]:
     return [article.strip() for article in articles if "\n" in article.strip()]
 
 
-def _from_hub(name: str, text: Text, split: str) -> list[str]:
+def _from_hub(name: str, text: Text, split: str) -> Sequence[str]:
+    if not text.files:
+        raise FileNotFoundError(f"the text {name!r} has no {split}.jsonl in {_local(name)}")
+    if split not in text.files:
+        raise ValueError(f"the text {name!r} has the splits {', '.join(text.files)}, not {split!r}")
+    where = {"repo_type": "dataset", "revision": text.revision}
+    try:
+        path = hub.fetch(huggingface_hub.hf_hub_download, text.repository, text.files[split], waits=(1,), **where)
+    except hub.Refused as refused:
+        raise FileNotFoundError(
+            f"the text {name!r} ({split}) is not embedded, and {refused}; or put it into $BESA_DATA/{name}/{split}"
+            f'.jsonl, one {{"text": ...}} a line (BESA_DATA={os.environ.get("BESA_DATA")!r}), or use an embedded text: '
+            "'sotu', 'wiki'"
+        ) from refused
+    return _column(path, text.column)
+
+
+def _column(path: Path, column: str) -> Sequence[str]:
+    """The documents of a file from the hub, left on the disk.
+
+    Raises:
+        FileNotFoundError: the file is not what it should be.
+    """
     import datasets  # slow to import, and only the hub needs it
 
-    if text.hub is None:
-        raise FileNotFoundError(f"the text {name!r} has no {split}.jsonl in {_local(name)}")
-    if split not in text.hub:
-        raise ValueError(f"the text {name!r} has the splits {', '.join(text.hub)}, not {split!r}")
-    builder = "parquet" if text.hub[split].endswith(".parquet") else "json"
+    builder = "parquet" if path.suffix == ".parquet" else "json"
     try:
-        return datasets.load_dataset(builder, data_files=text.hub[split], split="train")[text.field]
-    except Exception as error:  # datasets raises many kinds; each means that the hub did not deliver
+        return datasets.load_dataset(builder, data_files=str(path), split="train")[column]
+    except Exception as error:  # datasets raises many kinds
         raise FileNotFoundError(
-            f"the text {name!r} ({split}) is not embedded and the hub did not deliver it ({type(error).__name__}). Two "
-            f'ways out: put it into $BESA_DATA/{name}/{split}.jsonl, one {{"text": ...}} a line '
-            f"(BESA_DATA={os.environ.get('BESA_DATA')!r}), or use an embedded text: 'sotu', 'wiki'."
+            f"{path}, from the hub, is damaged or has no column {column!r} ({type(error).__name__}); remove it, and "
+            "the same call fetches it again"
         ) from error
 
 
@@ -289,7 +311,7 @@ def _cut(text: str, latest: int) -> int:
 
 
 def _crop(
-    name: str, documents: list[str], encode: Encode, n_samples: int, seq_len: int, rng: random.Random
+    name: str, documents: Sequence[str], encode: Encode, n_samples: int, seq_len: int, rng: random.Random
 ) -> list[Int64[Tensor, "seq_len"]]:
     encoded: dict[int, Tensor] = {}  # a document is drawn many times
     windows = []
@@ -312,7 +334,7 @@ def _crop(
 
 def _pack(
     name: str,
-    documents: list[str],
+    documents: Sequence[str],
     encode: Encode,
     n_samples: int,
     seq_len: int,
@@ -332,7 +354,7 @@ def _pack(
     )
 
 
-def _shuffled(documents: list[str], rng: random.Random) -> Iterator[str]:
+def _shuffled(documents: Sequence[str], rng: random.Random) -> Iterator[str]:
     order = list(range(len(documents)))
     rng.shuffle(order)
     return (documents[index] for index in order)
