@@ -190,6 +190,32 @@ def test_damaged_notes_heal_or_are_named(made, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("block-00001.json", '"rows": 32', '"rows": 16'),
+        ("block-00001.json", '"zeros": 512', '"zeros": 600'),
+        ("block-00001.json", '"seconds": ', '"seconds": 9'),
+        ("block-00001.json", '"note": ""', '"note": null'),
+        ("source.json", '"sha256": "', '"sha256": "0'),
+        ("carried.json", '"config.json": "', '"config.json": "0'),
+    ],
+)
+def test_a_value_that_was_changed_in_a_note_is_found(source, tmp_path, windows, name, old, new):  # noqa: F811
+    report, out = prune(source, tmp_path / "out", windows, besa.Wanda()), tmp_path / "out"
+    before, path = weights(out), out / "besa" / name
+    assert old in (text := path.read_text())
+    path.write_text(text.replace(old, new))
+    again = prune(source, out, windows, besa.Wanda())
+    assert weights(out) == before and again.seconds < 10
+    for one, other in zip(again.rows, report.rows, strict=True):
+        assert {**one, "block_seconds": 0} == {**other, "block_seconds": 0}
+    run = out / "besa" / "run.json"
+    run.write_text(run.read_text().replace('"ranks": 1', '"ranks": 2'))
+    with pytest.raises(ValueError, match=r"run.json is damaged: it must say of which run the 3 finished blocks are"):
+        prune(source, out, windows, besa.Wanda())
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"block": "1"},
