@@ -130,6 +130,13 @@ def test_zeros_stay_and_full_rows_stay_as_they_are(problem):
     torch.testing.assert_close(found[3], weight[3], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("fields", [{"rho": 3e38}, {"rho": 1e300}, {"damping": 1e300}])
+def test_fields_that_leave_the_range_of_numbers_are_refused_by_name(problem, fields):
+    weight, hessian, keep_mask = problem
+    with pytest.raises(ValueError, match=r"no closed form can be computed with rho .* and damping .*; take them nearer"):
+        Reconstruct(**fields).closed_form(weight, hessian, hessian, keep_mask)
+
+
 @pytest.mark.parametrize("kind", ["closed", "block"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mask_of_any_method_is_held_to_the_weight_and_less_is_lost(tiny_llama, windows, name, kind):
