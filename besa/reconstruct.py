@@ -100,7 +100,7 @@ class Reconstruct:
             hessian, toward: H and T, from `Block.moments`; with T = H the projection's own pruning is mended alone.
 
         Raises:
-            ValueError: rho or damping is so large or so small that numbers leave their precision's range.
+            ValueError: rho and damping are too small for this Hessian.
         """
         damping = self.damping * hessian.diagonal().mean() + 1e-30
         damp = damping * torch.eye(len(hessian), device=hessian.device)
@@ -108,13 +108,13 @@ class Reconstruct:
         scale = hessian.diagonal().sqrt()
         hessian, toward = (moment / (scale[:, None] * scale) for moment in (hessian, toward))
         lower, failed = torch.linalg.cholesky_ex(hessian + self.rho * torch.eye(len(hessian), device=hessian.device))
-        inverse = torch.cholesky_inverse(lower)
+        inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
         w, kept = weight.float() * scale, keep_mask.float()
         wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
         for _ in range(self.iterations):  # both = Z + U: Z is its kept part and U the rest, so that Z - U = sign * both
             both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
         found = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
-        if failed or not torch.isfinite(found).all():
+        if not torch.isfinite(found).all():
             raise ValueError(
                 f"no closed form can be computed with rho {self.rho:g} and damping {self.damping:g}; take them nearer "
                 "to 1 and 0.01"
