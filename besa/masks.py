@@ -1,6 +1,8 @@
 """Scores -> keep-mask, and keep-masks held as bits."""
 
+import contextlib
 import json
+import operator
 import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -71,9 +73,30 @@ def pack_bits(keep_mask: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "n"]:
 
 
 def unpack_bits(bits: UInt8[Tensor, "n"], rows: int, columns: int) -> Bool[Tensor, "rows columns"]:
-    """The keep-mask of what `pack_bits` made."""
+    """The keep-mask of what `pack_bits` made.
+
+    Raises:
+        ValueError: it is of another number of weights.
+    """
+    if bits.dtype != torch.uint8 or bits.shape != (-(-rows * columns // 8),):
+        raise ValueError(f"{tuple(bits.shape)} of {bits.dtype} are not the bits of a keep-mask {rows} x {columns}")
     kept = np.unpackbits(bits.numpy(), count=rows * columns, bitorder="little")
     return torch.from_numpy(kept).view(rows, columns).bool()
+
+
+@contextlib.contextmanager
+def open_bits(path: str | Path) -> Iterator[tuple[safetensors.safe_open, dict[str, tuple[int, ...]]]]:
+    """A file of packed bits, and the shapes by projection in its metadata.
+
+    Raises:
+        ValueError: it is damaged, which also reading from it may find; names it.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
+            yield file, {key: tuple(map(operator.index, shape)) for key, shape in shapes.items()}
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); prune the checkpoint again") from error
 
 
 class KeepMasks(MutableMapping[tuple[int, str], Tensor]):
@@ -121,7 +144,7 @@ class KeepMasks(MutableMapping[tuple[int, str], Tensor]):
 
     def load(self, path: Path) -> None:
         """Add those of a file; their bits stay there until they are asked for."""
-        with safetensors.safe_open(path, "pt") as file:
-            for key, (rows, columns) in json.loads(file.metadata()["shapes"]).items():
+        with open_bits(path) as (file, shapes):
+            for key, (rows, columns) in shapes.items():
                 block, _, name = key.partition(".")
                 self._bits[int(block), name] = file.get_tensor(key), rows, columns

@@ -73,6 +73,20 @@ def _described(module: nn.Module) -> dict[str, Any]:
     return {"in_features": module.in_features, "dtype": str(module.dtype).removeprefix("torch."), "tensors": kinds}
 
 
+def _undescribed(described: dict[str, Any]) -> nn.Module:
+    """The projection without its tensors, which come from the file."""
+    from besa.packed import DTYPES, PackedLinear
+
+    tensors = {
+        part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        for part, (dtype, *shape) in described["tensors"].items()
+    }
+    dtype = getattr(torch, described["dtype"])
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not one of {DTYPES}")
+    return PackedLinear(described["in_features"], dtype, **tensors)
+
+
 class PackedConfig(QuantizationConfigMixin):
     """What config.json says of the packed projections."""
 
@@ -81,6 +95,8 @@ class PackedConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"packed format {format_version} is not {FORMAT_VERSION}, the one that this besa reads; update besa"
             )
+        if not isinstance(projections, dict):
+            raise ValueError(f"projections in config.json's quantization_config is {projections!r}, no JSON object")
         self.quant_method, self.format_version, self.projections = METHOD, format_version, projections
 
 
@@ -90,16 +106,16 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from besa.packed import PackedLinear
-
         for path in checkpoint_files or []:
             check_whole(Path(path))
         for name, described in self.quantization_config.projections.items():
-            tensors = {
-                part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-                for part, (dtype, *shape) in described["tensors"].items()
-            }
-            module = PackedLinear(described["in_features"], getattr(torch, described["dtype"]), **tensors)
+            try:
+                linear, module = model.get_submodule(name), _undescribed(described)
+                fits = (linear.in_features, linear.out_features) == (module.in_features, module.out_features)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"config.json describes no packed projection as {name}: {error}") from error
+            if not fits:
+                raise ValueError(f"config.json describes {name} as {module}, where the model has {linear}")
             model.set_submodule(name, module)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from besa.decoder import find_blocks, projections
 from besa.machine.fields import Count, Positive, check_fields, documented
 from besa.machine.files import replacing
-from besa.masks import pack_bits, unpack_bits
+from besa.masks import open_bits, pack_bits, unpack_bits
 
 CLIPPING_START = 4.0
 """Clipping logits before training: gamma = sigmoid(4) = 0.98."""
@@ -169,16 +169,16 @@ class QuantizedFiles(Mapping[tuple[int, str], QuantizedWeight]):
     """What `save_quantized` wrote into some files, by block and projection; read when it is asked for."""
 
     def __init__(self, *paths: str | Path) -> None:
-        self._found: dict[tuple[int, str], tuple[str | Path, list[int]]] = {}
+        self._found: dict[tuple[int, str], tuple[str | Path, tuple[int, ...]]] = {}
         for path in paths:
-            with safetensors.safe_open(path, "pt") as file:
-                for key, shape in json.loads(file.metadata()["shapes"]).items():
+            with open_bits(path) as (_, shapes):
+                for key, shape in shapes.items():
                     block, _, name = key.partition(".")
                     self._found[int(block), name] = path, shape
 
     def __getitem__(self, key: tuple[int, str]) -> QuantizedWeight:
         path, shape = self._found[key]
-        with safetensors.safe_open(path, "pt") as file:
+        with open_bits(path) as (file, _):
             return _unpack(file, f"{key[0]}.{key[1]}", *shape)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
@@ -225,7 +225,10 @@ def _unpack(file: safetensors.safe_open, key: str, rows: int, columns: int, bits
     scale, zero_point = read("scale"), read("zero_point")
     keep_mask = unpack_bits(read("kept"), rows, columns) if f"{key}.kept" in file.keys() else None  # noqa: SIM118
     n_kept = rows * columns if keep_mask is None else int(keep_mask.sum())
-    unpacked = np.unpackbits(read("codes").numpy(), count=n_kept * bits).reshape(n_kept, bits)
+    packed = read("codes").numpy()
+    if len(packed) != -(-n_kept * bits // 8):  # numpy would fill it up
+        raise ValueError(f"{len(packed)} bytes of codes, where {n_kept} weights have {bits} bits each")
+    unpacked = np.unpackbits(packed, count=n_kept * bits).reshape(n_kept, bits)
     values = torch.from_numpy(np.packbits(np.pad(unpacked, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
     codes = zero_point.repeat_interleave(columns // scale.shape[1], dim=1)
     codes = values.view(rows, columns) if keep_mask is None else codes.masked_scatter(keep_mask, values)

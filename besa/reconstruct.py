@@ -98,19 +98,28 @@ class Reconstruct:
 
         Args:
             hessian, toward: H and T, from `Block.moments`; with T = H the projection's own pruning is mended alone.
+
+        Raises:
+            ValueError: rho and damping are too small for this Hessian.
         """
         damping = self.damping * hessian.diagonal().mean() + 1e-30
         damp = damping * torch.eye(len(hessian), device=hessian.device)
         hessian, toward = hessian + damp, toward + damp
         scale = hessian.diagonal().sqrt()
         hessian, toward = (moment / (scale[:, None] * scale) for moment in (hessian, toward))
-        hessian.diagonal().add_(self.rho)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        lower, failed = torch.linalg.cholesky_ex(hessian + self.rho * torch.eye(len(hessian), device=hessian.device))
+        inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
         w, kept = weight.float() * scale, keep_mask.float()
         wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
         for _ in range(self.iterations):  # both = Z + U: Z is its kept part and U the rest, so that Z - U = sign * both
             both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
-        return (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
+        found = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
+        if not torch.isfinite(found).all():
+            raise ValueError(
+                f"no closed form can be computed with rho {self.rho:g} and damping {self.damping:g}; take them nearer "
+                "to 1 and 0.01"
+            )
+        return found
 
     def _n_held_out(self, n_samples: int) -> int:
         return max(1, round(self.held_out * n_samples))

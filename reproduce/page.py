@@ -93,10 +93,10 @@ def counts(table: pd.DataFrame) -> str:
 
 def claims(judged: pd.DataFrame) -> str:
     """The verdicts on a few claims with their differences, of many their number."""
-    if len(judged) > 8 or "difference ± standard error" not in judged:
+    over = "task" if "task" in judged else "text"
+    if len(judged) > 8 or not {"row", "against", over, "difference ± standard error"} <= set(judged):
         return f"of {len(judged)} claims {counts(judged)}"
-    over = "{task}" if "task" in judged else "{text}"
-    said = f"{{row}} before {{against}} on {over}: {{verdict}} ({{difference ± standard error}})"
+    said = f"{{row}} before {{against}} on {{{over}}}: {{verdict}} ({{difference ± standard error}})"
     return "; ".join(said.format(**line) for line in judged.to_dict("records"))
 
 

@@ -189,6 +189,32 @@ def test_damaged_notes_heal_or_are_named(made, tmp_path, damage):
     assert weights(out) == before and load(out)
 
 
+CHANGED = [
+    ("block-00001.json", '"rows": 32', '"rows": 16'),
+    ("block-00001.json", '"zeros": 512', '"zeros": 600'),
+    ("block-00001.json", '"seconds": ', '"seconds": 9'),
+    ("block-00001.json", '"note": ""', '"note": null'),
+    ("source.json", '"sha256": "', '"sha256": "0'),
+    ("carried.json", '"config.json": "', '"config.json": "0'),
+]
+
+
+def test_a_value_that_was_changed_in_a_note_is_found(source, tmp_path, windows):  # noqa: F811
+    report, out = prune(source, tmp_path / "out", windows, besa.Wanda()), tmp_path / "out"
+    before, facts = weights(out), [{**row, "block_seconds": 0} for row in report.rows]
+    for name, old, new in CHANGED:
+        path = out / "besa" / name
+        text = path.read_text().replace(old, new)
+        assert new in text and path.write_text(text)
+        again = prune(source, out, windows, besa.Wanda())
+        assert weights(out) == before and again.seconds < 10
+        assert [{**row, "block_seconds": 0} for row in again.rows] == facts, (name, new)
+    path = out / "besa" / "run.json"
+    path.write_text(path.read_text().replace('"ranks": 1', '"ranks": 2'))
+    with pytest.raises(ValueError, match=r"run.json is damaged: it must say of which run the 3 finished blocks are"):
+        prune(source, out, windows, besa.Wanda())
+
+
 @pytest.mark.parametrize(
     "change",
     [

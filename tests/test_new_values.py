@@ -130,6 +130,13 @@ def test_zeros_stay_and_full_rows_stay_as_they_are(problem):
     torch.testing.assert_close(found[3], weight[3], rtol=1e-3, atol=1e-3)
 
 
+def test_a_hessian_that_is_hardly_damped_names_the_fields(problem):
+    weight, _, keep_mask = problem
+    one_token = torch.ones(24, 24)
+    with pytest.raises(ValueError, match=r"no closed form can be computed with rho 1e-30 and damping 1e-30; take them"):
+        Reconstruct(rho=1e-30, damping=1e-30).closed_form(weight, one_token, one_token, keep_mask)
+
+
 @pytest.mark.parametrize("kind", ["closed", "block"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mask_of_any_method_is_held_to_the_weight_and_less_is_lost(tiny_llama, windows, name, kind):

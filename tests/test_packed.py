@@ -1,5 +1,7 @@
 import copy
+import functools
 import json
+import operator
 import pickle
 import struct
 import subprocess
@@ -429,6 +431,40 @@ def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path, joint):
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(ValueError, match="packed format 2 is not 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ((), None, "projections in config.json's quantization_config is None, no JSON object"),
+        ((), ["up_proj"], "no JSON object"),
+        ((UP,), None, f"config.json describes no packed projection as {UP}: "),
+        ((UP,), {}, f"no packed projection as {UP}: 'tensors'"),
+        (("model.layers.9.mlp.up_proj",), {}, "no packed projection as model.layers.9.mlp.up_proj"),
+        (("model.norm",), None, "no packed projection as model.norm"),
+        ((UP, "in_features"), 33, f"config.json describes {UP} as PackedLinear.in_features=33, .* where the model has"),
+        ((UP, "in_features"), "32", f"config.json describes {UP} as PackedLinear"),
+        ((UP, "dtype"), "int64", f"no packed projection as {UP}: dtype torch.int64 is not one of"),
+        ((UP, "dtype"), "nn", f"no packed projection as {UP}: dtype <module"),
+        ((UP, "tensors", "mask"), ["uint8", 8], f"config.json describes {UP} as PackedLinear"),
+        ((UP, "tensors", "mask"), ["uint8", -8, 8], f"no packed projection as {UP}: "),
+        ((UP, "tensors", "mask"), ["uint8"], f"no packed projection as {UP}: "),
+        ((UP, "tensors", "mask"), [], f"no packed projection as {UP}: "),
+        ((UP, "tensors", "other"), ["uint8", 8], f"no packed projection as {UP}: "),
+        ((UP, "tensors", "mask"), ["uint8", 2**70], f"no packed projection as {UP}: "),
+    ],
+)
+def test_a_damaged_description_is_refused_by_name(tiny_llama, tmp_path, no_type_checks, place, value, words):
+    path = packed_folder(tiny_llama, tmp_path, prune_half(tiny_llama)) / "config.json"
+    config = json.loads(path.read_text())
+    *parents, last = "quantization_config", "projections", *place
+    functools.reduce(operator.getitem, parents, config)[last] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -199,6 +199,18 @@ def test_what_is_no_record_at_all_is_named(folders, content):
         tables.beside_reference([], folders[1] / "table1")
 
 
+def test_verdicts_that_do_not_say_of_which_rows_are_counted(folders):
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    judged = {"row": ["wanda"], "against": ["dense"], "text": ["c4"], "verdict": ["holds"]}
+    judged["difference ± standard error"] = ["-3.0% ± 1.0%"]
+    path = folders[1] / "table1" / "llama-7b-quick-verdicts.csv"
+    for name in judged:
+        pd.DataFrame(judged).rename(columns={name: "other"}).to_csv(path)
+        assert ("of 1 claims 1 holds" in report_of(folders)[0]) == (name != "verdict")
+    pd.DataFrame(judged).to_csv(path)
+    assert "wanda before dense on c4: holds (-3.0% ± 1.0%)" in report_of(folders)[0]
+
+
 def test_showing_what_was_never_run_says_how_to_run_it(tmp_path):
     with pytest.raises(typer.BadParameter, match=r"holds no table of 'table1'; .* make table1"):
         report["shown"]("table1", tmp_path)

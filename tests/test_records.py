@@ -113,6 +113,13 @@ BROKEN = {
     "no hash": lambda record: json.dumps({**record, "config_hash": 7}),
     "of another row": lambda record: json.dumps({**record, "config": {**record["config"], "row": "wanda"}}),
     "of another sparsity": lambda record: json.dumps({**record, "config": {**record["config"], "sparsity": 0.6}}),
+    "another number": lambda record: json.dumps({**record, "metrics": {"wiki": 7.2}, "sha256": "0" * 64}),
+    "no sparsity": lambda record: json.dumps({name: record[name] for name in record if name != "sparsity"}),
+    "no threads": lambda record: json.dumps({**record, "provenance": {**record["provenance"], "threads": None}}),
+    "no seconds": lambda record: json.dumps({**record, "seconds": {"all": 3}}),
+    "a word of a projection": lambda record: json.dumps({**record, "projections": ["q_proj"]}),
+    "half a projection": lambda record: json.dumps({**record, "projections": [{"block": 0, "rows": 3}]}),
+    "True for a number": lambda record: json.dumps({**record, "metrics": {"wiki": True}}),
 }
 
 
@@ -125,6 +132,21 @@ def test_what_is_no_record_of_the_row_counts_as_missing(run, damage):
     assert not run.has("dense", None)
     with pytest.raises(ValueError, match=rf"row 'dense' has no whole record in {run.folder}; run the cells before"):
         run.records({"dense": None})
+
+
+def test_a_value_that_was_changed_since_is_found_and_records_without_a_sum_are_read(run):
+    saved = run.save("dense", None, None, {"wiki": 7.3})
+    (path,) = (run.folder / "records").glob("*.json")
+    text = path.read_text()
+    assert "sha256" not in saved and files.read_note(path) == json.loads(json.dumps(saved))
+    for old, new in (("7.3", "7.8"), ('"seconds": 0.0', '"seconds": 1.0')):
+        path.write_text(text.replace(old, new))
+        assert not run.has("dense", None)
+    with pytest.raises(ValueError, match="its sha256 is not that of its values"):
+        path.write_text(text.replace("7.3", "7.8"))
+        tables.load_record(path)
+    path.write_text(json.dumps(saved))  # as earlier versions wrote it
+    assert run.has("dense", None)
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])

@@ -379,9 +379,9 @@ def test_a_full_disk_says_so_leaves_nothing_half_written_and_the_run_continues(
         if full_at == "shard":
             full.setattr(checkpoint.safetensors.torch, "save_file", no_space)
         else:
-            write = shards.write_text
+            write = shards.write_note
             full.setattr(
-                shards, "write_text", lambda path, text: no_space() if "block" in path.name else write(path, text)
+                shards, "write_note", lambda path, note: no_space() if "block" in path.name else write(path, note)
             )
         with pytest.raises(OSError, match=r"the disk is full|No space left"):
             prune(source, out, windows)

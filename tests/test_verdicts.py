@@ -155,5 +155,9 @@ def test_what_a_rows_metrics_are_means_of_lies_beside_its_record(tiny_llama, win
     before = path.read_bytes()
     run.save("dense", None, None, {"text": value}, {"piqa": np.array([True, False])})
     assert path.read_bytes() == before
+    for damage in (b"", b"P", b"\x93NUMPY", before[:-30], before.replace(b"text", b"test", 1), bytes(300)):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"{path} is damaged .*; delete its record, too, and run the row again"):
+            run.samples(read)
     run.apart(limit=3).save("dense", None, None, {"text": 20.0})
     assert run.samples(run.apart(limit=3).records({"dense": None})[0]) == {}

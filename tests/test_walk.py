@@ -2,13 +2,16 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
 
 import besa
+from besa import decoder, importance, sensitivity
 from besa.decoder import find_blocks, projections
+from besa.report import Report
 from besa.walk import Block, frozen, walk
 
 
@@ -61,25 +64,51 @@ def test_a_block_that_is_not_finished_is_an_error(tiny_llama, windows):
             pass
 
 
-@pytest.mark.parametrize("moment", range(6))
+WANDA, BLOCKWISE = (besa.Wanda(), None), (besa.Wanda(), besa.Reconstruct("block", epochs=1))
+MOMENTS = {  # what is interrupted, at which of its calls, and what prunes
+    "the blocks' calls are recorded": (decoder, "BlockCall", 2, WANDA),
+    "statistics are gathered": (importance, "_accumulate", 20, WANDA),
+    "a block learns": (torch.Tensor, "backward", 8, (besa.Besa(), None)),
+    "scores are learned": (torch.Tensor, "backward", 8, (besa.Besa(budget="exact"), None)),
+    "the model is measured": (sensitivity, "run_head", 5, (besa.Besa(budget="exact", scope="model"), None)),
+    "a closed form is computed": (besa.Reconstruct, "closed_form", 10, (besa.Wanda(), besa.Reconstruct())),
+    "a block is trained": (torch.Tensor, "backward", 5, BLOCKWISE),
+    "weights are written": (Report, "of_block", 2, WANDA),
+    "a block is left for the next": (Block, "leave", 1, WANDA),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_interrupted_at_any_moment_leaves_no_hook_and_a_usable_model(tiny_llama, windows, monkeypatch, moment):
-    runs, calls = Block.run, []
+    owner, name, number, (method, reconstruct) = MOMENTS[moment]
+    windows = windows[:3]
+    work, calls, options = getattr(owner, name), itertools.count(1), {"progress": False, "reconstruct": reconstruct}
 
-    def interrupting(self, *arguments):
-        calls.append(1)
-        if len(calls) == 1 + 4 * moment:
+    def interrupting(*args, **kwargs):
+        if next(calls) == number:
             raise KeyboardInterrupt
-        return runs(self, *arguments)
+        return work(*args, **kwargs)
 
-    monkeypatch.setattr(Block, "run", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        besa.prune(tiny_llama, windows, besa.Besa(), progress=False)
-    assert torch.is_grad_enabled() and all(parameter.requires_grad for parameter in tiny_llama.parameters())
-    for block in find_blocks(tiny_llama):
-        modules = [block, *projections(block).values()]
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        assert "forward" not in vars(block)
+    def facts():
+        parameters = [(p.requires_grad, p.dtype, p.device, p.shape) for p in tiny_llama.parameters()]
+        modules = [(module.training, *vars(module)) for module in tiny_llama.modules()]  # with no forward of their own
+        return parameters, modules, torch.is_grad_enabled()
+
+    tiny_llama.model.layers[1].train()  # as it was, not as is usual
+    tiny_llama.model.embed_tokens.requires_grad_(False)
+    before, copies = facts(), [copy.deepcopy(tiny_llama) for _ in range(2)]
+    besa.prune(copies[0], windows, method, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            besa.prune(tiny_llama, windows, method, **options)
+    assert facts() == before
+    hooks = [vars(module)[kind] for module in tiny_llama.modules() for kind in vars(module) if kind.endswith("_hooks")]
+    assert hooks and not any(hooks)
     assert torch.isfinite(tiny_llama(windows).logits).all()
+    assert tiny_llama.generate(windows[:1, :4], max_new_tokens=3, pad_token_id=0).shape == (1, 7)
+    besa.prune(copies[1], windows, method, **options)
+    assert all(map(torch.equal, copies[0].state_dict().values(), copies[1].state_dict().values()))
 
 
 def test_sparsity_is_counted_from_masks_where_kept_weights_are_zero_too(tiny_llama, windows):

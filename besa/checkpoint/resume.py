@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -16,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from besa.checkpoint.format import shard_paths
-from besa.machine.files import HALF_WRITTEN, mark_of, sha256, tensor_sha256, write_text
+from besa.machine import files
+from besa.machine.files import HALF_WRITTEN, mark_of, sha256, tensor_sha256, write_note
 from besa.machine.processes import n_ranks
 from besa.prune import Method
 
@@ -59,7 +59,7 @@ def remove_half_written(output: Path) -> None:
 def read_note(path: Path) -> dict[str, Any]:
     """What lies beside the output as JSON by name; {} where it is not there, or damaged."""
     try:
-        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        note = files.read_note(path) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
@@ -83,7 +83,7 @@ def open_run(output: Path, identity: dict[str, Any], notes: dict[int, Any], abou
         if notes:
             _refuse(run["identity"], identity, output)
         run = {"identity": identity, **about}
-        write_text(path, json.dumps(run, indent=1) + "\n")
+        write_note(path, run)
     return run
 
 
@@ -145,12 +145,12 @@ def _source_sums(source: Path, output: Path) -> dict[str, str]:
     known = read_note(path)
     seen = {}
     code = [path for path in sorted(source.glob("*.py")) if path.is_file()]
-    files = [*shard_paths(source), source / "config.json", *code]
-    for file in tqdm(files, desc="sha256", unit="file", leave=False):
+    paths = [*shard_paths(source), source / "config.json", *code]
+    for file in tqdm(paths, desc="sha256", unit="file", leave=False):
         mark, old = mark_of(file), known.get(file.name)
         same = isinstance(old, dict) and old.get("mark") == mark and isinstance(old.get("sha256"), str)
         seen[file.name] = old if same else {"mark": mark, "sha256": sha256(file)}
-    write_text(path, json.dumps(seen, indent=1) + "\n")
+    write_note(path, seen)
     return {name: entry["sha256"] for name, entry in seen.items()}
 
 

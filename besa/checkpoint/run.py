@@ -48,7 +48,7 @@ from besa.checkpoint.resume import (
 from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.machine.device import resolve_device
 from besa.machine.fields import checked
-from besa.machine.files import check_same, mark_of, sha256, write_text, writing
+from besa.machine.files import check_same, mark_of, sha256, write_note, write_text, writing
 from besa.machine.processes import from_rank_0, n_ranks, rank
 from besa.machine.provenance import provenance
 from besa.prune import Method, check_fit
@@ -364,7 +364,7 @@ class Shards:
             paths.append(self._beside("codes", number))
             save_quantized(codes, paths[2])
         sums = {str(path.relative_to(self.output)): sha256(path) for path in paths}
-        write_text(self.output / STATE / f"block-{number:05d}.json", json.dumps(note | {"files": sums}) + "\n")
+        write_note(self.output / STATE / f"block-{number:05d}.json", note | {"files": sums})
 
     def _beside(self, what: str, number: int) -> Path:
         """Where a block's masks or codes lie packed."""
@@ -391,7 +391,7 @@ class Shards:
         """The small files, with a note of what was written: what its user changes in the output stays."""
         path = self.output / STATE / "carried.json"
         written, kept = carry_over(self.source, self.output, read_note(path))
-        write_text(path, json.dumps(written, indent=1) + "\n")
+        write_note(path, written)
         for name in kept:
             self.tell(f"{self.output / name} was changed since it was written, or is of somebody else: left as it is")
 

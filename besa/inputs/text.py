@@ -270,30 +270,31 @@ def _encoding(tokenizer: PreTrainedTokenizerBase) -> Iterator[Encode]:
     """While active, the tokenizer; once it has taken a second, it shows how far it is."""
     about = {"unit": "char", "unit_scale": True, "delay": 1, "leave": False, "disable": rank() > 0}
     with tqdm(desc="tokenize", **about) as bar:
-        yield lambda text: torch.tensor([*_token_ids(tokenizer, text, bar)], dtype=torch.int64)
+        yield lambda text: torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in _token_ids(tokenizer, text, bar)])
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, bar: tqdm) -> Iterator[int]:
-    """Of a text; what would take too much memory at once is cut between words, and read from a little before each cut.
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, bar: tqdm) -> Iterator[list[int]]:
+    """Of a text, in pieces, for integers of Python take five times a tensor's room.
 
-    The pieces' tokens are those of the whole where no token reaches from one word into the next.
+    What would take too much memory at once is cut between words, and read from a little before each cut. The pieces'
+    tokens are those of the whole where no token reaches from one word into the next.
     """
     if len(text) <= AT_ONCE or not tokenizer.is_fast:
-        yield from tokenizer(text, verbose=False)["input_ids"]
+        yield tokenizer(text, verbose=False)["input_ids"]
         bar.update(len(text))
         return
     before, after = _special_ids(tokenizer)
-    yield from before
+    yield before
     start = 0
     while start < len(text):
         first, end = max(0, start - LEAD), _cut(text, start + AT_ONCE)
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
         piece = tokenizer(text[first:end], **options)
         offsets = zip(piece["input_ids"], piece["offset_mapping"], strict=True)
-        yield from (token for token, (_, until) in offsets if first + until > start)
+        yield [token for token, (_, until) in offsets if first + until > start]
         bar.update(end - start)
         start = end
-    yield from after
+    yield after
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -25,7 +25,8 @@ from pydantic import ConfigDict, InstanceOf, PydanticUserError, TypeAdapter, Val
 Class = TypeVar("Class", bound=type)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-Positive = Annotated[float, Gt(0)]
+Positive = Annotated[float, Gt(0), Le(1e6)]
+"""Of steps and weights of terms: far beyond, what optimizers make of them overflows."""
 Count = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
 """What torch's generators take."""

@@ -10,6 +10,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import safetensors
@@ -86,6 +87,28 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_note(path: Path, note: dict[str, Any]) -> None:
+    """Write JSON that holds its own sha256, whole or not at all."""
+    write_text(path, json.dumps(note | {"sha256": _sum_of(note)}, indent=1) + "\n")
+
+
+def read_note(path: Path) -> Any:
+    """What `write_note` wrote, without the sum, which JSON of earlier versions and of other hands lacks.
+
+    Raises:
+        ValueError: it is no JSON, or other values than were written.
+        OSError: it cannot be read.
+    """
+    note = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(note, dict) and note.pop("sha256", None) not in (None, _sum_of(note)):
+        raise ValueError("its sha256 is not that of its values, so that one of them was changed")
+    return note
+
+
+def _sum_of(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

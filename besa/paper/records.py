@@ -28,7 +28,7 @@ from besa.inputs.models import checkpoint_identity
 from besa.inputs.text import Sampler
 from besa.machine.device import resolve_device, resolve_dtype
 from besa.machine.fields import Count, Positive, check_fields, checked
-from besa.machine.files import replacing, tensor_sha256, write_text
+from besa.machine.files import replacing, tensor_sha256, write_note
 from besa.machine.provenance import ROOT, provenance, results_root
 from besa.paper import tables, verdicts
 from besa.paper.tables import Record, slug
@@ -211,7 +211,7 @@ def save_record(
         with replacing(path) as temporary:
             np.savez_compressed(temporary, **samples)
     record = {"config": config, "config_hash": config_hash(config), **outcome, "provenance": provenance()}
-    write_text(_record_path(folder, config), json.dumps(record, indent=1) + "\n")
+    write_note(_record_path(folder, config), record)
     return record
 
 
@@ -317,7 +317,12 @@ class Run:
 
     def has(self, row: str, method: Method | None) -> bool:
         """Whether the row is finished, by exactly this configuration."""
-        return find_record(self.folder, self.row_config(row, method)) is not None
+        return self._found(row, method) is not None
+
+    def _found(self, row: str, method: Method | None) -> Record | None:
+        """Its record, if there is one that has all that `save` writes."""
+        record = find_record(self.folder, self.row_config(row, method))
+        return record if record and tables.is_whole(record) else None
 
     def work(self, row: str, method: Method | None) -> Path:
         """Where a row's pruned checkpoint lies until the row is saved, if its model is too large for memory."""
@@ -363,18 +368,27 @@ class Run:
         Raises:
             ValueError: a row has none that can be read.
         """
-        found = {row: find_record(self.folder, self.row_config(row, method)) for row, method in rows.items()}
+        found = {row: self._found(row, method) for row, method in rows.items()}
         for row in (row for row, record in found.items() if record is None):
             raise ValueError(f"row {row!r} has no whole record in {self.folder}; run the cells before this one again")
         return list(found.values())
 
     def samples(self, record: Record) -> dict[str, np.ndarray]:
-        """What the metrics of a row are means of: losses by segment, answers by question; none of older records."""
+        """What the metrics of a row are means of: losses by segment, answers by question; none of older records.
+
+        Raises:
+            ValueError: their file is damaged; names it.
+        """
         path = _samples_path(self.folder, record["config"])
         if not path.is_file():
             return {}
-        with np.load(path) as file:
-            return dict(file)
+        try:
+            with np.load(path) as file:
+                return dict(file)
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}); delete its record, too, and run the row again"
+            ) from error
 
     @property
     def stem(self) -> str:

@@ -1,6 +1,5 @@
 """Records as tables: what was measured, beside published and reference numbers, where it comes from, how to cite it."""
 
-import json
 import re
 import warnings
 from collections.abc import Collection, Iterable
@@ -13,7 +12,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from besa.baselines import named_method
-from besa.machine.files import replacing, write_text
+from besa.machine.files import read_note, replacing, write_text
 from besa.machine.provenance import ROOT
 
 Record = dict[str, Any]
@@ -24,7 +23,7 @@ REFERENCE = ROOT / "results" / "reference"
 
 _KINDS = {
     "config": {"item": str, "row": str, "model": str, "profile": str},
-    "provenance": {"commit": str, "modified": bool, "hardware": str, "date": str, "versions": dict},
+    "provenance": {"commit": str, "modified": bool, "hardware": str, "threads": int, "date": str, "versions": dict},
 }
 """What every table and citation asks of a record."""
 
@@ -33,10 +32,10 @@ def load_record(path: Path) -> Record:
     """A record from its file, which another version or another hand may have written.
 
     Raises:
-        ValueError: it is none; says what is missing or odd.
+        ValueError: it is none, or not as it was written; says what is missing or odd.
         OSError: it cannot be read.
     """
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_note(path)
     parts = record if isinstance(record, dict) else {}
     for part, kinds in _KINDS.items():
         found = parts.get(part)
@@ -58,9 +57,17 @@ def _check_numbers(record: Record) -> None:
         raise ValueError(f"not a record: its {', '.join(odd)} cannot be read")
 
 
+def is_whole(record: Record) -> bool:
+    """Whether it has all that `Run.save` writes of a row."""
+    has = lambda part, *names: isinstance(part, dict) and _numbers(map(part.get, names))
+    rows = record.get("projections")
+    whole = isinstance(rows, list) and all(has(row, "block", "rows", "columns", "zeros") for row in rows)
+    return whole and "metrics" in record and has(record, "sparsity", "seconds", "peak_bytes")
+
+
 def _numbers(values: Iterable[Any]) -> bool:
     """Whether all are, and none is an integer beyond what a float holds."""
-    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in values)
+    return all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in values)
 
 
 def slug(name: str) -> str:
