@@ -10,6 +10,7 @@ Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` 
 to it once transformers is loaded, when files of besa may be half loaded: so packed.py is imported where it is used.
 """
 
+import collections
 import functools
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        for path in checkpoint_files or []:
-            check_whole(Path(path))
+        there = [name for path in checkpoint_files or [] for name in check_whole(Path(path))]
         for name, described in self.quantization_config.projections.items():
             try:
                 linear, module = model.get_submodule(name), _undescribed(described)
@@ -117,6 +117,20 @@ class PackedQuantizer(HfQuantizer):
             if not fits:
                 raise ValueError(f"config.json describes {name} as {module}, where the model has {linear}")
             model.set_submodule(name, module)
+        self._check_parts(there)
+
+    def _check_parts(self, there: list[str]) -> None:
+        """Refuse files with fewer tensors of a kind than are described: transformers makes up what is missing."""
+        wanted = collections.Counter(
+            part for each in self.quantization_config.projections.values() for part in each["tensors"]
+        )
+        for part, n in wanted.items():
+            found = sum(name.endswith(f".{part}") for name in there)  # some families save other names before the last
+            if found < n:
+                raise ValueError(
+                    f"config.json describes {n} tensors called {part}, the files hold {found}; fetch or write them "
+                    "again"
+                )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name in self.quantization_config.projections:

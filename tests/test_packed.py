@@ -422,6 +422,9 @@ def test_a_damaged_folder_is_refused_by_name(tiny_llama, tmp_path, joint):
     file.write_bytes(content[:4])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    file.write_bytes(content.replace(b"up_proj.starts", b"up_proj.startz", 1))  # transformers would make random ones
+    with pytest.raises(ValueError, match=r"describes \d+ tensors called starts, the files hold \d+"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     tensors = safetensors.torch.load(content)
     tensors["model.layers.1.mlp.up_proj.mask"][3, 0] ^= 0b111  # by an odd number; a byte holds two codes
     tensors["model.layers.1.mlp.up_proj.mask"][3, 1:4] = 255

@@ -136,8 +136,11 @@ def check_same(marks: dict[Path, list[str | int]]) -> None:
             )
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: Path) -> list[str]:
     """Refuse a safetensors file that is shorter or longer than its header says, or none that can be mapped.
+
+    Returns:
+        The names of its tensors.
 
     Raises:
         ValueError: names the file, its size, and what it should be.
@@ -149,12 +152,13 @@ def check_whole(path: Path) -> None:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, size)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        expected = 8 + length + max(ends.values(), default=0)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it has no safetensors header; fetch or write it again") from error
     if size != expected:
         raise ValueError(f"{path} has {size} bytes, its header says {expected}; fetch or write it again")
+    return [*ends]
 
 
 def tensor_sha256(tensor: Tensor) -> str:
