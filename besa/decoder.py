@@ -200,7 +200,7 @@ def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: 
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         kind = f"a {type(tokens).__name__} of {getattr(tokens, 'dtype', 'no dtype')}"
         raise ValueError(f"token ids must be int64 in a torch tensor, not {kind}; take torch.as_tensor(ids).long()")
-    context = _context(model)
+    context = context_of(model)
     if not 2 <= seq_len <= context:
         raise ValueError(f"seq_len {seq_len} is outside [2, {context}], what the model's context allows")
     if not tokens.numel():
@@ -213,7 +213,8 @@ def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: 
         )
 
 
-def _context(model: PreTrainedModel) -> int:
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens that the model can place."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
@@ -468,6 +469,25 @@ def record_part(
     # some families flatten windows and tokens inside a block
     stack = lambda parts: torch.stack([part.view(hidden.shape[1], -1) for part in parts])
     return stack(inputs), calls[0], stack(outputs)
+
+
+@torch.no_grad()
+def run_blocks(
+    model: PreTrainedModel, tokens: Int64[Tensor, "batch seq_len"], **options: Any
+) -> tuple[Float[Tensor, "batch seq_len hidden"], BlockCall]:
+    """The hidden states that leave the last block, and a call with which `run_head` takes them.
+
+    Args:
+        options: what the model takes beside the tokens, such as its own `attention_mask` and `position_ids`.
+    """
+    left: list[Any] = []
+    handle = find_blocks(model)[-1].register_forward_hook(lambda _, __, output: left.append(output))
+    try:
+        model.base_model(tokens.to(model.device), use_cache=False, **options)
+    finally:
+        handle.remove()
+    in_tuple = isinstance(left[0], tuple)
+    return left[0][0] if in_tuple else left[0], BlockCall((), {}, in_tuple)
 
 
 def run_head(

@@ -8,12 +8,10 @@ themselves, in float32, with gradients for kept ones only. By step t of T the le
 and the weights that are left in the model are those with the least loss on windows that are not trained on.
 """
 
-import hashlib
 import math
-import pickle
-import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,8 +35,9 @@ from besa.decoder import (
     run_head,
 )
 from besa.machine.fields import Count, Positive, Seed, check_fields, checked, documented
-from besa.machine.files import replacing, tensor_sha256
+from besa.machine.files import tensor_sha256
 from besa.machine.memory import measure
+from besa.machine.state import StateFile, sum_of
 from besa.masks import pack_bits
 from besa.packed import PackedLinear
 from besa.report import Masks
@@ -58,8 +57,6 @@ LARGEST_NORM = 1.0
 """Of a step's gradient."""
 LOGITS_AT_ONCE = 2**24
 """Tokens times vocabulary that the head computes at once: 64 MiB in float32."""
-SAVE_AFTER = 60.0
-"""Seconds between two states on the disk."""
 
 
 @documented
@@ -203,10 +200,10 @@ def finetune(
     check_model(model)
     result = FineTuned(config)
     with measure() as cost, frozen(model), frozen(dense or model):
-        state = _State(checkpoint, model, windows, pruned, config, dense)
+        state = StateFile(checkpoint, "finetune", partial(_identity, model, windows, pruned, config, dense))
         with _open(model, report, pruned, config) as trained:
             training = _Training(model, windows, trained, result, dense)
-            state.read(training)
+            training.resume(state.read())
             with tqdm(total=training.n_steps, desc="finetune", unit="step", disable=not progress) as bar:
                 training.run(bar, state)
             trained.merge(training.best)
@@ -271,6 +268,20 @@ def _check_dense(model: PreTrainedModel, dense: PreTrainedModel | None, config: 
     sizes = [network.get_input_embeddings().num_embeddings for network in (model, dense) if network is not None]
     if len(set(sizes)) > 1:
         raise ValueError(f"the dense model has {sizes[1]} token ids, the pruned one {sizes[0]}; take the one it was")
+
+
+def _identity(
+    model: PreTrainedModel, windows: Tensor, pruned: Pruned, config: FineTune, dense: PreTrainedModel | None
+) -> dict[str, Any]:
+    """What a run is made of."""
+    return {
+        "config": config.config(),
+        "windows": tensor_sha256(windows),
+        "masks": sum_of(pack_bits(pruned[key][1]) for key in sorted(pruned)),
+        "weights": sum_of(model.state_dict().values()),
+        "dense model": sum_of(dense.state_dict().values()) if dense is not None else None,
+        "device": model.device.type,
+    }
 
 
 def _check_zeros(pruned: Pruned) -> None:
@@ -386,7 +397,28 @@ class _Training:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
         self.best = [parameter.detach().clone() for parameter in trained.parameters]
 
-    def run(self, bar: tqdm, state: "_State") -> None:
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Go to where a run had come, if it had."""
+        if state:
+            _assign(self.trained.parameters, state["parameters"])
+            _assign(self.best, state["best"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.result.steps, self.result.held_out = state["steps"], state["held_out"]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `resume` takes."""
+        return {
+            "parameters": [parameter.detach() for parameter in self.trained.parameters],
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps": self.result.steps,
+            "held_out": self.result.held_out,
+        }
+
+    def run(self, bar: tqdm, state: StateFile) -> None:
         """To the last step, or until the held-out loss has not fallen for long."""
         bar.update(len(self.result.steps))
         if not self.result.held_out:
@@ -397,7 +429,7 @@ class _Training:
                 self._evaluate(step)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.result.held_out[-1]['held_out']:.3f}")
-            state.write(self, at_once=self._finished)
+            state.write(self.state, at_once=self._finished)
 
     @property
     def _finished(self) -> bool:
@@ -482,79 +514,3 @@ class _Training:
             dense = run_head(self.dense, *wanted)[0].float().log_softmax(-1).to(logits.device)
         divergence = F.kl_div(logits.log_softmax(-1), dense, log_target=True, reduction="sum")
         return (1 - self.config.distill) * loss + self.config.distill * divergence
-
-
-class _State:
-    """A run's state in a file, with what the run is made of."""
-
-    def __init__(
-        self,
-        path: Path | str | None,
-        model: PreTrainedModel,
-        windows: Tensor,
-        pruned: Pruned,
-        config: FineTune,
-        dense: PreTrainedModel | None,
-    ) -> None:
-        self.path, self.written = path and Path(path), time.monotonic()
-        if self.path is None:
-            return
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise ValueError(f"checkpoint {str(path)!r}: name a file in a folder that is there")
-        masks = [pack_bits(pruned[key][1]) for key in sorted(pruned)]
-        self.identity = {
-            "config": config.config(),
-            "windows": tensor_sha256(windows),
-            "masks": _sum_of(masks),
-            "weights": _sum_of(model.state_dict().values()),
-            "dense model": _sum_of(dense.state_dict().values()) if dense is not None else None,
-            "device": model.device.type,
-        }
-
-    def read(self, training: _Training) -> None:
-        """Set a run to where the file has it, if there is one.
-
-        Raises:
-            ValueError: it is no such file, or of another run; names what differs.
-        """
-        if self.path is None or not self.path.is_file():
-            return
-        advice = "give the same again, name another file, or delete that one"
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            there = state["identity"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"checkpoint {str(self.path)!r} is no state of finetune ({error}); {advice}") from error
-        for name, now in self.identity.items():
-            if there[name] != now:
-                raise ValueError(f"checkpoint {str(self.path)!r} is of a run with other {name}; {advice}")
-        _assign(training.trained.parameters, state["parameters"])
-        _assign(training.best, state["best"])
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.scaler.load_state_dict(state["scaler"])
-        training.result.steps, training.result.held_out = state["steps"], state["held_out"]
-
-    def write(self, training: _Training, at_once: bool) -> None:
-        """After a while, or at once; whole or not at all."""
-        if self.path is None or not (at_once or time.monotonic() - self.written >= SAVE_AFTER):
-            return
-        state = {
-            "identity": self.identity,
-            "parameters": [parameter.detach() for parameter in training.trained.parameters],
-            "best": training.best,
-            "optimizer": training.optimizer.state_dict(),
-            "scaler": training.scaler.state_dict(),
-            "steps": training.result.steps,
-            "held_out": training.result.held_out,
-        }
-        with replacing(self.path) as temporary, temporary.open("wb") as file:  # by a path, torch hides the disk's error
-            torch.save(state, file)
-        self.written = time.monotonic()
-
-
-def _sum_of(tensors: Any) -> str:
-    """sha256 of tensors of any precision, in their order."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(tensor_sha256(tensor.detach().reshape(-1).view(torch.uint8)).encode())
-    return total.hexdigest()

@@ -1,7 +1,6 @@
 """Fine-tuning of the whole model: the loss falls, every zero stays, an interruption changes no bit."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 import besa
 from besa.decoder import find_blocks, projections
 from besa.finetune import FineTune, _Training, pruned_projections
+from besa.machine import state
 from besa.quantize import Quantize
 
 KINDS = ["low-rank", "full"]
@@ -139,7 +139,7 @@ def test_an_interrupted_run_leaves_the_model_and_ends_with_the_same_bits(pruned,
             raise Killed
         return run_step(training, step)
 
-    monkeypatch.setattr(sys.modules["besa.finetune"], "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(state, "SAVE_AFTER", 0.0)
     monkeypatch.setattr(_Training, "_step", killed)
     with pytest.raises(Killed):
         besa.finetune(model, text, report, config, checkpoint=tmp_path / "state.pt", progress=False)

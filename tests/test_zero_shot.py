@@ -13,6 +13,7 @@ import besa
 from besa.evaluate import likelihood, tasks
 from besa.evaluate.likelihood import SharedContexts
 from besa.inputs import assets
+from besa.machine import state
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,9 @@ ARCHITECTURES = {
     "GPTNeoX": {},
     "Gemma3": {"sliding_window": 8, "sliding_window_pattern": 2},
     "Phi": {},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "Bloom": {},  # takes no positions: every choice is run with its context
+    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},  # makes its own masks
 }
 
 
@@ -181,13 +185,48 @@ def test_a_limit_takes_the_subset_of_its_seed_and_says_so(model, tokenizer):
     assert frame.loc["winogrande", "questions"] != other.to_frame().loc["winogrande", "questions"]
 
 
-def test_batches_are_bounded_by_their_logits_and_by_their_keys_and_values(model, tokenizer, monkeypatch):
-    lm = SharedContexts(model, tokenizer, "auto", False)
-    assert lm._contexts_at_once(n_tokens=10, n_choices=4) == 2**24 // (10 * 49152)
-    per_token = 2 * 2 * 2 * 8 * 4  # keys and values, blocks, heads, their width, float32
-    monkeypatch.setattr(likelihood, "total_device", lambda _: 10 * 7 * 40 * per_token)
-    assert lm._contexts_at_once(n_tokens=10, n_choices=4) == 7
-    assert lm._contexts_at_once(n_tokens=100, n_choices=4) == 1
+def test_a_context_is_run_once_and_batches_are_bounded_by_their_tokens(model, tokenizer, monkeypatch):
+    shapes, run_blocks = [], likelihood.run_blocks
+    record = lambda network, tokens, **options: shapes.append(tokens.shape) or run_blocks(network, tokens, **options)
+    monkeypatch.setattr(likelihood, "run_blocks", record)
+    monkeypatch.setitem(likelihood.TOKENS_AT_ONCE, "cpu", 40)
+    requests = [(None, [number] * 10, [7] * n) for number in range(1, 6) for n in (1, 4, 3)]
+    SharedContexts(model, tokenizer, "auto", progress=False)._loglikelihood_tokens(requests)
+    assert shapes == [(2, 10 + 3 + 2), (2, 15), (1, 15)]
+    assert SharedContexts(model, tokenizer, "auto", progress=False)._rows_at_once(1000) == 1
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(model, tokenizer, tmp_path, monkeypatch):
+    """Three batches of two contexts, killed before the third."""
+    ask = lambda network=model, limit=6, checkpoint=tmp_path / "state.pt": besa.zero_shot(
+        network, tokenizer, ["winogrande"], limit, batch_size=2, progress=False, checkpoint=checkpoint
+    )
+    expected, score, batches = ask(checkpoint=None), SharedContexts._score, []
+
+    def killed(lm, rows):
+        batches.append(rows)
+        if len(batches) == 3:
+            raise Killed
+        return score(lm, rows)
+
+    monkeypatch.setattr(state, "SAVE_AFTER", 0.0)
+    monkeypatch.setattr(SharedContexts, "_score", killed)
+    with pytest.raises(Killed):
+        ask()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert ask() == expected and len(batches) > 3 and batches[3] == batches[2]
+    n_batches = len(batches)
+    assert ask() == expected and len(batches) == n_batches  # a finished one is read
+    other = build("Llama", max_position_embeddings=2048, initializer_range=0.4)
+    for name, options in {"limit": {"limit": 5}, "weights": {"network": other}}.items():
+        with pytest.raises(ValueError, match=f"of a run with other {name}; give the same again"):
+            ask(**options)
+    with pytest.raises(ValueError, match="name a file in a folder that is there"):
+        ask(checkpoint=tmp_path)
 
 
 def test_a_model_larger_than_the_gpu_answers_as_one_that_fits(model, tokenizer, tmp_path):

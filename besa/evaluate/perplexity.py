@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from besa.decoder import BlockCall, check_tokens, embed, find_blocks, record_calls, run_block, run_head
+from besa.decoder import BlockCall, check_tokens, context_of, embed, find_blocks, record_calls, run_block, run_head
 from besa.machine.device import way_out
 from besa.machine.fields import checked
 from besa.machine.processes import from_all, n_ranks, rank, sum_
@@ -102,13 +102,19 @@ def _negative_log_likelihoods(
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
     labels = segments[:, 1:].to(hidden.device)
-    # never more at once than a segment has, which is what the model can place
-    at_once = LOGITS_AT_ONCE["cpu" if hidden.device.type == "cpu" else "cuda"]
-    step = max(1, min(segments.shape[1] - 1, at_once // model.get_input_embeddings().num_embeddings))
-    for states, targets in zip(hidden[:, :-1].split(1), labels, strict=True):
-        parts = zip(states.split(step, dim=1), targets.split(step), strict=True)
-        logits = ((run_head(model, part, calls[0])[0].float(), wanted) for part, wanted in parts)  # (step, vocab)
-        yield float(sum(F.cross_entropy(each, wanted, reduction="sum").double() for each, wanted in logits))
+    for states, targets in zip(hidden[:, :-1], labels, strict=True):
+        logits = logits_in_parts(model, states, targets, calls[0])
+        yield float(sum(F.cross_entropy(each.float(), wanted, reduction="sum").double() for each, wanted in logits))
+
+
+def logits_in_parts(
+    model: PreTrainedModel, states: Float[Tensor, "n hidden"], targets: Int64[Tensor, "n"], call: BlockCall
+) -> Iterator[tuple[Float[Tensor, "part vocab"], Int64[Tensor, "part"]]]:
+    """What the head makes of hidden states, a few at a time, with what was to be predicted."""
+    at_once = LOGITS_AT_ONCE["cpu" if states.device.type == "cpu" else "cuda"]
+    step = max(1, min(context_of(model), at_once // model.get_input_embeddings().num_embeddings))
+    for part, wanted in zip(states.split(step), targets.split(step), strict=True):
+        yield run_head(model, part[None], call)[0], wanted
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.evaluate.tasks import TASKS, check_tasks, load_task
 from besa.machine.device import way_out
 from besa.machine.fields import checked
+from besa.machine.processes import rank
+from besa.machine.state import StateFile, sum_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ def zero_shot(
     batch_size: int | Literal["auto"] = "auto",
     seed: int = 0,
     progress: bool = True,
+    *,
+    checkpoint: Path | str | None = None,
 ) -> ZeroShot:
     """How often the right choice is the likeliest continuation of its question: lm-eval's `acc`, no examples.
 
@@ -81,11 +86,14 @@ def zero_shot(
     Args:
         tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.
         limit: questions per task, drawn by `seed`, the same for every model; None asks all.
-        batch_size: contexts per batch; "auto" bounds their logits and their keys and values (`likelihood`).
+        batch_size: contexts per batch; "auto" bounds their tokens (`likelihood`).
+        checkpoint: a file for the answers so far; after an interruption the same call goes on from there, to the same
+            bits. Under torchrun a file per rank.
 
     Raises:
-        ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context, or
-            log-likelihoods that are not finite; the last names the task, the others come before any work.
+        ValueError: unknown or repeated task, `limit` or `batch_size` below 1, a choice beyond the model's context, a
+            checkpoint of another run, or log-likelihoods that are not finite; the last names the task, the others come
+            before any work.
         FileNotFoundError: the questions are neither local nor embedded and the hub did not deliver them.
     """
     import lm_eval.evaluator  # slow to import, and only here needed
@@ -93,12 +101,14 @@ def zero_shot(
     from besa.evaluate.likelihood import SharedContexts
 
     check_request(tasks, limit, batch_size)
+    asked = {"tasks": list(tasks), "limit": limit, "seed": seed, "batch_size": batch_size}
+    state = StateFile(_of_rank(checkpoint), "zero_shot", lambda: asked | _identity(model))
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
     samples = {name: _subset(n, limit, seed) for name, n in available.items() if limit is not None and limit < n}
     training = model.training
     try:
-        lm = SharedContexts(model, tokenizer, batch_size, progress)
+        lm = SharedContexts(model, tokenizer, batch_size, progress, state)
         outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=samples)
     finally:
         model.train(training)
@@ -119,6 +129,17 @@ def check_request(tasks: Sequence[str], limit: int | None, batch_size: int | Lit
         raise ValueError(f"limit must be at least 1 question per task, or None for all, not {limit}")
     if batch_size != "auto" and batch_size < 1:
         raise ValueError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
+
+
+def _of_rank(checkpoint: Path | str | None) -> Path | str | None:
+    """Its own file for every rank but the first."""
+    return f"{checkpoint}.rank{rank()}" if checkpoint and rank() else checkpoint
+
+
+def _identity(model: PreTrainedModel) -> dict[str, str]:
+    """Of the model, as far as its weights are in memory."""
+    there = [value for value in model.state_dict().values() if not value.is_meta]
+    return {"weights": sum_of(there), "device": model.device.type}
 
 
 def _subset(n: int, limit: int, seed: int) -> list[int]:

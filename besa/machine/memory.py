@@ -28,13 +28,6 @@ def free_device(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def total_device(device: torch.device) -> int:
-    """All memory of the device that computes, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
-
-
 def free_host() -> int:
     """Host memory that can be had, in bytes, within the limits of the control groups around this process."""
     free = psutil.virtual_memory().available

@@ -328,6 +328,11 @@ class Run:
         """Where a row's pruned checkpoint lies until the row is saved, if its model is too large for memory."""
         return self.folder / f".{row}-{config_hash(self.row_config(row, method))}"
 
+    def state(self, row: str, method: Method | None) -> Path:
+        """A file for the state of a row's long work, until the row is saved."""
+        work = self.work(row, method)
+        return work.with_name(f"{work.name}.pt")
+
     def save(
         self,
         row: str,
@@ -357,6 +362,7 @@ class Run:
         samples = {**losses, **(samples or {})}
         record = save_record(self.folder, self.row_config(row, method), outcome | more, samples)
         shutil.rmtree(self.work(row, method), ignore_errors=True)
+        self.state(row, method).unlink(missing_ok=True)
         print(row, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
         for missed in report.missed if report else ():
             print(f"{row} WARNING: {missed}", flush=True)
