@@ -61,7 +61,7 @@ def is_whole(record: Record) -> bool:
     """Whether it has all that `Run.save` writes of a row."""
     has = lambda part, *names: isinstance(part, dict) and _numbers(map(part.get, names))
     rows = record.get("projections")
-    whole = isinstance(rows, list) and all(has(row, "block", "rows", "columns", "zeros") for row in rows)
+    whole = isinstance(rows, list) and all(has(row, "block", "rows", "columns", "sparsity") for row in rows)
     return whole and "metrics" in record and has(record, "sparsity", "seconds", "peak_bytes")
 
 
