@@ -61,7 +61,9 @@ def test_the_readmes_table_is_the_reference_runs():
     table = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-quick.csv")
     text = (ROOT / "README.md").read_text()
     for _, row in table.iterrows():
-        assert f"| {row['method']} | {row['sparsity']:.4f} | {row['wiki']:.2f} | {row['sotu']:.2f} |" in text
+        spread = {name: "" if pd.isna(row[f"± {name}"]) else f" ± {row[f'± {name}']:.2f}" for name in ("wiki", "sotu")}
+        shown = " | ".join(f"{row[name]:.2f}{spread[name]}" for name in spread)
+        assert f"| {row['method']} | {row['sparsity']:.4f} | {shown} |" in text
     assert text.count("| besa-") + text.count("| wanda |") + text.count("| dense |") == 4  # and no other
 
 
