@@ -107,7 +107,8 @@ class Reconstruct:
         hessian, toward = hessian + damp, toward + damp
         scale = hessian.diagonal().sqrt()
         hessian, toward = (moment / (scale[:, None] * scale) for moment in (hessian, toward))
-        lower, failed = torch.linalg.cholesky_ex(hessian + self.rho * torch.eye(len(hessian), device=hessian.device))
+        hessian.diagonal().add_(self.rho)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
         w, kept = weight.float() * scale, keep_mask.float()
         wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept

@@ -32,6 +32,13 @@ def compared(record, item, *options, over="text", **more):
     return tables.compare([record], item, *options, over=over, **more).set_index(over)
 
 
+def test_one_draw_has_no_spread_but_what_is_not_a_number_is_shown(tmp_path):
+    table = pd.DataFrame({"wiki": [21.456, float("nan")], "± wiki": [float("nan"), 0.423]}, index=["dense", "broken"])
+    lines = tables.write_table(table, tmp_path, "t", "Two rows").splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines[4:6]}
+    assert cells == {"dense": ["21.46", ""], "broken": ["nan", "0.42"]}
+
+
 def test_comparison_finds_the_published_value_and_judges_within_two_percent(record):
     frame = compared(record(), "table1")
     assert frame.loc["wikitext2", "published"] == 7.26 and frame.loc["wikitext2", "verdict"] == "reproduced"

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -126,6 +125,7 @@ class LlmCompressor(Method):
         return True
 
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "LlmCompressor":
+        from datasets import Dataset  # slow to import, and only here needed
         from llmcompressor import oneshot
         from llmcompressor.modifiers.pruning import SparseGPTModifier
 

@@ -224,11 +224,14 @@ def _escaped(text: str) -> str:
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Numbers as the paper prints them: two decimals, sparsities and relative errors four."""
+    """Numbers as the paper prints them: two decimals, sparsities and relative errors four; one draw has no spread."""
     fine = lambda column: column == "sparsity" or ("error" in str(column) and "1000" not in str(column))
     digits = {column: 4 if fine(column) else 0 if column == "seconds" else 2 for column in frame.columns}
     show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value
-    return frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
+    shown = frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
+    spreads = [column for column in frame.columns if str(column).startswith("±")]
+    shown[spreads] = shown[spreads].where(frame[spreads].notna(), "")
+    return shown
 
 
 def save_figure(figure: Figure, folder: Path, stem: str) -> None:
