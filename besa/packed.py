@@ -283,7 +283,7 @@ class PackedLinear(nn.Module):
         """What multiplies inputs of this projection's precision here, by name."""
         products = {"packed": self._multiply_packed, "dense": self._multiply_dense}
         wide = self.dtype == torch.bfloat16 and self.values.dtype != torch.int8
-        if wide and kernels.instructions() == "avx512" and kernels.has_tiles():
+        if wide and kernels.instructions() == "avx512":
             products["tiles"] = self._multiply_tiles
         return products
 

@@ -6,8 +6,8 @@ nobody needs a compiler:
 
 - avx512 (Sapphire Rapids, Zen 4 and later), for bfloat16 inputs: VPEXPANDW spreads 32 bfloat16 values to their columns,
   VPEXPANDB 64 codes of 4 bits, VDPBF16PS multiplies and sums.
-- amx_bf16 (Sapphire Rapids and later), for 2 and more bfloat16 inputs: some rows at a time are spread in the same way
-  into a cache, whence TDPBF16PS multiplies 16 of them with 16 inputs.
+  For several inputs some rows at a time are spread into a cache, tiles of 16 rows, which meet 16 inputs at once.
+- amx_bf16 (Sapphire Rapids and later): TDPBF16PS multiplies such a tile.
 - avx2, for float32 inputs and any values: 8 bits of mask look up the permutation that spreads 8 values as float32.
 
 Other processors have neither: `instructions` says "none".
@@ -60,8 +60,10 @@ def has_tiles() -> bool:
 
 
 @functools.cache
-def tile_shapes() -> np.ndarray:
-    """What configures the tile registers: eight of 16 rows of 64 bytes."""
+def tile_shapes() -> np.ndarray | None:
+    """What configures the tile registers: eight of 16 rows of 64 bytes; None where there are none."""
+    if not has_tiles():
+        return None
     shapes = np.zeros(64, np.uint8)
     shapes[0], shapes[16:32:2], shapes[48:56] = 1, LINE, TILE
     return shapes
@@ -154,6 +156,12 @@ if numba is not None:
                 return self.call(f"llvm.fma.v{x.type.count}f32", x.type, x, w, sums)
             kind = ir.FunctionType(sums.type, [sums.type, x.type, w.type])
             return self.b.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, x, w], False)
+
+        def add_pair(self, x, address, offset, sums):
+            """The same with one pair of bfloat16 in memory for all lanes."""
+            kind = ir.FunctionType(sums.type, [sums.type, x.type, address.type])
+            line = f"vdpbf16ps {offset}($3){{1to16}}, $2, $0"
+            return self.b.asm(kind, line, "=v,0,v,r,~{memory}", [sums, x, address], True)
 
         def like(self, kind, element):
             """The type of as many elements of another kind: a vector, or one."""
@@ -469,34 +477,54 @@ if numba is not None:
 
     @intrinsic
     @no_type_check
-    def _multiply_tiles(typingctx, tiles, xs, first, n, sums, lanes):
+    def _multiply_tiles(typingctx, tiles, xs, first, n, sums, lanes, shapes):
         """sums (2, lanes, 16, 16) += `n` of both rows of tiles times those of xs (lanes, columns / 2, 16) from `first`.
 
-        `lanes`: a tuple of as many elements, one or two. Of eight registers 4 take sums, 2 weights, 2 inputs.
+        `lanes`: a tuple of as many elements, one or two; `shapes`: None where there are no tile registers.
         """
+        multiply = _in_vectors if shapes == types.none else _in_tiles
 
         def codegen(context, builder, signature, args):
-            b, (_, _, first, n, _, _) = _Builder(context, builder), args
+            b, (_, _, first, n, _, _, _) = _Builder(context, builder), args
             (tiles, (_, of_row, *_)), (x, (_, pairs, _)) = (b.array(signature.args[k], args[k]) for k in (0, 1))
             memory, _ = b.array(signature.args[4], args[4])
-            sums = [(I8(k), b.at(memory, I64(k), TILE * LINE)) for k in range(2 * lanes.count)]
-            weights = [(I8(4 + i), b.at(tiles, builder.mul(I64(i), of_row), TILE * LINE)) for i in range(2)]
-            inputs = [
-                (I8(6 + j), b.at(b.at(x, builder.mul(I64(j), pairs), LINE), first, TILE * LINE))
-                for j in range(lanes.count)
-            ]
-            for register, address in sums:
-                b.tile("tileloadd64", register, address, I64(LINE))
-            with cgutils.for_range(builder, n) as loop:
-                for register, address in [*weights, *inputs]:
-                    b.tile("tileloadd64", register, b.at(address, loop.index, TILE * LINE), I64(LINE))
-                for k, ((w, _), (x, _)) in enumerate(itertools.product(weights, inputs)):
-                    b.tile("tdpbf16ps", I8(k), w, x)
-            for register, address in sums:
-                b.tile("tilestored64", register, address, I64(LINE))
+            sums = [b.at(memory, I64(k), TILE * LINE) for k in range(2 * lanes.count)]
+            weights = [b.at(tiles, builder.mul(I64(i), of_row), TILE * LINE) for i in range(2)]
+            lines = [b.at(x, builder.mul(I64(j), pairs), LINE) for j in range(lanes.count)]
+            multiply(b, n, weights, [b.at(line, first, TILE * LINE) for line in lines], sums)
             return context.get_dummy_value()
 
-        return types.void(tiles, xs, first, n, sums, lanes), codegen
+        return types.void(tiles, xs, first, n, sums, lanes, shapes), codegen
+
+    @no_type_check
+    def _in_tiles(b, n, weights, inputs, sums):
+        """amx_bf16: of eight registers 4 take sums, 2 weights, 2 inputs."""
+        sums = [(I8(k), address) for k, address in enumerate(sums)]
+        weights, inputs = ([(I8(k + i), a) for i, a in enumerate(some)] for k, some in ((4, weights), (6, inputs)))
+        for register, address in sums:
+            b.tile("tileloadd64", register, address, I64(LINE))
+        with cgutils.for_range(b.b, n) as loop:
+            for register, address in [*weights, *inputs]:
+                b.tile("tileloadd64", register, b.at(address, loop.index, TILE * LINE), I64(LINE))
+            for k, ((w, _), (x, _)) in enumerate(itertools.product(weights, inputs)):
+                b.tile("tdpbf16ps", I8(k), w, x)
+        for register, address in sums:
+            b.tile("tilestored64", register, address, I64(LINE))
+
+    @no_type_check
+    def _in_vectors(b, n, weights, inputs, sums):
+        """avx512: 16 registers take the sums of a tile, a row each; two weights of it meet those of 16 inputs at once."""
+        for total, (w, x) in zip(sums, itertools.product(weights, inputs)):
+            rows = [b.at(total, I64(i), LINE) for i in range(TILE)]
+            slots = [cgutils.alloca_once_value(b.b, b.load(V(F32, 16), row)) for row in rows]
+            with cgutils.for_range(b.b, n) as loop:
+                tile, pairs = (b.at(address, loop.index, TILE * LINE) for address in (w, x))
+                for pair in range(TILE):
+                    chunk = b.load(V(I16, 32), b.at(pairs, I64(pair), LINE))
+                    for i, slot in enumerate(slots):
+                        b.store(b.add_pair(chunk, tile, i * LINE + 4 * pair, b.b.load(slot)), slot)
+            for row, slot in zip(rows, slots):
+                b.store(b.b.load(slot), row)
 
     @numba.njit(nogil=True, cache=True)
     @no_type_check
@@ -542,7 +570,8 @@ if numba is not None:
         tiles = tiles.reshape(block // TILE, 2 * step, TILE, TILE)
         sums = np.empty((block // TILE // 2, len(xs), 2, len(lanes), TILE, TILE), np.float32)
         bits, at = sums.view(np.uint32), np.empty(block, np.int64)
-        _open_tiles(shapes)
+        if shapes is not None:
+            _open_tiles(shapes)
         for top in range(0, rows, block):
             n = min(block, rows - top)
             at[:n] = starts[top : top + n]
@@ -561,10 +590,11 @@ if numba is not None:
                     for k in range(len(xs)):
                         for i in range(-(-n // (2 * TILE))):
                             pair = tiles[2 * i : 2 * i + 2]
-                            _multiply_tiles(pair, xs[k], 2 * word, 2 * (last - word), sums[i, k], lanes)
+                            _multiply_tiles(pair, xs[k], 2 * word, 2 * (last - word), sums[i, k], lanes, shapes)
             for i in range(0, n, TILE):
                 _round_tiles(bits[i // TILE // 2, :, i // TILE % 2], out[top + i : top + min(n, i + TILE)])
-        _close_tiles()
+        if shapes is not None:
+            _close_tiles()
 
     @numba.njit(nogil=True, cache=True)
     @no_type_check
