@@ -4,7 +4,6 @@ numba compiles them for the processor by itself at first use and keeps the resul
 on other devices and in other precisions, plain torch computes the same.
 """
 
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -24,8 +23,14 @@ from besa.machine.device import deterministic
 try:
     import numba
     import numpy as np
+    from llvmlite import ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic
 except ImportError:  # numba trails new Python releases
     numba = None
+
+THREAD = 2**15
+"""Elements that take a thread as long as it takes to start one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def masked_rows(
     """`weight` with the `prune_counts` lowest-ranked of each row set to 0, written to `out`."""
     if _compiled(weight):
         counts = prune_counts.to(ranks.dtype)
-        over_rows(_mask, _bits(weight), ranks.numpy(), counts.numpy(), _bits(out))
+        arrays = _bits(weight), ranks.numpy(), counts.numpy(), _bits(out)
+        over_rows(_mask, len(weight), *arrays, work=weight.numel())
         return out
     return torch.mul(weight, ranks >= prune_counts[:, None], out=out)
 
@@ -67,7 +73,8 @@ def bucket_sums(
     if _compiled(weight) and grad.dtype == weight.dtype:
         sums = torch.zeros(len(weight), n_buckets)
         kernel = _sum_bfloat16 if weight.dtype == torch.bfloat16 else _sum_float32
-        over_rows(kernel, _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy())
+        arrays = _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy()
+        over_rows(kernel, len(weight), *arrays, work=weight.numel())
         return sums
     # Sorted by rank, every row has its buckets in the same columns: a matrix product sums them. Adding by index would
     # take float atomics on a GPU, whose order, and so whose rounding, changes from run to run.
@@ -86,46 +93,39 @@ def _compiled(weight: Tensor) -> bool:
     return numba is not None and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
 
 
-def over_rows(kernel, *arrays, work: int | None = None) -> None:
-    """Run a kernel on slices of the rows of all arrays, one per thread.
-
-    `work` decides whether there are several: elements to pass over, those of the first array by default.
+def over_rows(kernel: Callable, rows: int, *args, work: int) -> None:
+    """kernel(first, last, *args) for ranges of the rows, one per thread; `work`: elements to pass over, says how many.
 
     By torch's own threads, not numba's or Python's: torch's wait for their next work without giving up the processor,
-    for longer than a kernel takes.
+    for longer than a kernel takes. They enter compiled code as it is, for Python lets in one at a time.
+
+    Raises:
+        MemoryError: a kernel found no room.
     """
-    work = arrays[0].size if work is None else work
-    n = min(torch.get_num_threads(), 1 + work // 2**18)  # a thread costs what 2^18 weights do
-    if n == 1:
-        return kernel(*arrays)
-    edges = [len(arrays[0]) * i // n for i in range(n + 1)]
-    slices = [[a if a is None else a[start:end] for a in arrays] for start, end in itertools.pairwise(edges)]
-    errors: list[BaseException] = []
-
-    def take(_) -> None:
-        with contextlib.suppress(IndexError):  # until none is left, however many threads there came to be
-            while True:
-                part = slices.pop()
-                try:
-                    kernel(*part)
-                except BaseException as error:  # which C would drop
-                    errors.append(error)
-
-    _team()(take, n)
-    if errors:
-        raise errors[0]
+    n = min(torch.get_num_threads(), 1 + work // THREAD)
+    if (team := _team()) is not None or n == 1:
+        failed = kernel(team or (0, 0, 0), n, 0, rows, args)
+    else:
+        edges = itertools.pairwise(rows * i // n for i in range(n + 1))
+        failed = any(list(_pool().map(lambda edge: kernel((0, 0, 0), 1, *edge, args), edges)))
+    if failed:
+        raise MemoryError(f"no room for a pass over {rows} rows")
 
 
 @functools.cache
-def _team() -> Callable[[Callable[[Any], None], int], Any]:
-    """What runs a function in several threads at once: torch's OpenMP where its library is found, else a pool."""
+def _team() -> tuple[int, int, int] | None:
+    """What starts torch's OpenMP threads and says how many there are and which one this is; None: not found."""
+    names = "GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num"
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         library = ctypes.CDLL(str(path))  # which is loaded already
-        if hasattr(library, "GOMP_parallel"):
-            as_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-            return lambda function, n: library.GOMP_parallel(as_c(function), None, n, 0)
-    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="besa")
-    return lambda function, n: list(pool.map(function, range(n)))
+        if all(hasattr(library, name) for name in names):
+            return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names)
+    return None
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="besa")
 
 
 def _bits(tensor: Tensor):
@@ -135,31 +135,89 @@ def _bits(tensor: Tensor):
 
 
 if numba is not None:
+    ADDRESS, INT, SHORT = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(32)
 
-    @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def _mask(weight, ranks, prune_counts, out):
+    def in_threads(kernel):
+        """What compiled code calls as run(team, n, first, last, args), in n threads of `team`.
+
+        Each does kernel(its first row, its last, *args). What comes back is not 0 where one failed.
+        """
+
+        @intrinsic
+        def run(typingctx, team, n, first, last, args):
+            def codegen(context, builder, signature, values):
+                team, n, *task = values
+                start, *asks = cgutils.unpack_tuple(builder, team)
+                shared = cgutils.make_anonymous_struct(builder, [*asks, *task, INT(0)])
+                shared = cgutils.alloca_once_value(builder, shared)
+                call = _caller(context, builder, kernel, args)
+                with builder.if_else(builder.icmp_signed("==", n, INT(1))) as (alone, together):
+                    with alone:
+                        call(builder, shared, *task[:2])
+                    with together:
+                        worker = _worker(builder.module, shared.type, call)
+                        kind = ir.FunctionType(ir.VoidType(), [worker.type, ADDRESS, SHORT, SHORT])
+                        rest = builder.bitcast(shared, ADDRESS), builder.trunc(n, SHORT), SHORT(0)
+                        builder.call(builder.inttoptr(start, kind.as_pointer()), [worker, *rest])
+                return builder.load(cgutils.gep_inbounds(builder, shared, 0, 5))
+
+            return types.intp(team, n, first, last, args), codegen
+
+        return run
+
+    @no_type_check
+    def _caller(context, builder, kernel, args):
+        """What writes a call of the kernel into a function, and down in `shared` that it failed."""
+        signature = types.void(types.intp, types.intp, *args)
+        compiled = context.compile_subroutine(builder, kernel, signature)
+
+        def call(b, shared, first, last):
+            arrays = cgutils.unpack_tuple(b, b.load(cgutils.gep_inbounds(b, shared, 0, 4)))
+            values = [first, last, *arrays]
+            status, _ = context.call_internal_no_propagate(b, compiled.fndesc, signature, values)
+            with b.if_then(status.is_error):
+                b.store(INT(1), cgutils.gep_inbounds(b, shared, 0, 5))
+
+        return call
+
+    @no_type_check
+    def _worker(module, kind, call):
+        """A C function of one address, as OpenMP calls it: a thread's range of the rows."""
+        signature = ir.FunctionType(ir.VoidType(), [ADDRESS])
+        worker = ir.Function(module, signature, module.get_unique_name("worker"))
+        worker.linkage = "internal"
+        b = ir.IRBuilder(worker.append_basic_block())
+        shared = b.bitcast(worker.args[0], kind)
+        *asks, first, last = (b.load(cgutils.gep_inbounds(b, shared, 0, k)) for k in range(4))
+        ask = ir.FunctionType(SHORT, []).as_pointer()
+        count, which = (b.zext(b.call(b.inttoptr(address, ask), []), INT) for address in asks)
+        rows = b.sub(last, first)
+        call(b, shared, *(b.add(first, b.sdiv(b.mul(rows, k), count)) for k in (which, b.add(which, INT(1)))))
+        b.ret_void()
+        return worker
+
+    @no_type_check
+    def _mask_rows(first, last, weight, ranks, prune_counts, out):
         zero = weight.dtype.type(0)
-        for i in range(weight.shape[0]):
+        for i in range(first, last):
             for j in range(weight.shape[1]):
                 out[i, j] = weight[i, j] if ranks[i, j] >= prune_counts[i] else zero
 
-    @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def _sum_float32(grad, weight, buckets, sums):
+    def _sum_float32_rows(first, last, grad, weight, buckets, sums):
         product = np.empty(weight.shape[1], np.float32)
-        for i in range(weight.shape[0]):
+        for i in range(first, last):
             for j in range(weight.shape[1]):  # this loop becomes vector instructions, the next one cannot
                 product[j] = grad[i, j] * weight[i, j]
             for j in range(weight.shape[1]):
                 sums[i, buckets[i, j]] += product[j]
 
-    @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def _sum_bfloat16(grad, weight, buckets, sums):
+    def _sum_bfloat16_rows(first, last, grad, weight, buckets, sums):
         g, w = np.empty(weight.shape[1], np.uint32), np.empty(weight.shape[1], np.uint32)
         g_float, w_float = g.view(np.float32), w.view(np.float32)
-        for i in range(weight.shape[0]):
+        for i in range(first, last):
             for j in range(weight.shape[1]):
                 g[j] = np.uint32(grad[i, j]) << np.uint32(16)  # a bfloat16 is the upper half of a float32
                 w[j] = np.uint32(weight[i, j]) << np.uint32(16)
@@ -167,3 +225,22 @@ if numba is not None:
                 g_float[j] *= w_float[j]
             for j in range(weight.shape[1]):
                 sums[i, buckets[i, j]] += g_float[j]
+
+    # numba keeps what it compiles of functions that are named in a module, and not of what another function makes
+    _in_threads = list(map(in_threads, (_mask_rows, _sum_float32_rows, _sum_bfloat16_rows)))
+    _mask_in_threads, _float32_in_threads, _bfloat16_in_threads = _in_threads
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def _mask(team, n, first, last, args):
+        return _mask_in_threads(team, n, first, last, args)
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def _sum_float32(team, n, first, last, args):
+        return _float32_in_threads(team, n, first, last, args)
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def _sum_bfloat16(team, n, first, last, args):
+        return _bfloat16_in_threads(team, n, first, last, args)

@@ -199,9 +199,10 @@ class PackedLinear(nn.Module):
         by_row = _numpy(out).T
         for first in range(0, n_inputs, n):
             some = slice(first, first + n)
-            rest = values, kernels.permutations(), tuple(xs[some]), None if sums is None else sums[some]
-            multiply = lambda *slices, rest=rest: kernels.multiply(*slices, *rest)
-            over_rows(multiply, *rows, bias, by_row[:, some], work=8 * rows[0].size)
+            inputs = kernels.permutations(), tuple(xs[some]), None if sums is None else sums[some]
+            args = *rows, bias, by_row[:, some], values
+            work = self.in_features * self.out_features
+            over_rows(kernels.multiply, self.out_features, *args, *inputs, work=work)
         return out[: len(tokens)]
 
     def _multiply_tiles(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
@@ -212,10 +213,10 @@ class PackedLinear(nn.Module):
             xs = self._tiles(tokens[first : first + MOST_TILED])
             few = len(xs) == 1  # a first-level cache holds two tiles' rows and these, a second-level one the rest
             sizes = (32, 8 if self.scale is None else 4) if few else (256, 4)
-            rest = values, kernels.tile_shapes(), xs, (0,) * xs.shape[1], *sizes
-            multiply = lambda *slices, rest=rest: kernels.multiply_tiles(*slices, *rest)
-            by_row = _numpy(out[first : first + MOST_TILED]).T
-            over_rows(multiply, *rows, bias, by_row, work=8 * rows[0].size * len(xs))
+            args = *rows, bias, _numpy(out[first : first + MOST_TILED]).T, values
+            inputs = kernels.tile_shapes(), xs, (0,) * xs.shape[1], *sizes
+            work = self.in_features * self.out_features * len(xs)
+            over_rows(kernels.multiply_tiles, self.out_features, *args, *inputs, work=work)
         return out
 
     def _tiles(self, tokens: Float[Tensor, "tokens columns"]) -> np.ndarray:
@@ -223,8 +224,8 @@ class PackedLinear(nn.Module):
         columns, lanes = 8 * self.mask.shape[1], 1 if len(tokens) <= kernels.TILE else 2
         n_passes = -(-len(tokens) // (lanes * kernels.TILE))
         room = columns - self.in_features, n_passes * lanes * kernels.TILE - len(tokens)
-        pairs = nn.functional.pad(tokens.detach(), (0, room[0], 0, room[1])).contiguous().view(torch.uint32)
-        pairs = pairs.view(n_passes, lanes, kernels.TILE, columns // 2)
+        tokens = nn.functional.pad(tokens, (0, room[0], 0, room[1])) if any(room) else tokens.contiguous()
+        pairs = tokens.detach().view(torch.uint32).view(n_passes, lanes, kernels.TILE, columns // 2)
         return pairs.transpose(2, 3).contiguous().numpy()
 
     def _multiply_dense(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
@@ -253,9 +254,9 @@ class PackedLinear(nn.Module):
         *rows, _, values = self._arrays
         wide = kernels.instructions() == "avx512" and self.dtype.itemsize == 2 and self.values.dtype != torch.int8
         permutations = None if wide else kernels.permutations()
-        unpack = lambda *slices: kernels.unpack(*slices, values, permutations)
         rows = [None if array is None else array[start:end] for array in rows]
-        over_rows(unpack, *rows, _numpy(room), work=room.numel() // 8)
+        work = room.numel() // 8  # a copy, nearly
+        over_rows(kernels.unpack, end - start, *rows, _numpy(room), values, permutations, work=work)
 
     def _unpack_plain(self, start: int, end: int) -> Float[Tensor, "rows columns"]:
         """The same by torch, on any device."""

@@ -29,6 +29,8 @@ try:
     from llvmlite import ir
     from numba.core import cgutils, types
     from numba.extending import intrinsic
+
+    from besa.kernels import in_threads
 except ImportError:  # numba trails new Python releases
     numba = None
 
@@ -437,25 +439,25 @@ if numba is not None:
 
     @intrinsic
     @no_type_check
-    def _spread(typingctx, mask, row, values, at, scale, zero_point, group, first, last, ahead, tiles):
-        """Words `first` to `last` of a row, dense, go to its line of `tiles` (words * 2, 16, 32); the next index.
+    def _spread(typingctx, mask, row, values, at, scale, zero_point, group, first, last, ahead, line):
+        """Words `first` to `last` of a row, dense, go to its `line` of tiles, (words * 2, 32) of them; the next index.
 
         `ahead`: bytes from here to the values that are needed after all rows of the tiles have had their turn.
         """
-        signature = types.int64(mask, row, values, at, scale, zero_point, group, first, last, ahead, tiles)
+        signature = types.int64(mask, row, values, at, scale, zero_point, group, first, last, ahead, line)
 
         def codegen(context, builder, signature, args):
             kinds = *signature.args[:6], types.none
             row = _Row(context, builder, kinds, [*args[:6], None])
-            group, first, last, ahead, tiles = args[6:]
-            tiles = row.at(row.array(signature.args[10], tiles)[0], builder.and_(row.index, I64(TILE - 1)), LINE)
+            group, first, last, ahead, line = args[6:]
+            line, _ = row.array(signature.args[10], line)
             row.enter_group(group)
             row.prefetch_line(row.at(row.mask, first, 8), I64(64))
             with cgutils.for_range(builder, builder.sub(last, first)) as loop:
                 row.prefetch_values(ahead)
                 for half, part in enumerate(row.dense(builder.add(first, loop.index), types.uint16)):
                     place = builder.add(builder.mul(loop.index, I64(2)), I64(half))
-                    row.store(part, row.at(tiles, place, TILE * LINE))
+                    row.store(part, row.at(line, place, TILE * LINE))
             bytes_on = builder.sub(builder.ptrtoint(builder.load(row.next), I64), builder.ptrtoint(row.values, I64))
             return builder.udiv(bytes_on, I64(row.kind.bitwidth // 8))
 
@@ -513,7 +515,7 @@ if numba is not None:
 
     @no_type_check
     def _in_vectors(b, n, weights, inputs, sums):
-        """avx512: 16 registers take the sums of a tile, a row each; two weights of it meet those of 16 inputs at once."""
+        """avx512: 16 registers take the sums of a tile, a row each; a pair of weights meets those of 16 inputs."""
         for total, (w, x) in zip(sums, itertools.product(weights, inputs)):
             rows = [b.at(total, I64(i), LINE) for i in range(TILE)]
             slots = [cgutils.alloca_once_value(b.b, b.load(V(F32, 16), row)) for row in rows]
@@ -526,11 +528,10 @@ if numba is not None:
             for row, slot in zip(rows, slots):
                 b.store(b.b.load(slot), row)
 
-    @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def multiply(mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
+    def _multiply_rows(first, last, mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
         """out = W xs + bias; out is (rows, inputs)."""
-        for row in range(mask.shape[0]):
+        for row in range(first, last):
             _multiply_row(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums, bias, out)
 
     @numba.njit(nogil=True, cache=True)
@@ -555,9 +556,10 @@ if numba is not None:
         """How far on the values lie that are needed next: what a step took so far, or where a `later` row starts."""
         return later - at if later else (at - start) // max(word, 1) * step
 
-    @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def multiply_tiles(mask, starts, scale, zero_point, bias, out, values, shapes, xs, lanes, block, step):
+    def _multiply_rows_of_tiles(
+        first_row, last_row, mask, starts, scale, zero_point, bias, out, values, shapes, xs, lanes, block, step
+    ):
         """out = W xs + bias in bfloat16, by tiles of 16 rows and of 16 inputs; out is (rows, inputs).
 
         xs: inputs as pairs of columns, uint32 (passes, lanes, columns / 2, 16); lanes: a tuple of as many elements.
@@ -572,8 +574,8 @@ if numba is not None:
         bits, at = sums.view(np.uint32), np.empty(block, np.int64)
         if shapes is not None:
             _open_tiles(shapes)
-        for top in range(0, rows, block):
-            n = min(block, rows - top)
+        for top in range(first_row, last_row, block):
+            n = min(block, last_row - top)
             at[:n] = starts[top : top + n]
             sums[:] = 0
             if bias is not None:
@@ -583,10 +585,10 @@ if numba is not None:
                 for word in range(first, first + words_of_group, step):
                     last, group = min(word + step, first + words_of_group), first // words_of_group
                     for i in range(n):
-                        row, tile = top + i, tiles[i // TILE]
+                        row, line = top + i, tiles[i // TILE, :, i % TILE]
                         later = starts[min(row + block, rows - 1)] if last == words else 0
                         ahead = _ahead(at[i], starts[row], later, word, step) * values.itemsize
-                        at[i] = _spread(mask, row, values, at[i], scale, zero_point, group, word, last, ahead, tile)
+                        at[i] = _spread(mask, row, values, at[i], scale, zero_point, group, word, last, ahead, line)
                     for k in range(len(xs)):
                         for i in range(-(-n // (2 * TILE))):
                             pair = tiles[2 * i : 2 * i + 2]
@@ -596,12 +598,28 @@ if numba is not None:
         if shapes is not None:
             _close_tiles()
 
+    @no_type_check
+    def _unpack_rows(first, last, mask, starts, scale, zero_point, out, values, permutations):
+        """out = W, in whole words."""
+        for row in range(first, last):
+            _unpack_row(mask, row, values, starts[row], scale, zero_point, permutations, out)
+
+    _multiply, _multiply_tiled, _unpack = map(in_threads, (_multiply_rows, _multiply_rows_of_tiles, _unpack_rows))
+
     @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def unpack(mask, starts, scale, zero_point, out, values, permutations):
-        """out = W, in whole words."""
-        for row in range(mask.shape[0]):
-            _unpack_row(mask, row, values, starts[row], scale, zero_point, permutations, out)
+    def multiply(team, n, first, last, args):
+        return _multiply(team, n, first, last, args)
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def multiply_tiles(team, n, first, last, args):
+        return _multiply_tiled(team, n, first, last, args)
+
+    @numba.njit(nogil=True, cache=True)
+    @no_type_check
+    def unpack(team, n, first, last, args):
+        return _unpack(team, n, first, last, args)
 
     @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
     @no_type_check
