@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 
 from besa import packed_kernels as kernels
 from besa.decoder import find_blocks, projections
-from besa.kernels import over_rows
 from besa.machine.fields import checked
 from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
+from besa.machine.threads import over_rows
 from besa.masks import pack_bits
 from besa.packed_files import save_pretrained
 from besa.quantize import QuantizedWeight

@@ -30,7 +30,7 @@ try:
     from numba.core import cgutils, types
     from numba.extending import intrinsic
 
-    from besa.kernels import in_threads
+    from besa.machine.threads import in_threads
 except ImportError:  # numba trails new Python releases
     numba = None
 
@@ -528,27 +528,37 @@ if numba is not None:
             for row, slot in zip(rows, slots):
                 b.store(b.b.load(slot), row)
 
+    @intrinsic
+    @no_type_check
+    def _store_tile(typingctx, sums, out, row, rows, first, inputs):
+        """Up to 16 rows and 16 inputs of `out` (rows, inputs) become sums (16, 16), from `row` and input `first` on."""
+
+        def codegen(context, builder, signature, args):
+            b, (sums, out, row, rows, first, inputs) = _Builder(context, builder), args
+            sums, _ = b.array(signature.args[0], sums)
+            memory = context.make_array(signature.args[1])(context, builder, out)
+            by_row, by_input = cgutils.unpack_tuple(builder, memory.strides)
+            place = b.at(b.at(builder.bitcast(memory.data, I8.as_pointer()), row, by_row), first, by_input)
+            lines = [b.rounded(b.load(V(F32, 16), b.at(sums, I64(i), LINE)), types.uint16) for i in range(TILE)]
+            halves = [ir.Constant(V(I32, 16), [k // 2 + k % 2 * TILE + half for k in range(TILE)]) for half in (0, 8)]
+            for _ in range(4):  # halves of lines and of registers change places until a line is an input
+                pairs = itertools.product(zip(lines[:8], lines[8:]), halves)
+                lines = [builder.shuffle_vector(*pair, half) for pair, half in pairs]
+            there = ir.Constant(V(I64, 16), list(range(TILE)))
+            there = builder.icmp_signed("<", there, b.splat(rows, TILE))
+            for j, line in enumerate(lines):
+                with builder.if_then(builder.icmp_signed("<", I64(j), inputs)):
+                    address = builder.bitcast(b.at(place, by_input, j), line.type.as_pointer())
+                    b.call("llvm.masked.store.v16i16.p0", ir.VoidType(), line, address, I32(1), there)
+            return context.get_dummy_value()
+
+        return types.void(sums, out, row, rows, first, inputs), codegen
+
     @no_type_check
     def _multiply_rows(first, last, mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
         """out = W xs + bias; out is (rows, inputs)."""
         for row in range(first, last):
             _multiply_row(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums, bias, out)
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def _round_tiles(bits, out):
-        """Sums (passes, tiles, 16, 16), float32 seen as uint32, to bfloat16 `out` (up to 16 rows, inputs)."""
-        tile, rows = np.empty((TILE, TILE), np.uint16), out.shape[0]
-        for k in range(bits.shape[0]):
-            for t in range(bits.shape[1]):
-                for i in range(TILE):
-                    for j in range(TILE):
-                        odd = (bits[k, t, i, j] >> np.uint32(16)) & np.uint32(1)
-                        tile[i, j] = (bits[k, t, i, j] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-                first = (k * bits.shape[1] + t) * TILE
-                for j in range(min(TILE, out.shape[1] - first)):
-                    for i in range(rows):
-                        out[i, first + j] = tile[i, j]
 
     @numba.njit(nogil=True, cache=True)
     @no_type_check
@@ -594,7 +604,11 @@ if numba is not None:
                             pair = tiles[2 * i : 2 * i + 2]
                             _multiply_tiles(pair, xs[k], 2 * word, 2 * (last - word), sums[i, k], lanes, shapes)
             for i in range(0, n, TILE):
-                _round_tiles(bits[i // TILE // 2, :, i // TILE % 2], out[top + i : top + min(n, i + TILE)])
+                for k in range(len(xs)):
+                    for j in range(len(lanes)):
+                        first = (k * len(lanes) + j) * TILE
+                        tile = sums[i // TILE // 2, k, i // TILE % 2, j]
+                        _store_tile(tile, out, top + i, n - i, first, out.shape[1] - first)
         if shapes is not None:
             _close_tiles()
 

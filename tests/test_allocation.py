@@ -3,6 +3,7 @@ import torch
 
 from besa import kernels
 from besa.allocation import Allocation, candidate_counts, candidate_rates, rank_rows, reachable_sparsity, simplex
+from besa.machine import threads
 
 
 def straight_through(weight, importance, logits, smooth):
@@ -40,18 +41,18 @@ def test_every_row_is_passed_over_once_by_several_threads_and_an_error_comes_bac
         for row in range(first, last):
             rows[row] += 1
 
-    run = kernels.in_threads(count)
+    run = threads.in_threads(count)
     kernel = numba.njit(nogil=True)(lambda team, n, first, last, args: run(team, n, first, last, args))
     if not openmp:
-        monkeypatch.setattr(kernels, "_team", lambda: None)
+        monkeypatch.setattr(threads, "_team", lambda: None)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         rows = torch.zeros(1001).numpy()
-        kernels.over_rows(kernel, len(rows), rows, work=2**30)
+        threads.over_rows(kernel, len(rows), rows, work=2**30)
         assert (rows == 1).all()
         with pytest.raises(MemoryError, match="2000 rows"):
-            kernels.over_rows(kernel, 2000, rows, work=2**30)
+            threads.over_rows(kernel, 2000, rows, work=2**30)
     finally:
         torch.set_num_threads(n_threads)
 

@@ -70,6 +70,15 @@ def test_same_seed_same_windows_and_another_seed_others(local_text):
     assert not torch.equal(draw(1), draw(2))
 
 
+def test_gemmas_windows_begin_with_its_bos(local_text):
+    family = type("GemmaTokenizerFast", (PreTrainedTokenizerFast,), {})
+    tokenizer = family(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="</s>", bos_token="</s>")
+    for sampler in ("crop", "pack"):
+        windows = besa.calibration_windows("c4", tokenizer, 4, 12, sampler=sampler)
+        as_cut = besa.calibration_windows("c4", TOKENIZER, 4, 12, sampler=sampler)
+        assert (windows[:, 0] == tokenizer.bos_token_id).all() and torch.equal(windows[:, 1:], as_cut[:, 1:])
+
+
 def test_test_tokens_join_the_documents(local_text):
     assert besa.test_tokens("c4", TOKENIZER).tolist() == [int(w) for d in local_text for w in d.split()]
 

@@ -27,6 +27,15 @@ def test_perplexity_equals_the_naive_loop_over_full_logits(tiny_llama, seq_len):
     assert found.losses.tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-5)
 
 
+def test_gemmas_segments_begin_with_its_bos(tiny_llama, monkeypatch):
+    tokens = torch.randint(2, 97, (200,), generator=torch.Generator().manual_seed(0))
+    begun = tokens.clone()
+    begun[::24] = tiny_llama.config.bos_token_id
+    as_cut, expected = (besa.perplexity(tiny_llama, each, 24, progress=False) for each in (tokens, begun))
+    monkeypatch.setattr(tiny_llama.config, "model_type", "gemma3_text")
+    assert besa.perplexity(tiny_llama, tokens, 24, progress=False) == expected != as_cut
+
+
 def test_perplexity_does_not_depend_on_how_the_head_is_cut(tiny_llama, monkeypatch):
     tokens = torch.arange(64) % 97
     whole = besa.perplexity(tiny_llama, tokens, 64, progress=False)
