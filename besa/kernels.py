@@ -86,15 +86,17 @@ def _bits(tensor: Tensor):
 
 if numba is not None:
 
+    @in_threads
     @no_type_check
-    def _mask_rows(first, last, weight, ranks, prune_counts, out):
+    def _mask(first, last, weight, ranks, prune_counts, out):
         zero = weight.dtype.type(0)
         for i in range(first, last):
             for j in range(weight.shape[1]):
                 out[i, j] = weight[i, j] if ranks[i, j] >= prune_counts[i] else zero
 
+    @in_threads
     @no_type_check
-    def _sum_float32_rows(first, last, grad, weight, buckets, sums):
+    def _sum_float32(first, last, grad, weight, buckets, sums):
         product = np.empty(weight.shape[1], np.float32)
         for i in range(first, last):
             for j in range(weight.shape[1]):  # this loop becomes vector instructions, the next one cannot
@@ -102,8 +104,9 @@ if numba is not None:
             for j in range(weight.shape[1]):
                 sums[i, buckets[i, j]] += product[j]
 
+    @in_threads
     @no_type_check
-    def _sum_bfloat16_rows(first, last, grad, weight, buckets, sums):
+    def _sum_bfloat16(first, last, grad, weight, buckets, sums):
         g, w = np.empty(weight.shape[1], np.uint32), np.empty(weight.shape[1], np.uint32)
         g_float, w_float = g.view(np.float32), w.view(np.float32)
         for i in range(first, last):
@@ -114,22 +117,3 @@ if numba is not None:
                 g_float[j] *= w_float[j]
             for j in range(weight.shape[1]):
                 sums[i, buckets[i, j]] += g_float[j]
-
-    # numba keeps what it compiles of functions that are named in a module, and not of what another function makes
-    _in_threads = list(map(in_threads, (_mask_rows, _sum_float32_rows, _sum_bfloat16_rows)))
-    _mask_in_threads, _float32_in_threads, _bfloat16_in_threads = _in_threads
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def _mask(team, n, first, last, args):
-        return _mask_in_threads(team, n, first, last, args)
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def _sum_float32(team, n, first, last, args):
-        return _float32_in_threads(team, n, first, last, args)
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def _sum_bfloat16(team, n, first, last, args):
-        return _bfloat16_in_threads(team, n, first, last, args)

@@ -5,8 +5,8 @@ from memory. Two instruction sets, written as LLVM IR that numba compiles at fir
 nobody needs a compiler:
 
 - avx512 (Sapphire Rapids, Zen 4 and later), for bfloat16 inputs: VPEXPANDW spreads 32 bfloat16 values to their columns,
-  VPEXPANDB 64 codes of 4 bits, VDPBF16PS multiplies and sums.
-  For several inputs some rows at a time are spread into a cache, tiles of 16 rows, which meet 16 inputs at once.
+  VPEXPANDB 64 codes of 4 bits, VDPBF16PS multiplies and sums. For several inputs, some rows at a time are spread into a
+  cache, in tiles of 16 rows that meet 16 inputs at once.
 - amx_bf16 (Sapphire Rapids and later): TDPBF16PS multiplies such a tile.
 - avx2, for float32 inputs and any values: 8 bits of mask look up the permutation that spreads 8 values as float32.
 
@@ -554,8 +554,9 @@ if numba is not None:
 
         return types.void(sums, out, row, rows, first, inputs), codegen
 
+    @in_threads
     @no_type_check
-    def _multiply_rows(first, last, mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
+    def multiply(first, last, mask, starts, scale, zero_point, bias, out, values, permutations, xs, x_sums):
         """out = W xs + bias; out is (rows, inputs)."""
         for row in range(first, last):
             _multiply_row(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums, bias, out)
@@ -566,8 +567,19 @@ if numba is not None:
         """How far on the values lie that are needed next: what a step took so far, or where a `later` row starts."""
         return later - at if later else (at - start) // max(word, 1) * step
 
+    @numba.njit(nogil=True, cache=True)
     @no_type_check
-    def _multiply_rows_of_tiles(
+    def _store_tiles(sums, out, top, n):
+        """`n` rows of `out` (rows, inputs) from `top` on become sums (pairs of tiles, passes, 2, lanes, 16, 16)."""
+        for i in range(0, n, TILE):
+            for k in range(sums.shape[1]):
+                for j in range(sums.shape[3]):
+                    first, tile = (k * sums.shape[3] + j) * TILE, sums[i // TILE // 2, k, i // TILE % 2, j]
+                    _store_tile(tile, out, top + i, n - i, first, out.shape[1] - first)
+
+    @in_threads
+    @no_type_check
+    def multiply_tiles(
         first_row, last_row, mask, starts, scale, zero_point, bias, out, values, shapes, xs, lanes, block, step
     ):
         """out = W xs + bias in bfloat16, by tiles of 16 rows and of 16 inputs; out is (rows, inputs).
@@ -603,37 +615,16 @@ if numba is not None:
                         for i in range(-(-n // (2 * TILE))):
                             pair = tiles[2 * i : 2 * i + 2]
                             _multiply_tiles(pair, xs[k], 2 * word, 2 * (last - word), sums[i, k], lanes, shapes)
-            for i in range(0, n, TILE):
-                for k in range(len(xs)):
-                    for j in range(len(lanes)):
-                        first = (k * len(lanes) + j) * TILE
-                        tile = sums[i // TILE // 2, k, i // TILE % 2, j]
-                        _store_tile(tile, out, top + i, n - i, first, out.shape[1] - first)
+            _store_tiles(sums, out, top, n)
         if shapes is not None:
             _close_tiles()
 
+    @in_threads
     @no_type_check
-    def _unpack_rows(first, last, mask, starts, scale, zero_point, out, values, permutations):
+    def unpack(first, last, mask, starts, scale, zero_point, out, values, permutations):
         """out = W, in whole words."""
         for row in range(first, last):
             _unpack_row(mask, row, values, starts[row], scale, zero_point, permutations, out)
-
-    _multiply, _multiply_tiled, _unpack = map(in_threads, (_multiply_rows, _multiply_rows_of_tiles, _unpack_rows))
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def multiply(team, n, first, last, args):
-        return _multiply(team, n, first, last, args)
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def multiply_tiles(team, n, first, last, args):
-        return _multiply_tiled(team, n, first, last, args)
-
-    @numba.njit(nogil=True, cache=True)
-    @no_type_check
-    def unpack(team, n, first, last, args):
-        return _unpack(team, n, first, last, args)
 
     @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
     @no_type_check

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -33,28 +34,31 @@ def test_gradient_equals_autograd_through_the_probability_matrix(groups, n, smoo
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_every_row_is_passed_over_once_by_several_threads_and_an_error_comes_back(openmp, monkeypatch):
-    numba = pytest.importorskip("numba")
+    pytest.importorskip("numba")
 
-    def count(first, last, rows):
+    def count(first, last, rows, firsts):
         if last > len(rows):
             raise MemoryError
         for row in range(first, last):
             rows[row] += 1
+            firsts[row] = first
 
-    run = threads.in_threads(count)
-    kernel = numba.njit(nogil=True)(lambda team, n, first, last, args: run(team, n, first, last, args))
+    kernel = threads.in_threads(count)
     if not openmp:
-        monkeypatch.setattr(threads, "_team", lambda: None)
+        monkeypatch.setattr(threads.ctypes, "CDLL", lambda _: object())
+    threads._team.cache_clear()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        rows = torch.zeros(1001).numpy()
-        threads.over_rows(kernel, len(rows), rows, work=2**30)
+        rows, firsts = torch.zeros(2, 1001).numpy()
+        threads.over_rows(kernel, len(rows), rows, firsts, work=2**30)
         assert (rows == 1).all()
+        assert sorted(np.unique(firsts, return_counts=True)[1]) == [333, 334, 334]
         with pytest.raises(MemoryError, match="2000 rows"):
-            threads.over_rows(kernel, 2000, rows, work=2**30)
+            threads.over_rows(kernel, 2000, rows, firsts, work=2**30)
     finally:
         torch.set_num_threads(n_threads)
+        threads._team.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

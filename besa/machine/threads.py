@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FunctionType
 from typing import no_type_check
 
 import torch
@@ -63,10 +64,11 @@ if numba is not None:
 
     @no_type_check
     def in_threads(kernel):
-        """What compiled code calls as run(team, n, first, last, args), in n threads of `team`.
+        """Compile kernel(first, last, *args) for `over_rows`, which calls it as (team, n, first, last, args).
 
-        Each does kernel(its first row, its last, *args). What comes back is not 0 where one failed. numba takes what it
-        kept of a file's functions for new until that file changes: change those with kernels along with this one.
+        What comes back is not 0 where one of the n threads failed. numba keeps compiled functions by file, line and
+        name, and only those without a closure: what enters is called what the kernel is, as if it stood there. What was
+        kept counts as new until that file changes: change those with kernels along with this one.
         """
 
         @intrinsic
@@ -89,7 +91,14 @@ if numba is not None:
 
             return types.intp(team, n, first, last, args), codegen
 
-        return run
+        names = ("co_filename", "co_firstlineno", "co_name", "co_qualname")
+        code = _enter.__code__.replace(**{name: getattr(kernel.__code__, name) for name in names})
+        enter = FunctionType(code, {"run": run, "__name__": kernel.__module__}, kernel.__name__)
+        return numba.njit(nogil=True, cache=True)(enter)
+
+    @no_type_check
+    def _enter(team, n, first, last, args):
+        return run(team, n, first, last, args)
 
     @no_type_check
     def _caller(context, builder, kernel, args):

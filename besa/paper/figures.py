@@ -54,7 +54,7 @@ def log_perplexity(ax: Axes, text: str) -> None:
     """A logarithmic axis of perplexity on a text."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.1f}".removesuffix(".0")))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel(f"perplexity on {text} (log scale)")
     ax.grid(alpha=0.3)
