@@ -139,6 +139,14 @@ def test_notebooks_show_the_method(path):
     assert re.search(r"besa\.prune(_checkpoint)?\(", source) and any(name in source for name in measures)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "results/reference").glob("*/*.ipynb")), ids=lambda path: path.stem)
+def test_reference_notebooks_ran_to_their_end(path):
+    code = [
+        cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()
+    ]
+    assert all(cell.execution_count for cell in code)
+
+
 def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):
     folder = tmp_path / "table3"
     run("table3.ipynb", folder, model=str(tiny_folder), methods=["dense", "joint-wanda"], datasets=["wiki"])
