@@ -23,6 +23,7 @@ from besa.machine.files import write_text
 from besa.machine.provenance import ROOT
 from besa.paper.tables import REFERENCE, load_record, slug
 
+DIFFERENCE = "difference ± standard error"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
 
@@ -67,7 +68,7 @@ class Item:
             if "verdict" in (compared := self.tables.get(f"{name}-{beside}", pd.DataFrame())):
                 found.append(f"of {len(compared)} {what} {counts(compared)}")
         if "verdict" in (judged := self.tables.get(f"{name}-verdicts", pd.DataFrame())):
-            found.append(claims(judged))
+            found.append(f"of {len(judged)} claims {counts(judged)}")
         if found:
             return f"{self.title_of(name)}: {'; '.join(found)}"
         run = self.runs[name].query("metrics.notna() and not one_kind")
@@ -91,13 +92,26 @@ def counts(table: pd.DataFrame) -> str:
     return ", ".join(f"{n} {word}" for word, n in table["verdict"].value_counts().items())
 
 
-def claims(judged: pd.DataFrame) -> str:
-    """The verdicts on a few claims with their differences, of many their number."""
-    over = "task" if "task" in judged else "text"
-    if len(judged) > 8 or not {"row", "against", over, "difference ± standard error"} <= set(judged):
-        return f"of {len(judged)} claims {counts(judged)}"
-    said = f"{{row}} before {{against}} on {{{over}}}: {{verdict}} ({{difference ± standard error}})"
-    return "; ".join(said.format(**line) for line in judged.to_dict("records"))
+def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
+    """What was judged, by verdict: a line for each item, run and pair of rows, with the difference on every text.
+
+    Of tasks their average stands for all, and of a row with and without a partner of as many zeros the fair pair.
+    """
+    said: dict[str, list[dict[str, str]]] = {verdict: [] for verdict in ("holds", "does not hold", "undecided")}
+    runs = [(item, run) for item in items for run in item.runs]
+    for item, run in runs:
+        judged = item.tables.get(f"{run}-verdicts", pd.DataFrame())
+        over = "task" if "task" in judged else "text"
+        if not {"row", "against", over, "verdict", DIFFERENCE, "rests on"} <= set(judged):
+            continue
+        fair = {row.removesuffix("-matched") for row in judged["against"] if row.endswith("-matched")}
+        judged = judged[~judged["against"].isin(fair)]
+        judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
+        for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
+            line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0]}
+            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE])}
+            said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
+    return said
 
 
 def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float | None]) -> str:
@@ -165,13 +179,17 @@ def build(reproduce: Path, results: Path, path: Path) -> tuple[str, list[str]]:
     """
     items = [read_notebook(notebook) for notebook in reproduce.glob("*.ipynb")]
     items.sort(key=lambda item: (item.name != "fidelity", not item.title.startswith("Table"), item.title))
-    published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv").query("metric == 'accuracy_percent'")
+    published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv")
     for item in items:
-        item.higher_is_better = item.name in set(published["item"])
+        item.higher_is_better = item.name in set(published.query("metric == 'accuracy_percent'")["item"])
         read_item(item, results / item.name)
+    runs = [run for item in items for run in item.runs.values()]
+    ran = {model for run in runs for model in run.dropna(subset="metrics")["model"]}  # random weights have none
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template("README.md").render(items=items, results=os.path.relpath(results, path.parent))
+    known = {"claims": claims(items), "unknown": [name for name in published["model"].unique() if name not in ran]}
+    where = os.path.relpath(results, path.parent)
+    text = environment.get_template("README.md").render(items=items, results=where, **known)
     return text + "\n", [f"{item.name}/{line}" for item in items for line in item.skipped]
 
 

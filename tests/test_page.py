@@ -202,13 +202,28 @@ def test_what_is_no_record_at_all_is_named(folders, content):
 def test_verdicts_that_do_not_say_of_which_rows_are_counted(folders):
     run(folders, "llama-7b", "quick", wanda=7.3)
     judged = {"row": ["wanda"], "against": ["dense"], "text": ["c4"], "verdict": ["holds"]}
-    judged["difference ± standard error"] = ["-3.0% ± 1.0%"]
+    judged |= {"difference ± standard error": ["-3.0% ± 1.0%"], "rests on": ["1 draw"]}
     path = folders[1] / "table1" / "llama-7b-quick-verdicts.csv"
     for name in judged:
         pd.DataFrame(judged).rename(columns={name: "other"}).to_csv(path)
         assert ("of 1 claims 1 holds" in report_of(folders)[0]) == (name != "verdict")
     pd.DataFrame(judged).to_csv(path)
-    assert "wanda before dense on c4: holds (-3.0% ± 1.0%)" in report_of(folders)[0]
+    assert "| wanda | dense | c4 -3.0% ± 1.0% | 1 draw | Table 1, llama-7b, quick |" in report_of(folders)[0]
+
+
+def test_claims_stand_by_verdict_once_for_all_texts_and_at_equal_zeros(folders):
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    lines = ["a,wanda,c4,-9% ± 1%,undecided", "a,wanda-matched,c4,-7% ± 1%,holds", "a,wanda-matched,ptb,-6% ± 1%,holds"]
+    lines = [f"{line},1 draw" for line in [*lines, "a,magnitude,c4,+5% ± 1%,does not hold"]]
+    columns = "row,against,text,difference ± standard error,verdict,rests on"
+    (folders[1] / "table1" / "llama-7b-quick-verdicts.csv").write_text("\n".join([columns, *lines]))
+    text, _ = report_of(folders)
+    found, _, unknown = text[: text.index("## Every notebook")].partition("**Unknown**")
+    assert re.findall(r"\*\*(.*)\*\*\n\n.*\n.*\n\| (a .*) \| 1 draw \|", found) == [
+        ("Holds", "a | wanda-matched | c4 -7% ± 1%, ptb -6% ± 1%"),
+        ("Does not hold", "a | magnitude | c4 +5% ± 1%"),
+    ]
+    assert "| wanda |" not in found and "llama-13b" in unknown and " llama-7b" not in unknown
 
 
 def test_showing_what_was_never_run_says_how_to_run_it(tmp_path):

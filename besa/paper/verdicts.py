@@ -12,6 +12,10 @@ Samples = Callable[[Record], Mapping[str, np.ndarray]]
 """What a row's metrics are means of (`besa.paper.records.Run.samples`); older records have none."""
 
 
+SAME_ZEROS = 1e-4
+"""Fractions of zeros that are taken for equal; so few weights move a perplexity by less than a tenth of a per cent."""
+
+
 def judge(
     records: Iterable[Record],
     claims: Iterable[tuple[str, str]],
@@ -82,7 +86,7 @@ def _verdict(
     mean, error = paired(differences)
     zeros = [sum(record["sparsity"] for record in row) / len(pairs) for row in zip(*pairs)]
     is_better = (mean < 0) == is_perplexity
-    is_fair = zeros[0] >= zeros[1] - 1e-6 if is_better else zeros[1] >= zeros[0] - 1e-6
+    more = zeros[0] - zeros[1] if is_better else zeros[1] - zeros[0]  # of the better row
     is_sure = abs(mean) > 2 * error  # not where the error is NaN
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
     shown = f"{np.expm1(mean):+.1%} ± {error:.1%}" if is_perplexity else f"{mean:+.2f} ± {error:.2f}"
@@ -91,5 +95,5 @@ def _verdict(
         "difference ± standard error": shown.replace("nan%", "?").replace("nan", "?"),
         "zeros": " and ".join(f"{zero:.4f}" for zero in zeros),
         "rests on": ", ".join([*rests_on, f"{n_draws} draw" + "s" * (n_draws > 1)]),
-        "verdict": ("holds" if is_better else "does not hold") if is_sure and is_fair else "undecided",
+        "verdict": ("holds" if is_better else "does not hold") if is_sure and more >= -SAME_ZEROS else "undecided",
     }
