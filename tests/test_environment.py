@@ -67,6 +67,30 @@ def test_the_readmes_table_is_the_reference_runs():
     assert text.count("| besa-") + text.count("| wanda |") + text.count("| dense |") == 4  # and no other
 
 
+def test_the_readmes_packed_models_are_the_reference_run():
+    folder, text = ROOT / "results" / "reference" / "packed", (ROOT / "README.md").read_text()
+    products = (
+        pd.read_csv(folder / "smollm2-135m-quick-projections.csv")
+        .set_index(["size", "sparsity", "product"])
+        .sort_index()
+    )
+    models = pd.read_csv(folder / "smollm2-135m-quick.csv").set_index(["model", "sparsity", "form"]).sort_index()
+    rows = {"50 %, bfloat16": (0.5, "packed"), "70 %, bfloat16": (0.7, "packed")}
+    for label, (sparsity, form) in (rows | {"50 %, joint 4 bits": (0.5, "joint 4 bits")}).items():
+        product, here = products.loc["11008 x 4096", sparsity, form], models.loc["llama-7b 8 blocks", sparsity]
+        times = (here.loc[form] / here.loc["dense"])[["tokens/s, 1", "tokens/s, 4", "tokens/s, 16"]].tolist()
+        times.append(here.loc["dense", "prompt of 512, s"] / here.loc[form, "prompt of 512, s"])
+        shown = [f"{product['bytes/weight'] / 2:.2f}", f"{product['x torch dense']:.1f}"]
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {label} |"))
+        assert re.findall(r"\d+\.\d+", line) == shown + [f"{times:.2f}" for times in times]
+    beside = pd.read_csv(folder / "smollm2-135m-quick-llama-cpp.csv").set_index("form")
+    speed, size = beside["tokens/s, 1"], beside["MB"]
+    assert (
+        f"{speed['llama.cpp, Q4_0']:.1f} tokens/s in `Q4_0` where joint 4 bits have {speed['joint 4 bits']:.1f}" in text
+    )
+    assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in text
+
+
 def test_every_path_that_the_readmes_name_is_there():
     for name in ("README.md", "CONTRIBUTING.md", "reproduce/README.md"):
         text = (ROOT / name).read_text()
