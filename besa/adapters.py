@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from besa.finetune import Masks, pruned_projections
+from besa.finetune import Masks, masked_projections
 
 
 class MaskedLora(lora.Linear):
@@ -27,18 +27,18 @@ class MaskedLora(lora.Linear):
         self.register_buffer("keep_mask", None, persistent=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """(B A) * keep_mask * (alpha / r); merging adds it too."""
-        delta = super().get_delta_weight(adapter)
+        """(B A) * keep_mask * (alpha / r), in the weight's own precision; merging adds the same."""
+        delta = super().get_delta_weight(adapter).to(self.base_layer.weight.dtype)
         return delta if self.keep_mask is None else torch.where(self.keep_mask, delta, -0.0)  # 0 + -0 is 0, -0 + -0 -0
 
     def forward(self, x: Tensor) -> Tensor:
-        """With the sum in the weight's own precision, as it will be once merged."""
+        """With the weight as it will be once merged."""
         if self.disable_adapters or self.merged:
             return super().forward(x)
         weight = self.base_layer.weight
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
-                weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
+                weight = weight + self.get_delta_weight(adapter)
         return torch.func.functional_call(self.base_layer, {"weight": weight}, (x,))
 
 
@@ -52,13 +52,15 @@ def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> Pe
         config: plain LoRA of any rank, alpha and pattern; `target_modules` None takes every pruned projection.
 
     Raises:
-        ValueError: `pruned_projections` finds fault, or the config is of a LoRA that is not W + (B A) * (alpha / r).
+        ValueError: `masked_projections` finds fault, or the config is of a LoRA that is not W + (B A) * (alpha / r), or
+            would train a pruned projection without its mask.
     """
-    _check_plain(config)
-    pruned = pruned_projections(model, report)
-    names = {id(module): name for name, module in model.named_modules()}
+    pruned = masked_projections(model, report)
+    paths = {id(module): name for name, module in model.named_modules()}
+    names = {paths[id(projection)] for projection, _ in pruned.values()}
+    _check_plain(config, names)
     config = copy.deepcopy(config)
-    config.target_modules = config.target_modules or {names[id(projection)] for projection, _ in pruned.values()}
+    config.target_modules = config.target_modules or names
     config._register_custom_module({nn.Linear: MaskedLora})
     with warnings.catch_warnings():  # peft asks transformers 5 by a name of transformers 4
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -70,11 +72,13 @@ def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> Pe
     return adapted
 
 
-def _check_plain(config: LoraConfig) -> None:
+def _check_plain(config: LoraConfig, pruned: set[str]) -> None:
     """Refuse what has other products, biases or first values: PiSSA and its like write into the zeros."""
     variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
-    others = {*variants, "use_dora", "lora_dropout", "lora_bias", "layer_replication", "megatron_config"}
-    wrong = [name for name in sorted(others) if getattr(config, name, None)]
+    others = {*variants, "use_dora", "use_rslora", "lora_dropout", "lora_bias", "layer_replication", "megatron_config"}
+    wrong = [name for name in sorted({*others, "target_parameters"}) if getattr(config, name, None)]
+    copied = [entry for entry in config.modules_to_save or () for name in pruned if f".{entry}." in f".{name}."]
+    wrong += ["modules_to_save"] * bool(copied)
     wrong += ["bias"] * (config.bias != "none")
     wrong += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
     if wrong:

@@ -47,7 +47,7 @@ class Wanda(Method):
     def check(self, model: PreTrainedModel) -> None:
         super().check(model)
         if self.quantize:
-            self.quantize.check(model)
+            self.quantize.check(model, self.ignore)
 
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics()

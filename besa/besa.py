@@ -21,7 +21,7 @@ from besa.machine.processes import from_rank_0, mean_, n_ranks
 from besa.masks import parse_pattern
 from besa.prune import Method
 from besa.quantize import Quantize
-from besa.sensitivity import block_losses, spread_over_blocks
+from besa.sensitivity import MOST_APART, block_losses, spread_over_blocks
 from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
 
 SENSITIVITY_WINDOWS, SENSITIVITY_TOKENS = 8, 512
@@ -72,7 +72,7 @@ class Besa(Method):
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
     lr: Positive = 0.01
-    """Adam's step size for exact budgets, which falls to 0 as a cosine; three times as much for scores."""
+    """Adam's step size for exact budgets and patterns, which falls to 0 as a cosine; three times as much for scores."""
     loss: Literal["channel", "token"] | None = None
     """What a window's error is relative to: the norm of each output channel, published, or of each token, which is less
     easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget or a pattern."""
@@ -143,7 +143,7 @@ class Besa(Method):
         if self._has_budget:
             self._check_budgets(self._sizes(model))
         if self.quantize:
-            self.quantize.check(model)
+            self.quantize.check(model, self.ignore)
 
     @property
     def _has_budget(self) -> bool:
@@ -178,13 +178,13 @@ class Besa(Method):
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Besa":
         if self.scope == "block":
             return self
-        levels = max(0.02, self.sparsity - 0.1), min(0.98, self.sparsity + 0.1)
-        some_tokens = windows[:SENSITIVITY_WINDOWS, :SENSITIVITY_TOKENS]
-        losses = from_rank_0(block_losses(model, some_tokens, levels, progress))
         sizes = self._sizes(model)
         left = [index for index, (some, _) in enumerate(sizes) if some]  # the others are ignored as a whole
         some, whole = sum(size for size, _ in sizes), sum(size for _, size in sizes)
         needed = self.sparsity * (whole / some)
+        levels = max(0.02, needed - MOST_APART), min(0.98, needed + MOST_APART)
+        some_tokens = windows[:SENSITIVITY_WINDOWS, :SENSITIVITY_TOKENS]
+        losses = from_rank_0(block_losses(model, some_tokens, levels, progress, self.ignore))
         spread = spread_over_blocks(losses[left], levels, [sizes[index][0] for index in left], needed)
         sparsities = [self.sparsity] * len(sizes)
         for index, sparsity in zip(left, spread, strict=True):

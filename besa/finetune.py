@@ -177,8 +177,8 @@ def finetune(
     """Train a pruned model in place on the next token of windows; its pruned weights stay 0, each of them.
 
     Projections with a keep-mask are trained, in float32 whatever the model's precision; embeddings, norms, biases and
-    the head stay as they are. The same windows, seed and machine give the same bits. A run that is interrupted leaves
-    the model as it was.
+    the head stay as they are. The same windows, seed and machine give the same bits. A run that is interrupted while
+    it trains leaves the model as it was.
 
     Args:
         model: pruned, of any family that `besa.prune` takes.
@@ -194,7 +194,7 @@ def finetune(
             any work. While it trains: the loss is not finite any more.
     """
     config = config or FineTune()
-    pruned = pruned_projections(model, report)
+    pruned = masked_projections(model, report)
     _check_windows(model, windows, config)
     _check_dense(model, dense, config)
     check_model(model)
@@ -212,7 +212,7 @@ def finetune(
     return result
 
 
-def pruned_projections(model: PreTrainedModel, report: Masks) -> Pruned:
+def masked_projections(model: PreTrainedModel, report: Masks) -> Pruned:
     """The projections that have a keep-mask, each with it, where it is to be used.
 
     Raises:

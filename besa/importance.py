@@ -56,9 +56,9 @@ def collect_statistics(
         else:
             statistics[name] = statistics[owner]
 
-    last = list(projections)[-1]
     handles = [module.register_forward_pre_hook(_named(hook, name)) for name, module in projections.items()]
-    handles.append(projections[last].register_forward_hook(lambda *_: current.clear()))
+    for last in list(projections.values())[-1:]:  # there is none where a block is ignored
+        handles.append(last.register_forward_hook(lambda *_: current.clear()))
     try:
         yield statistics
     finally:

@@ -133,16 +133,17 @@ class BudgetLearner(Learner):
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(device)
         self.total = round(self.target * float(self.share * sum(weight.numel() for weight in weights.values())))
-        self._descend({self.theta: self.method.lr}, steps)
+        rates = self._step_sizes(weights)
+        self.learned = list(rates)
+        self.optimizers = [torch.optim.Adam([{"params": [flat.values], "lr": lr} for flat, lr in rates.items()])]
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
 
     def _create(self, weight: Tensor, scores: Tensor) -> Any:
         return Budgeted.create(weight, scores)
 
-    def _descend(self, learned: "dict[_Flat, float]", steps: int) -> None:
-        """What is learned, with its step sizes."""
-        self.learned = list(learned)
-        self.optimizers = [torch.optim.Adam([{"params": [flat.values], "lr": lr} for flat, lr in learned.items()])]
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
+    def _step_sizes(self, weights: dict[str, Tensor]) -> "dict[_Flat, float]":
+        """What is learned, and how fast."""
+        return {self.theta: self.method.lr}
 
     def _alpha(self) -> dict[str, Tensor]:
         alpha = meet_budget(self.theta.values, self.sizes, self.sparsity)
@@ -181,10 +182,11 @@ class ScoreLearner(BudgetLearner):
     ) -> None:
         self.n, self.m = parse_pattern(self.method.pattern) if self.method.pattern else (None, None)
         super().prepare(weights, scores, device, steps)
+
+    def _step_sizes(self, weights: dict[str, Tensor]) -> "dict[_Flat, float]":
         shapes = {name: (n, weights[name].shape[1]) for name, n in self.groups.items()}
-        self.scores, lr = _Flat(shapes, 0.0, device), self.method.lr
-        rates = {self.scores: SCORE_LR * lr} | ({self.theta: lr} if self.n is None else {})
-        self._descend(rates, steps)
+        self.scores, lr = _Flat(shapes, 0.0, self.sizes.device), self.method.lr
+        return {self.scores: SCORE_LR * lr} | ({self.theta: lr} if self.n is None else {})
 
     def _create(self, weight: Tensor, scores: Tensor) -> Scored:
         return Scored.create(weight, scores, self.m)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import operator
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def open_bits(path: str | Path) -> Iterator[tuple[safetensors.safe_open, dict[st
         raise ValueError(f"{path} is damaged ({error}); prune the checkpoint again") from error
 
 
-class KeepMasks(MutableMapping[tuple[int, str], Tensor]):
+class KeepMasks(Mapping[tuple[int, str], Tensor]):
     """Keep-masks (rows, columns), True = keep, by block and projection; a bit per weight in host memory or a file."""
 
     def __init__(self) -> None:
@@ -110,9 +110,6 @@ class KeepMasks(MutableMapping[tuple[int, str], Tensor]):
 
     def __getitem__(self, key: tuple[int, str]) -> Tensor:
         return unpack_bits(*self._bits[key])
-
-    def __delitem__(self, key: tuple[int, str]) -> None:
-        del self._bits[key]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self._bits)
@@ -129,11 +126,6 @@ class KeepMasks(MutableMapping[tuple[int, str], Tensor]):
         found = KeepMasks()
         found._bits = {key: bits for key, bits in self._bits.items() if key[0] == block}
         return found
-
-    @property
-    def nbytes(self) -> int:
-        """Of the bits."""
-        return sum(bits.nbytes for bits, _, _ in self._bits.values())
 
     def save(self, path: Path) -> None:
         """Write them as one safetensors file: bits by projection (`3.self_attn.q_proj`), shapes in its metadata."""

@@ -85,8 +85,8 @@ class Method:
     sparsities: tuple[Sparsity, ...] | None = None
     """One for each block, in their order; None takes `sparsity` for all."""
     pattern: str | None = None
-    """"N:M", such as "2:4": N of every M consecutive weights of a row are kept. With the letter N, "N:8", every row
-    group (`Besa`) learns an N of its own under an exact budget."""
+    """"N:M", such as "2:4": N of every M consecutive weights of a row are kept. With the letter N, "N:8", every row has
+    an N of its own, from the sparsity that its row group (`Besa`) learns under an exact budget."""
     ignore: Sequence[str] = ()
     """Projections and blocks that stay dense, by name ("3.mlp.down_proj", "3") or by a regular expression for the name
     in the model, as in llm-compressor ("re:.*down_proj"); see `besa.decoder.pruned_projections`."""
@@ -177,7 +177,8 @@ class Method:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """Name and fields, for records, as JSON gives them back; pattern and ignore only where they are used."""
+        """Name and fields, for records, as JSON gives them back; pattern, ignore and scores only where they are used:
+        an exact budget without `scores` learned how many weights stay and not which."""
         fields = {"method": self.name, **asdict(self)}
         unused = {name for name in ("pattern", "ignore", "scores") if not fields.get(name)}  # as in older records
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}

@@ -8,7 +8,7 @@ quantized first and pruned then: a pruned weight has the code z and is exactly 0
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.decoder import find_blocks, projections
+from besa.decoder import find_blocks, projections, pruned_projections
 from besa.machine.fields import Count, Positive, check_fields, documented
 from besa.machine.files import replacing
 from besa.masks import open_bits, pack_bits, unpack_bits
@@ -79,16 +79,15 @@ class Quantize:
 
     __post_init__ = check_fields
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError where the groups do not divide a projection's columns."""
-        for index, block in enumerate(find_blocks(model)):
-            for name, projection in projections(block).items():
-                columns = projection.weight.shape[1]
-                if columns % (self.group_size or columns):
-                    raise ValueError(
-                        f"block {index}, {name}: {columns} columns do not divide into groups of {self.group_size}; "
-                        "take a group_size that divides them, or None for whole rows"
-                    )
+    def check(self, model: PreTrainedModel, ignore: Sequence[str] = ()) -> None:
+        """Raise ValueError where the groups do not divide the columns of a projection that is not ignored."""
+        for (index, name), projection in pruned_projections(model, ignore).items():
+            columns = projection.weight.shape[1]
+            if columns % (self.group_size or columns):
+                raise ValueError(
+                    f"block {index}, {name}: {columns} columns do not divide into groups of {self.group_size}; "
+                    "take a group_size that divides them, None for whole rows, or ignore the projection"
+                )
 
     def clipping_shape(self, weight: Float[Tensor, "rows columns"]) -> tuple[int, int, int]:
         """Of the clipping logits: (2, rows, groups), gamma0 and gamma1."""

@@ -1,5 +1,7 @@
 """How much each block's pruning costs the model, and a budget that the blocks share by it."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
@@ -7,21 +9,34 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from besa.budget import whole_counts
-from besa.decoder import BlockCall, embed, find_blocks, projections, record_calls, run_block, run_head
+from besa.decoder import BlockCall, embed, find_blocks, pruned_projections, record_calls, run_block, run_head
 from besa.importance import collect_statistics, wanda
+from besa.machine.device import way_out
 from besa.masks import keep_largest
+
+MOST_APART = 0.1
+"""How far a block's sparsity may lie from the model's, and never as far as nothing or everything."""
 
 
 @torch.no_grad()
 def block_losses(
-    model: PreTrainedModel, windows: Int64[Tensor, "n_samples seq_len"], levels: tuple[float, ...], progress: bool
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "n_samples seq_len"],
+    levels: tuple[float, ...],
+    progress: bool,
+    ignore: Sequence[str] = (),
 ) -> Float32[Tensor, "blocks levels"]:
-    """What pruning one block alone, by Wanda to each level, adds to the model's loss, in nats per token."""
+    """What pruning one block alone, by Wanda to each level, adds to the model's loss, in nats per token.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
     calls, blocks = record_calls(model, windows[:1]), list(find_blocks(model))
+    pruned = pruned_projections(model, ignore)
     hidden = [embed(model, window) for window in windows.split(1)]
     added = torch.zeros(len(blocks), len(levels))
     for index in tqdm(range(len(blocks)), desc="sensitivity", unit="block", disable=not progress):
-        block, linear = blocks[index], projections(blocks[index])
+        block, linear = blocks[index], {name: each for (of, name), each in pruned.items() if of == index}
         with collect_statistics(linear, len(windows), hessian=False) as statistics:
             dense = [run_block(block, window, calls[index]) for window in hidden]
         scores = {name: wanda(projection.weight, statistics[name]) for name, projection in linear.items()}
@@ -30,6 +45,8 @@ def block_losses(
             for window, tokens in zip(hidden, windows, strict=True):
                 state = run_block(block, window, calls[index], masked)
                 added[index, number] += _loss_from(model, index + 1, state, calls, tokens) / len(windows)
+        if not torch.isfinite(added[index]).all():
+            raise ValueError(f"the loss with block {index} pruned is not finite; {way_out(model.dtype)}")
         hidden = dense
     whole = sum(
         _loss_from(model, len(blocks), *each) for each in zip(hidden, [calls] * len(hidden), windows, strict=True)
@@ -49,18 +66,17 @@ def _loss_from(model: PreTrainedModel, start: int, hidden: Tensor, calls: list[B
 
 
 def spread_over_blocks(
-    losses: Float[Tensor, "blocks 2"], levels: tuple[float, float], sizes: list[int], sparsity: float, most: float = 0.1
+    losses: Float[Tensor, "blocks 2"], levels: tuple[float, float], sizes: list[int], sparsity: float
 ) -> tuple[float, ...]:
     """A sparsity for each block that adds least to the loss, the model's count met to the weight.
 
     The loss that a block adds is taken as exp(a + c s) through the two levels measured. Where the sum over the blocks
-    is least, one more weight costs the same everywhere: c exp(a + c s) / size is equal, but for what `most` cuts off.
+    is least, one more weight costs the same everywhere: c exp(a + c s) / size is equal, but for what `MOST_APART` cuts.
 
     Args:
         losses: from `block_losses`.
         sizes: weights of each block.
         sparsity: the model's.
-        most: how far a block's may lie from it, and never as far as nothing or everything.
     """
     log_loss = losses.double().clamp_min(1e-5).log()
     slope = ((log_loss[:, 1] - log_loss[:, 0]) / (levels[1] - levels[0])).clamp_min(0.5)
@@ -69,7 +85,7 @@ def spread_over_blocks(
     for _ in range(100):  # the log of what a weight costs, by bisection
         price = (low + high) / 2
         wanted = sum(levels) / 2 + (price + size.log() - slope.log() - start) / slope
-        wanted = wanted.clamp(max(sparsity / 2, sparsity - most), min((1 + sparsity) / 2, sparsity + most))
+        wanted = wanted.clamp(max(sparsity / 2, sparsity - MOST_APART), min((1 + sparsity) / 2, sparsity + MOST_APART))
         low, high = (price, high) if (wanted * size).sum() < sparsity * size.sum() else (low, price)
     counts = whole_counts(wanted * size, size.long(), round(sparsity * int(size.sum())))
     return tuple((counts.double() / size).tolist())

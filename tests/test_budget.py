@@ -132,6 +132,20 @@ def test_what_pruning_one_block_adds_is_what_the_model_says(tiny_llama, windows)
     assert float(found[0, 1]) == pytest.approx(after - before, abs=1e-5)
 
 
+def test_what_is_ignored_adds_nothing_to_the_loss_of_its_block(tiny_llama, windows):
+    levels = (0.3, 0.6)
+    whole = block_losses(tiny_llama, windows[:2], levels, progress=False)
+    some = block_losses(tiny_llama, windows[:2], levels, progress=False, ignore=("1", "re:.*layers.0.mlp"))
+    assert torch.equal(some[2], whole[2]) and some[1].abs().max() < 1e-6 < (some[0] - whole[0]).abs().min()
+
+
+def test_a_model_that_overflows_shares_no_budget(tiny_llama, windows):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.mul_(3e38)
+    with pytest.raises(ValueError, match=r"the loss with block 0 pruned is not finite; look for NaN"):
+        besa.prune(tiny_llama, windows, besa.Besa(budget="exact", scope="model"), progress=False)
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
 def test_blocks_that_cost_more_keep_more(sparsity):
     losses = torch.tensor([[0.001, 0.004], [0.1, 0.4], [0.01, 0.04]])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import besa
 from besa.decoder import find_blocks, projections
-from besa.finetune import FineTune, _Training, pruned_projections
+from besa.finetune import FineTune, _Training, masked_projections
 from besa.machine import state
 from besa.quantize import Quantize
 
@@ -110,10 +110,29 @@ def test_adapters_change_kept_weights_by_their_product(pruned, text):
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(text[:2]).logits, logits)
     torch.testing.assert_close(merged.model.layers[0].mlp.up_proj.weight, wanted)
-    pruned_projections(merged, report)  # every zero is there
+    masked_projections(merged, report)  # every zero is there
 
 
-@pytest.mark.parametrize("option", [{"use_dora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}])
+def test_adapters_compute_what_they_merge_into_to_the_bit(pruned, text):
+    from peft import LoraConfig
+
+    from besa.adapters import masked_lora
+
+    model, report = pruned
+    adapted = masked_lora(model.to(torch.bfloat16), report, LoraConfig(r=3, target_modules=["up_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    logits = adapted(text[:2]).logits
+    assert torch.equal(adapted.merge_and_unload()(text[:2]).logits, logits)
+
+
+PLAIN_BUT = [{"use_dora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}, {"use_rslora": True}]
+PLAIN_BUT += [{"target_parameters": ["mlp.up_proj.weight"]}, {"modules_to_save": ["down_proj"]}]
+PLAIN_BUT += [{"modules_to_save": ["lm_head", "0.mlp"]}]
+
+
+@pytest.mark.parametrize("option", PLAIN_BUT, ids=str)
 def test_adapters_that_would_lose_zeros_are_refused(pruned, option):
     from peft import LoraConfig
 

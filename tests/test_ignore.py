@@ -152,10 +152,11 @@ def test_any_target_any_ignored_part_any_pattern(tiny_llama, windows, sparsity, 
     assert zeros.tolist() == [round(sparsity * whole) for _, whole in sizes]
 
 
-@pytest.mark.parametrize("name", ["wanda", "exact", "span"])
+@pytest.mark.parametrize("name", ["wanda", "exact", "span", "4 bits"])
 def test_a_checkpoint_is_the_same_bytes_and_continues(tiny_llama, windows, tmp_path, name):
     source, out = save(tiny_llama, tmp_path / "source"), tmp_path / "out"
-    method, options = METHODS[name](ignore=("1.self_attn.q_proj", "re:.*up_proj")), {"device": "cpu", "progress": False}
+    ignore = ("1.self_attn.q_proj", "re:.*up_proj") + ("2",) * (name == "4 bits")  # a block without codes
+    method, options = METHODS[name](ignore=ignore), {"device": "cpu", "progress": False}
     first = besa.prune_checkpoint(source, out, windows, method, **options)
     expected = besa.prune(tiny_llama, windows, method, progress=False)
     assert_same(load(out), tiny_llama)
@@ -164,6 +165,7 @@ def test_a_checkpoint_is_the_same_bytes_and_continues(tiny_llama, windows, tmp_p
     assert_same(load(out), tiny_llama)
     assert report.sparsity == first.sparsity == expected.sparsity
     assert all(torch.equal(report.keep_masks[key], mask) for key, mask in expected.keep_masks.items())
+    assert {index for index, _ in report.quantized} == ({0, 1} if name == "4 bits" else set())
     with pytest.raises(ValueError, match=r"another method \(ignore\)"):
         other = METHODS[name](ignore=("1.self_attn.q_proj",))
         besa.prune_checkpoint(source, out, windows, other, **options)

@@ -231,7 +231,8 @@ class Shards:
             report.keep_masks.load(self._beside("masks", index))
         report.seconds = sum(note["seconds"] for note in self.notes.values())
         if self.method.quantize:
-            report.quantized = QuantizedFiles(*(self._beside("codes", index) for index in sorted(self.notes)))
+            codes = [self._beside("codes", index) for index in sorted(self.notes)]
+            report.quantized = QuantizedFiles(*(path for path in codes if path.is_file()))  # none of an ignored block
         return report
 
     # What is needed
