@@ -35,6 +35,7 @@ from besa.decoder import (
     run_past,
     run_until,
     spans,
+    to_device_of,
 )
 from besa.importance import InputStatistics, collect_statistics
 from besa.machine.device import deterministic, way_out
@@ -315,8 +316,8 @@ class Block:
         return device_of(self.module)
 
     def _here(self, stream: Tensor, number: int) -> Tensor:
-        """One window where the block computes; no copy where it is there already."""
-        return stream[number : number + 1].to(device_of(self.module), non_blocking=True)
+        """One window where the block computes."""
+        return to_device_of(self.module, stream[number : number + 1])
 
     def bar(self, steps: Sequence[Any], what: str) -> Iterable[Any]:
         """The same with a progress bar, once it has taken a second."""

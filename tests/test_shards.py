@@ -451,6 +451,10 @@ def test_the_plan_names_memory_and_disk_and_prunes_nothing(source, tmp_path, win
     masks = sum(tensor.numel() / 8 for name, tensor in tensors.items() if "_proj" in name)
     assert found.disk_bytes == sum(tensor.nbytes for tensor in tensors.values()) + masks
     assert found.block_bytes == 11 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 80 * 32) + 2**30 and found.n_blocks == 3
+    by_projection = besa.plan_checkpoint(
+        source, tmp_path / "out", windows, besa.Besa(reconstruct="projection"), device="cpu"
+    )
+    assert by_projection.block_bytes == found.block_bytes + 2 * windows.numel() * 4 * (80 + 32)
     assert not list((tmp_path / "out").glob("*.safetensors"))
     prune(source, tmp_path / "out", windows)  # and the run starts from there
 

@@ -53,14 +53,20 @@ class Plan:
 _PLACES = {"device": "the memory where it computes", "host": "pinned host memory", "file": "a file beside the output"}
 
 
-def bytes_for(block: nn.Module, method: Method, device: torch.device, reconstruct: Reconstruct | None = None) -> int:
+def bytes_for(
+    block: nn.Module, method: Method, device: torch.device, n_tokens: int, reconstruct: Reconstruct | None = None
+) -> int:
     """Memory of the device that computes while a block, or a span of blocks, is pruned.
 
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
     takes a matrix of columns x columns in float32 for each projection's inputs, three while one is factorized;
     reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight. Scores that BESA
-    learns take as much.
+    learns take as much. Of parts that are learned by themselves the inputs and outputs of all windows are there,
+    too, and twice while they are gathered.
+
+    Args:
+        n_tokens: of this rank's windows.
     """
     weights = [projection.weight for projection in projections(block).values()]
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
@@ -71,6 +77,8 @@ def bytes_for(block: nn.Module, method: Method, device: torch.device, reconstruc
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
         total += sum(squares) + (6 if reconstruct else 3) * max(squares)
+    if isinstance(getattr(method, "reconstruct", None), str):
+        total += 2 * n_tokens * itemsize * max(sum(weight.shape) for weight in weights)
     return total
 
 

@@ -242,10 +242,11 @@ class Shards:
         blocks, config = find_blocks(self.model), self.model.config.get_text_config()
         left = [index for index in range(len(blocks)) if index not in self.notes]
         rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
+        block, windows = Span(blocks[: self.method.span]), self.windows[rank() :: n_ranks()]
         return make_plan(
-            block_bytes=bytes_for(Span(blocks[: self.method.span]), self.method, self.device, self.reconstruct),
+            block_bytes=bytes_for(block, self.method, self.device, windows.numel(), self.reconstruct),
             streams=5 if self.reconstruct else 2,
-            n_windows=len(self.windows[rank() :: n_ranks()]),
+            n_windows=len(windows),
             window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
             shard_bytes=rest + sum(self._bytes_of(blocks[index]) for index in left),
             n_blocks=len(left),
