@@ -33,9 +33,11 @@ class Item:
 
     name: str
     title: str
+    code: list[str] = field(default_factory=list)
+    """Of the notebook, by cell."""
     higher_is_better: bool = False
-    notebooks: list[str] = field(default_factory=list)
-    """The executed ones, that of the item's own name first."""
+    notebooks: dict[str, bool] = field(default_factory=dict)
+    """The executed ones, that of the item's own name first, and whether they ran the code that is there now."""
     runs: dict[str, pd.DataFrame] = field(default_factory=dict)
     """A row per record, by what the names of their files start with: model and profile, or "" for other names."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
@@ -139,7 +141,13 @@ def read_notebook(path: Path) -> Item:
         raise ValueError(f"{path} is not a notebook ({type(error).__name__})") from error
     if not text.startswith("# "):
         raise ValueError(f"the first cell of {path} does not start with a heading")
-    return Item(path.stem, text.splitlines()[0][2:])
+    return Item(path.stem, text.splitlines()[0][2:], read_code(path))
+
+
+def read_code(path: Path) -> list[str]:
+    """A notebook's code by cell, but for the parameters that papermill puts in."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -160,7 +168,8 @@ def read_item(item: Item, folder: Path) -> Item:
     tables = {name: item.read(pd.read_csv, folder / f"{name}.csv") for name in stems("*.csv")}
     item.tables = {name: table for name, table in tables.items() if table is not None}
     item.figures = stems("*.png")
-    item.notebooks = sorted(stems("*.ipynb"), key=lambda name: name != item.name)
+    executed = sorted(stems("*.ipynb"), key=lambda name: name != item.name)
+    item.notebooks = {name: item.read(read_code, folder / f"{name}.ipynb") == item.code for name in executed}
     records = [item.read(read_record, path) for path in sorted(folder.glob("records/*.json"))]
     records = [record for record in records if record and record["profile"] != "smoke"]
     for record in sorted(records, key=lambda record: record["date"]):

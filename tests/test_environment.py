@@ -85,9 +85,11 @@ def test_the_readmes_packed_models_are_the_reference_run():
         assert re.findall(r"\d+\.\d+", line) == shown + [f"{times:.2f}" for times in times]
     beside = pd.read_csv(folder / "smollm2-135m-quick-llama-cpp.csv").set_index("form")
     speed, size = beside["tokens/s, 1"], beside["MB"]
-    assert (
-        f"{speed['llama.cpp, Q4_0']:.1f} tokens/s in `Q4_0` where joint 4 bits have {speed['joint 4 bits']:.1f}" in text
-    )
+    dense = [f"{speed[form]:.1f}" for form in ("llama.cpp, BF16", "dense", "packed")]
+    four = [f"{speed[form]:.1f}" for form in ("llama.cpp, Q4_0", "joint 4 bits")]
+    flat = " ".join(text.split())
+    assert "in bfloat16 {} tokens/s, where torch has {} and packed bfloat16 {},".format(*dense) in flat
+    assert "in `Q4_0` {} tokens/s, where joint 4 bits have {},".format(*four) in flat
     assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in text
 
 

@@ -226,6 +226,16 @@ def test_claims_stand_by_verdict_once_for_all_texts_and_at_equal_zeros(folders):
     assert "| wanda |" not in found and "llama-13b" in unknown and " llama-7b" not in unknown
 
 
+def test_a_notebook_that_ran_other_code_is_said_to(folders):
+    cells = [nbformat.v4.new_markdown_cell("# Table 1"), nbformat.v4.new_code_cell("a = 1")]
+    given = nbformat.v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folders[0] / "table1.ipynb")
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    for executed, other in (([*cells, given], False), ([*cells, nbformat.v4.new_code_cell("a = 3")], True)):
+        nbformat.write(nbformat.v4.new_notebook(cells=executed), folders[1] / "table1" / "table1.ipynb")
+        assert ("(ran other code than `make table1` does now)" in report_of(folders)[0]) == other
+
+
 def test_showing_what_was_never_run_says_how_to_run_it(tmp_path):
     with pytest.raises(typer.BadParameter, match=r"holds no table of 'table1'; .* make table1"):
         report["shown"]("table1", tmp_path)

@@ -113,7 +113,7 @@ def test_the_report_says_what_was_judged(tmp_path):
     line = {
         "row": "a",
         "against": "b",
-        "difference": "t -14.2% ± 2.8%",
+        "difference": "t -14.2% ± 2.4%",
         "rests_on": "3 draws",
         "where": "Table, m, quick",
     }

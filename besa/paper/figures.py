@@ -26,13 +26,16 @@ def perplexity(frame: pd.DataFrame) -> Figure:
     """One panel per text: perplexity by method on a logarithmic axis, the dense model as a line.
 
     Args:
-        frame: indexed by method, one column per text.
+        frame: indexed by method, one column per text and, where there are several draws, one for its spread ("± text").
     """
-    size = (1.5 + 3.4 * frame.shape[1], 0.9 + 0.36 * len(frame))
-    figure, axes = plt.subplots(1, frame.shape[1], figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for ax, text in zip(axes[0], frame.columns, strict=True):
+    texts = [text for text in frame.columns if not text.startswith("± ")]
+    size = (1.5 + 3.4 * len(texts), 0.9 + 0.36 * len(frame))
+    figure, axes = plt.subplots(1, len(texts), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, text in zip(axes[0], texts, strict=True):
         values = frame[text]
         ax.scatter(values, np.arange(len(values)), color=[colour(method) for method in values.index], zorder=3)
+        if (spread := f"± {text}") in frame:
+            ax.errorbar(values, np.arange(len(values)), xerr=frame[spread], fmt="none", color="grey", capsize=2)
         for position, value in enumerate(values):
             ax.annotate(f"{value:.2f}", (value, position), xytext=(7, 0), textcoords="offset points", va="center")
         if "dense" in values.index:

@@ -89,7 +89,7 @@ def _verdict(
     more = zeros[0] - zeros[1] if is_better else zeros[1] - zeros[0]  # of the better row
     is_sure = abs(mean) > 2 * error  # not where the error is NaN
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
-    shown = f"{np.expm1(mean):+.1%} ± {error:.1%}" if is_perplexity else f"{mean:+.2f} ± {error:.2f}"
+    shown = f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}" if is_perplexity else f"{mean:+.2f} ± {error:.2f}"
     rests_on = [f"{n} {'segments' if is_perplexity else 'questions'}"] * (n > 1)
     return {
         "difference ± standard error": shown.replace("nan%", "?").replace("nan", "?"),
