@@ -93,6 +93,19 @@ def test_the_readmes_packed_models_are_the_reference_run():
     assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in text
 
 
+def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
+    found = pd.read_csv(ROOT / "results" / "reference" / "fidelity" / "smollm2-135m-quick-released.csv").set_index(
+        "what"
+    )
+    apart, text = found["largest difference"], " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        "within 0.5 %; perplexities on the same tokens within 1 %)" in text and (found["verdict"] == "reproduced").all()
+    )
+    perplexities = [name for name in apart.index if name.startswith("perplexity of ")]
+    assert len(perplexities) == 10 and apart[perplexities].max() < 0.01
+    assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005
+
+
 def test_every_path_that_the_readmes_name_is_there():
     for name in ("README.md", "CONTRIBUTING.md", "reproduce/README.md"):
         text = (ROOT / name).read_text()
