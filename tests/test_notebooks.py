@@ -276,7 +276,8 @@ def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
         assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
 
 
-def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, tmp_path):
+def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("besa.paper.records.Run.is_smoke", False)  # which takes two sparsities
     folder, options = tmp_path / "out", {"model": str(tiny_folder), "sparsities": [0.2, 0.5, 0.8]}
     run("sparsity.ipynb", folder, **options, methods="wanda")
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
@@ -297,7 +298,6 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
     assert table.index[0] == "dense" and wide.loc[0.8, "wanda"] == table.loc["wanda-0.8", "wiki"]
     for suffix in ("md", "tex", "png", "svg"):
         assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
-    assert "SMOKE RUN" in (folder / "tiny-smoke.md").read_text()
 
 
 def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder, tmp_path, monkeypatch):
