@@ -136,18 +136,19 @@ def read_notebook(path: Path) -> Item:
         ValueError: it is not a notebook that starts with a heading.
     """
     try:
-        text = nbformat.read(path, as_version=4).cells[0].source
+        cells = nbformat.read(path, as_version=4).cells
+        text = cells[0].source
     except UNREADABLE as error:
         raise ValueError(f"{path} is not a notebook ({type(error).__name__})") from error
     if not text.startswith("# "):
         raise ValueError(f"the first cell of {path} does not start with a heading")
-    return Item(path.stem, text.splitlines()[0][2:], read_code(path))
+    return Item(path.stem, text.splitlines()[0][2:], code_of(cells))
 
 
-def read_code(path: Path) -> list[str]:
+def code_of(cells: list[nbformat.NotebookNode]) -> list[str]:
     """A notebook's code by cell, but for the parameters that papermill puts in."""
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    return [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    return [cell.source for cell in code if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -169,7 +170,8 @@ def read_item(item: Item, folder: Path) -> Item:
     item.tables = {name: table for name, table in tables.items() if table is not None}
     item.figures = stems("*.png")
     executed = sorted(stems("*.ipynb"), key=lambda name: name != item.name)
-    item.notebooks = {name: item.read(read_code, folder / f"{name}.ipynb") == item.code for name in executed}
+    code = lambda path: code_of(nbformat.read(path, as_version=4).cells)
+    item.notebooks = {name: item.read(code, folder / f"{name}.ipynb") == item.code for name in executed}
     records = [item.read(read_record, path) for path in sorted(folder.glob("records/*.json"))]
     records = [record for record in records if record and record["profile"] != "smoke"]
     for record in sorted(records, key=lambda record: record["date"]):

@@ -78,11 +78,11 @@ def test_the_readmes_packed_models_are_the_reference_run():
     rows = {"50 %, bfloat16": (0.5, "packed"), "70 %, bfloat16": (0.7, "packed")}
     for label, (sparsity, form) in (rows | {"50 %, joint 4 bits": (0.5, "joint 4 bits")}).items():
         product, here = products.loc["11008 x 4096", sparsity, form], models.loc["llama-7b 8 blocks", sparsity]
-        times = (here.loc[form] / here.loc["dense"])[["tokens/s, 1", "tokens/s, 4", "tokens/s, 16"]].tolist()
-        times.append(here.loc["dense", "prompt of 512, s"] / here.loc[form, "prompt of 512, s"])
+        ratios = (here.loc[form] / here.loc["dense"])[["tokens/s, 1", "tokens/s, 4", "tokens/s, 16"]].tolist()
+        ratios.append(here.loc["dense", "prompt of 512, s"] / here.loc[form, "prompt of 512, s"])
         shown = [f"{product['bytes/weight'] / 2:.2f}", f"{product['x torch dense']:.1f}"]
         (line,) = (line for line in text.splitlines() if line.startswith(f"| {label} |"))
-        assert re.findall(r"\d+\.\d+", line) == shown + [f"{times:.2f}" for times in times]
+        assert re.findall(r"\d+\.\d+", line) == shown + [f"{ratio:.2f}" for ratio in ratios]
     beside = pd.read_csv(folder / "smollm2-135m-quick-llama-cpp.csv").set_index("form")
     speed, size = beside["tokens/s, 1"], beside["MB"]
     dense = [f"{speed[form]:.1f}" for form in ("llama.cpp, BF16", "dense", "packed")]

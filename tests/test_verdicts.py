@@ -64,7 +64,7 @@ CASES = {  # difference of the losses, its noise, zeros of both -> verdict
     "within two errors": (-0.01, 0.5, (0.5, 0.5), "undecided"),
     "equal": (0.0, 0.0, (0.5, 0.5), "undecided"),
     "lower with fewer zeros": (-0.1, 0.1, (0.49, 0.5), "undecided"),
-    "lower with as good as equal zeros": (-0.1, 0.1, (0.49995, 0.5), "holds"),
+    "lower with as good as equal zeros": (-0.1, 0.1, (0.499995, 0.5), "holds"),
     "lower with more zeros": (-0.1, 0.1, (0.51, 0.5), "holds"),
     "higher with fewer zeros": (0.1, 0.1, (0.49, 0.5), "does not hold"),
     "higher with more zeros": (0.1, 0.1, (0.51, 0.5), "undecided"),
