@@ -17,19 +17,43 @@ import papermill
 import pytest
 import yaml
 
+from besa.inputs.text import load_documents
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "reproduce"
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(smollm2, tmp_path_factory):
-    """A random two-block model with the embedded model's tokenizer, as a local folder."""
+def short_texts(tmp_path_factory):
+    """The beginnings of the embedded texts, for whole ones take seconds to tokenize."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, split in (("wiki", "test"), ("sotu", "train"), ("sotu", "test")):
+        (folder / name).mkdir(exist_ok=True)
+        lines = [json.dumps({"text": text[:2000]}) for text in load_documents(name, split)[:8]]
+        (folder / name / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def where_texts_are(short_texts, monkeypatch):
+    monkeypatch.setenv("BESA_DATA", str(short_texts))
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(smollm2, short_texts):
+    """The embedded model's, with a vocabulary of 512: it loads and encodes in no time."""
+    return smollm2[1].train_new_from_iterator((short_texts / "sotu" / "train.jsonl").read_text().splitlines(), 512)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tiny_tokenizer, tmp_path_factory):
+    """A random two-block model and its tokenizer, as a local folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(folder)
-    smollm2[1].save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **shape)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -327,12 +351,12 @@ def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder,
     assert (folder / "tiny-smoke.png").is_file()
 
 
-def test_packed_measures_three_forms_and_continues(smollm2, tmp_path):
+def test_packed_measures_three_forms_and_continues(tiny_tokenizer, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(tmp_path / "tiny")
-    smollm2[1].save_pretrained(tmp_path / "tiny")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **shape)).save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny")
     folder, options = tmp_path / "out", {"model": str(tmp_path / "tiny"), "batches": "1,2", "sparsities": "0.6,0.7"}
     run("packed.ipynb", folder, **options)
     before = written(folder)
