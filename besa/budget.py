@@ -38,9 +38,8 @@ def meet_budget(
     free = ((theta - tau > 0) & (theta - tau < 1)).detach()
     full = (theta - tau >= 1).detach()
     share = torch.where(free, sizes, 0.0)
-    left = (
-        sparsity * sizes.sum() - torch.where(full, sizes, 0.0).sum()
-    )  # what the rows that are neither empty nor full must make up
+    # What the rows that are neither empty nor full must make up.
+    left = sparsity * sizes.sum() - torch.where(full, sizes, 0.0).sum()
     tau = ((share * theta).sum() - left) / share.sum().clamp_min(1e-30)
     return torch.where(free, theta - tau, full.to(theta.dtype))
 

@@ -38,31 +38,32 @@ class Learner:
             share: weights that the sparsity is a fraction of, for each that may be pruned.
         """
         self.method, self.quantize, self.share = method, method.quantize, share
-        self.target = method.sparsity_of(block)
-        self.sparsity = self.target * float(share)
+        self.block_sparsity = method.sparsity_of(block)  # of the whole block, what is ignored included
+        self.sparsity = self.block_sparsity * float(share)
         weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
-        # Scores take twice a bfloat16 weight's memory: they are made for one projection at a time.
-        scores = lambda name: self._scores(weights[name], statistics[joined(part, name)])
+        # Importances take twice a bfloat16 weight's memory: they are made for one projection at a time.
+        importances = lambda name: self._importance(weights[name], statistics[joined(part, name)])
         device = next(iter(weights.values())).device
-        self.prepare(weights, scores, device, steps=method.epochs * len(block.inputs) * n_ranks() // method.batch_size)
+        steps = method.epochs * len(block.inputs) * n_ranks() // method.batch_size
+        self.prepare(weights, importances, device, steps)
         if self.quantize:
             shapes = {name: self.quantize.clipping_shape(weight) for name, weight in weights.items()}
             self.clipping = _Flat(shapes, CLIPPING_START, device)
             self.learned.append(self.clipping)
             self.optimizers.append(torch.optim.Adam([self.clipping.values], lr=self.quantize.lr))
 
-    def _scores(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+    def _importance(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
         return importance(self.method.importance, ranked, statistics)
 
     def prepare(
-        self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
+        self, weights: dict[str, Tensor], importances: Callable[[str], Tensor], device: torch.device, steps: int
     ) -> None:
         """Rank the weights, and make what is learned and its optimizer."""
         method = self.method
         rates, groups = candidate_rates(method.candidates).to(device), self._groups(weights)
         self.allocations = {
-            name: Allocation.create(weight, scores(name), rates, groups[name], method.smooth)
+            name: Allocation.create(weight, importances(name), rates, groups[name], method.smooth)
             for name, weight in weights.items()
         }
         # Starting at 0, every candidate is equally likely: sparsity one half.
@@ -125,21 +126,21 @@ class BudgetLearner(Learner):
     """The same where the sparsities always meet the budget: theta is one number per row group, for any target."""
 
     def prepare(
-        self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
+        self, weights: dict[str, Tensor], importances: Callable[[str], Tensor], device: torch.device, steps: int
     ) -> None:
-        self.allocations = {name: self._create(weight, scores(name)) for name, weight in weights.items()}
+        self.allocations = {name: self._create(weight, importances(name)) for name, weight in weights.items()}
         self.groups = self._groups(weights)
         self.theta = _Flat({"": (sum(self.groups.values()),)}, self.sparsity, device)
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(device)
-        self.total = round(self.target * float(self.share * sum(weight.numel() for weight in weights.values())))
+        self.total = round(self.block_sparsity * float(self.share * sum(weight.numel() for weight in weights.values())))
         rates = self._step_sizes(weights)
         self.learned = list(rates)
         self.optimizers = [torch.optim.Adam([{"params": [flat.values], "lr": lr} for flat, lr in rates.items()])]
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers[0], steps)
 
-    def _create(self, weight: Tensor, scores: Tensor) -> Any:
-        return Budgeted.create(weight, scores)
+    def _create(self, weight: Tensor, importance: Tensor) -> Any:
+        return Budgeted.create(weight, importance)
 
     def _step_sizes(self, weights: dict[str, Tensor]) -> "dict[_Flat, float]":
         """What is learned, and how fast."""
@@ -178,18 +179,18 @@ class ScoreLearner(BudgetLearner):
     """
 
     def prepare(
-        self, weights: dict[str, Tensor], scores: Callable[[str], Tensor], device: torch.device, steps: int
+        self, weights: dict[str, Tensor], importances: Callable[[str], Tensor], device: torch.device, steps: int
     ) -> None:
         self.n, self.m = parse_pattern(self.method.pattern) if self.method.pattern else (None, None)
-        super().prepare(weights, scores, device, steps)
+        super().prepare(weights, importances, device, steps)
 
     def _step_sizes(self, weights: dict[str, Tensor]) -> "dict[_Flat, float]":
         shapes = {name: (n, weights[name].shape[1]) for name, n in self.groups.items()}
         self.scores, lr = _Flat(shapes, 0.0, self.sizes.device), self.method.lr
         return {self.scores: SCORE_LR * lr} | ({self.theta: lr} if self.n is None else {})
 
-    def _create(self, weight: Tensor, scores: Tensor) -> Scored:
-        return Scored.create(weight, scores, self.m)
+    def _create(self, weight: Tensor, importance: Tensor) -> Scored:
+        return Scored.create(weight, importance, self.m)
 
     def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
         """How many weights of each row go."""

@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from besa.budget import BAND, BUCKETS
 from besa.masks import places
 
 SCORE_LR = 3.0
 """How much faster scores, in units of log importance, learn than sparsities."""
-BAND = 0.05
-"""Of a row's weights, on either side of its threshold, those that say what its sparsity is worth."""
 
 
 def stepped_counts(
@@ -128,7 +127,7 @@ class Scored:
             place, pruned = places(ranked, self.m), pruned.to(torch.uint8)[:, None]
             return place >= pruned, (place == pruned) | (place + 1 == pruned)
         columns = ranked.shape[1]
-        lowest, band = _sorted(ranked), max(1, round(BAND * columns))
+        lowest, band = _sorted(ranked), max(1, round(BAND / (BUCKETS - 1) * columns))
         above = lambda count: ranked >= lowest.gather(1, count.clamp(0, columns - 1)[:, None])
         keep = above(pruned) & (pruned < columns)[:, None]
         return keep, above(pruned - band) & ~(above(pruned + band) & (pruned + band < columns)[:, None])
