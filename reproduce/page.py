@@ -35,7 +35,6 @@ class Item:
     title: str
     code: list[str] = field(default_factory=list)
     """Of the notebook, by cell."""
-    higher_is_better: bool = False
     notebooks: dict[str, bool] = field(default_factory=dict)
     """The executed ones, that of the item's own name first, and whether they ran the code that is there now."""
     runs: dict[str, pd.DataFrame] = field(default_factory=dict)
@@ -63,70 +62,57 @@ class Item:
     def title_of(self, run: str) -> str:
         return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
 
-    def verdict(self, name: str) -> str:
-        """What a run says of claims, published and released numbers; without any, the rows beside each other."""
+    def judged(self, run: str) -> pd.DataFrame:
+        """The verdicts of a run, but for those on a row that has a partner of as many zeros ("-matched")."""
+        table = self.tables.get(f"{run}-verdicts", pd.DataFrame())
+        if not {"against", "verdict"} <= set(table):
+            return pd.DataFrame()
+        unfair = {row.removesuffix("-matched") for row in table["against"] if row.endswith("-matched")}
+        return table[~table["against"].isin(unfair)]
+
+    def is_judged(self, run: str) -> bool:
+        return not self.verdict(run).endswith("not judged")
+
+    def verdict(self, run: str) -> str:
+        """What a run says of claims, published and released numbers."""
         found = []
         for beside, what in (("published", "published numbers"), ("released", "comparisons with the released code")):
-            if "verdict" in (compared := self.tables.get(f"{name}-{beside}", pd.DataFrame())):
-                found.append(f"of {len(compared)} {what} {counts(compared)}")
-        if "verdict" in (judged := self.tables.get(f"{name}-verdicts", pd.DataFrame())):
-            found.append(f"of {len(judged)} claims {counts(judged)}")
-        if found:
-            return f"{self.title_of(name)}: {'; '.join(found)}"
-        run = self.runs[name].query("metrics.notna() and not one_kind")
-        pruned = run.query("sparsity > 0 and row != 'dense'")["sparsity"]
-        shown = run["sparsity"] == (0.5 if 0.5 in set(pruned) else pruned.max())
-        run = run[shown | (run["row"] == "dense")]
-        scores = pd.DataFrame(list(run["metrics"]), index=run["row"])
-        scores = scores[[text for text in scores if not text.startswith("error ")]]
-        if (n := scores.shape[1]) > 3:  # too many for one line
-            scores = scores[["average"]] if "average" in scores else scores.mean(axis=1).to_frame(f"mean of {n}")
-        scores = scores.dropna(axis=1, how="all")
-        if not scores.index.is_unique or run["model"].nunique() > 1:  # several runs: no row stands for its method
-            scores = pd.DataFrame()
-        stderr = {row: errors.get("average") for row, errors in zip(run["row"], run["stderr"], strict=True)}
-        found = [outcome(scores[text].dropna(), self.higher_is_better, stderr) for text in scores]
-        return f"not judged: {self.title_of(name)}; {'; '.join(found) or 'see the tables'}"
+            if "verdict" in (compared := self.tables.get(f"{run}-{beside}", pd.DataFrame())):
+                found.append(f"{what}: {counts(compared)}")
+        if len(judged := self.judged(run)):
+            found.append(f"claims: {counts(judged)}")
+        return f"{self.title_of(run)}: {'; '.join(found) or 'not judged'}"
 
 
 def counts(table: pd.DataFrame) -> str:
     """How often each verdict was reached."""
-    return ", ".join(f"{n} {word}" for word, n in table["verdict"].value_counts().items())
+    return ", ".join(f"{word} {n} of {len(table)}" for word, n in table["verdict"].value_counts().items())
 
 
 def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
     """What was judged, by verdict: a line for each item, run and pair of rows, with the difference on every text.
 
-    Of tasks their average stands for all, and of a row with and without a partner of as many zeros the fair pair.
+    Of tasks their average stands for all.
     """
     said: dict[str, list[dict[str, str]]] = {verdict: [] for verdict in ("holds", "does not hold", "undecided")}
     runs = [(item, run) for item in items for run in item.runs]
     for item, run in runs:
-        judged = item.tables.get(f"{run}-verdicts", pd.DataFrame())
+        judged = item.judged(run)
         over = "task" if "task" in judged else "text"
         if not {"row", "against", over, "verdict", DIFFERENCE, "rests on"} <= set(judged):
             continue
-        fair = {row.removesuffix("-matched") for row in judged["against"] if row.endswith("-matched")}
-        judged = judged[~judged["against"].isin(fair)]
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
-            line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0]}
+            line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": quantity(part, over)}
             line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE])}
             said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
     return said
 
 
-def outcome(values: pd.Series, higher_is_better: bool, stderr: dict[str, float | None]) -> str:
-    """In order the first row of a sparsity, BESA, SparseGPT, Wanda, and the dense model: with one draw no winner."""
-    error = lambda row: f" ± {stderr[row]:.2f}" if stderr[row] else ""
-    shown = {row: f"{row} {value:.2f}{error(row)}" for row, value in values.items()}
-    dense = [shown["dense"]] if "dense" in shown else []
-    ranked = values.drop("dense", errors="ignore").sort_values(ascending=not higher_is_better, kind="stable").index
-    if ranked.empty:
-        return f"{values.name}: {', '.join(dense)}"
-    named = re.compile(r"(joint-)?(besa|wanda|sparsegpt|besa-row-wise)(-0\.5)?|baseline")
-    others = [shown[row] for row in ranked[1:] if named.fullmatch(row)] + dense
-    return f"{values.name}: {', '.join([shown[ranked[0]], *others])}"
+def quantity(judged: pd.DataFrame, over: str) -> str:
+    """What the differences are of."""
+    timed = judged["rests on"].str.contains("round").any()
+    return "seconds" if timed else "accuracy, points" if over == "task" else "perplexity"
 
 
 def read_notebook(path: Path) -> Item:
@@ -154,10 +140,9 @@ def code_of(cells: list[nbformat.NotebookNode]) -> list[str]:
 def read_record(path: Path) -> dict[str, Any]:
     """What the report says of a record."""
     record = load_record(path)
-    config, method = record["config"], record["config"].get("method") or {}
+    config = record["config"]
     metrics = {text: float(value) for text, value in record.get("metrics", {}).items()}
-    facts = {"row": config["row"], "model": slug(config["model"]), "profile": config["profile"]}
-    facts |= {"sparsity": config.get("sparsity", 0.0), "one_kind": "kind" in method, "stderr": record.get("stderr", {})}
+    facts = {"model": slug(config["model"]), "profile": config["profile"]}
     return facts | {"metrics": metrics or None, "date": record["provenance"]["date"]}
 
 
@@ -192,13 +177,13 @@ def build(reproduce: Path, results: Path, path: Path) -> tuple[str, list[str]]:
     items.sort(key=lambda item: (item.name != "fidelity", not item.title.startswith("Table"), item.title))
     published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv")
     for item in items:
-        item.higher_is_better = item.name in set(published.query("metric == 'accuracy_percent'")["item"])
         read_item(item, results / item.name)
     runs = [run for item in items for run in item.runs.values()]
     ran = {model for run in runs for model in run.dropna(subset="metrics")["model"]}  # random weights have none
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     known = {"claims": claims(items), "unknown": [name for name in published["model"].unique() if name not in ran]}
+    known["unjudged"] = [item for item in items if item.runs and not any(item.is_judged(run) for run in item.runs)]
     where = os.path.relpath(results, path.parent)
     text = environment.get_template("README.md").render(items=items, results=where, **known)
     return text + "\n", [f"{item.name}/{line}" for item in items for line in item.skipped]
