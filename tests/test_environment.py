@@ -67,6 +67,15 @@ def test_the_readmes_table_is_the_reference_runs():
     assert text.count("| besa-") + text.count("| wanda |") + text.count("| dense |") == 4  # and no other
 
 
+def test_the_readme_says_what_table_1_judged():
+    judged = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-quick-verdicts.csv")
+    verdicts = judged.set_index(["row", "against", "text"])["verdict"].loc["besa-row-wise"]
+    assert list(verdicts.loc["wanda-matched"][["wiki", "sotu"]]) == ["holds", "holds"]
+    assert list(verdicts.loc["sparsegpt-matched"][["wiki", "sotu"]]) == ["holds", "does not hold"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "ahead of Wanda on both texts and of SparseGPT on `wiki`, and behind SparseGPT on `sotu`" in text
+
+
 def test_the_readmes_packed_models_are_the_reference_run():
     folder, text = ROOT / "results" / "reference" / "packed", (ROOT / "README.md").read_text()
     products = (
@@ -88,8 +97,11 @@ def test_the_readmes_packed_models_are_the_reference_run():
     dense = [f"{speed[form]:.1f}" for form in ("llama.cpp, BF16", "dense", "packed")]
     four = [f"{speed[form]:.1f}" for form in ("llama.cpp, Q4_0", "joint 4 bits")]
     flat = " ".join(text.split())
-    assert "in bfloat16 {} tokens/s, where torch has {} and packed bfloat16 {},".format(*dense) in flat
-    assert "in `Q4_0` {} tokens/s, where joint 4 bits have {},".format(*four) in flat
+    assert "at {} tokens/s dense in bfloat16, where torch has {} and packed bfloat16 {},".format(*dense) in flat
+    assert "at {} tokens/s in `Q4_0`, where joint 4 bits have {},".format(*four) in flat
+    judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").query("text == 'smollm2-135m'").set_index("row")
+    assert list(judged.index[judged["verdict"] != "holds"]) == ["joint 4 bits at 0.7"]
+    assert "(joint 4 bits at 70 %, the 1.1, cannot be told from dense)" in flat
     assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in text
 
 
@@ -98,9 +110,8 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
         "what"
     )
     apart, text = found["largest difference"], " ".join((ROOT / "README.md").read_text().split())
-    assert (
-        "within 0.5 %; perplexities on the same tokens within 1 %)" in text and (found["verdict"] == "reproduced").all()
-    )
+    assert "within 0.5 %, perplexities of the pruned model on the same tokens within 1 %" in text
+    assert (found["verdict"] == "reproduced").all()
     perplexities = [name for name in apart.index if name.startswith("perplexity of ")]
     assert len(perplexities) == 10 and apart[perplexities].max() < 0.01
     assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005

@@ -86,11 +86,11 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def over_draws(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for all draws of a `summary`'s row: the means and, behind each metric, the standard deviation ("±")."""
+    """A row for all draws of a `summary`'s row: means, the median of the seconds, and standard deviations ("±")."""
     draws = table.groupby(level=0, sort=False)
     if draws.size().max() < 2:
         return table
-    means = draws.mean()
+    means = draws.mean().assign(seconds=draws["seconds"].median())
     for name in table.columns[1:-2]:  # between sparsity and cost
         means.insert(means.columns.get_loc(name) + 1, f"± {name}", draws[name].std())
     return means
