@@ -104,9 +104,16 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
             line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": quantity(part, over)}
-            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE])}
+            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + uneven(part))}
             said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
     return said
+
+
+def uneven(judged: pd.DataFrame) -> pd.Series:
+    """Behind what is undecided, the fractions of zeros where they are not equal: that may be why."""
+    zeros = judged.get("zeros", pd.Series("", index=judged.index))
+    differ = zeros.map(lambda both: len(set(str(both).split(" and "))) > 1) & (judged["verdict"] == "undecided")
+    return (" (zeros " + zeros + ")").where(differ, "")
 
 
 def quantity(judged: pd.DataFrame, over: str) -> str:
