@@ -309,7 +309,7 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
     run("sparsity.ipynb", folder, **options)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     records = [json.loads(path.read_text()) for path in (folder / "records").iterdir()]
-    assert len(records) == 1 + 4 * 3
+    assert len(records) == 1 + 4 * 3 + 2 * 3  # and two with BESA's zeros
     smooth = {r["config"]["row"]: r["config"]["method"]["smooth"] for r in records if "besa" in r["config"]["row"]}
     assert smooth == {"besa-row-wise-0.2": False, "besa-row-wise-0.5": True, "besa-row-wise-0.8": False}
     wide = pandas.read_csv(folder / "tiny-smoke-wiki.csv", index_col="target")
@@ -319,6 +319,10 @@ def test_sparsity_leaves_besas_recipe_where_it_ends_and_continues(tiny_folder, t
         0.8,
     ]
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
+    zeros = [table.loc[row, "sparsity"] for row in ("besa-row-wise-0.2", "sparsegpt-0.2-matched")]
+    assert zeros[0] == pytest.approx(zeros[1], abs=2e-3)
+    judged = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
+    assert len(judged) == 4 * 3 and set(judged["row"]) == {f"besa-row-wise-{target}" for target in (0.2, 0.5, 0.8)}
     assert table.index[0] == "dense" and wide.loc[0.8, "wanda"] == table.loc["wanda-0.8", "wiki"]
     for suffix in ("md", "tex", "png", "svg"):
         assert (folder / f"tiny-smoke.{suffix}").stat().st_size > 0
