@@ -41,7 +41,7 @@ def _options(
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def _plainly(continues: bool = False) -> Iterator[None]:
     """What a user can mend is one line, not a traceback."""
     try:
         from besa.machine import processes
@@ -49,7 +49,7 @@ def _plainly() -> Iterator[None]:
         with processes.joined():
             yield
     except KeyboardInterrupt as error:
-        typer.echo("besa: interrupted; the same command continues", err=True)
+        typer.echo(f"besa: interrupted; the same command {'continues' if continues else 'starts anew'}", err=True)
         raise typer.Exit(130) from error
     except (ValueError, OSError) as error:
         typer.echo(f"besa: {error}", err=True)
@@ -64,7 +64,7 @@ def _plainly() -> Iterator[None]:
 
 
 @app.command()
-@_plainly()
+@_plainly(continues=True)
 def prune(
     source: Annotated[str, typer.Argument(help="folder with safetensors, llama-7b ... llama2-70b, or a hub id")],
     output: Annotated[Path, typer.Argument(help="folder to make, or one in which this run was interrupted")],
@@ -102,7 +102,6 @@ def prune(
     Interrupted (Ctrl-C, a kill, a full disk), the same command continues. `torchrun --nproc-per-node N -m besa prune
     ...` shares the windows out.
     """
-    from besa.checkpoint.format import find_checkpoint
     from besa.inputs.models import load_tokenizer
     from besa.machine import processes
     from besa.machine.device import resolve_device
@@ -111,7 +110,7 @@ def prune(
     batch_size = batch_size or (processes.n_ranks() if method.startswith("besa") else None)
     fields = {"sparsity": sparsity, "pattern": pattern, "ignore": ignore, "d_coef": d_coef, "epochs": epochs}
     chosen = _method(method, bits, group_size, **fields, batch_size=batch_size)
-    tokenizer = load_tokenizer(str(find_checkpoint(source)), trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code)  # small files; the weights come once all else is known
     windows = besa.calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
     places: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
     if dry_run:

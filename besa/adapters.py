@@ -45,6 +45,9 @@ class MaskedLora(lora.Linear):
 def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> PeftModel:
     """A pruned model with adapters for peft, Trainer or TRL, in training and merging of which every zero stays.
 
+    What peft saves of it has no mask: `PeftModel.from_pretrained` would make plain LoRA of it, which fills the zeros.
+    `masked_lora(model, report, config).load_adapter(folder, "default")` takes it up again.
+
     The model itself gets the adapters, as peft does it; `merge_and_unload` leaves it as it was, with new values.
 
     Args:

@@ -169,6 +169,7 @@ class PackedLinear(nn.Module):
                 room[first - start : last - start, : self.in_features] = self._unpack_plain(first, last)
         return room[:, : self.in_features].contiguous() if out is None else room[:, : self.in_features]
 
+    @torch.compiler.disable  # its products are compiled already, and read memory that a compiler only imagines
     def forward(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         """W x + b."""
         if x.requires_grad and torch.is_grad_enabled():
@@ -306,7 +307,6 @@ class PackedLinear(nn.Module):
             return
         if fault := find_fault(self.in_features, self.dtype, self._buffers):
             raise ValueError(f"packed projection of {self.out_features} x {self.in_features}: {fault}")
-        self._seen, self._held = seen, tensors  # held, so that no other tensor takes their place in memory unseen
         if self.mask.device.type == "cpu":
             prefer_large_pages(self.values)
             prefer_large_pages(self.mask)
@@ -318,6 +318,8 @@ class PackedLinear(nn.Module):
                 None if self.bias is None else _numpy(self.bias),
                 _numpy(self.values),
             )
+        # Last, for another thread may ask. Held, so that no other tensor takes their place in memory unseen.
+        self._held, self._seen = tensors, seen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """`to`, `half`, ...: scales stay float16, whatever the precision of inputs and outputs."""
@@ -359,10 +361,16 @@ def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
     blocks = find_blocks(model)
     found = {(index, name): linear for index, block in enumerate(blocks) for name, linear in projections(block).items()}
     for index, name in [*(found if keep_masks is None else keep_masks), *quantized]:
+        if (index, name) not in found and any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise ValueError(f"block {index}, {name}: this model is packed already; besa.unpack(model) makes it dense")
         if (index, name) not in found or found[index, name].weight.is_meta:
             raise ValueError(f"block {index}, {name}: no such projection in the memory of this {type(model).__name__}")
-    for index, block in enumerate(blocks):
-        pack_block(index, block, keep_masks, quantized)
+    try:
+        for index, block in enumerate(blocks):
+            pack_block(index, block, keep_masks, quantized)
+    except BaseException:  # refused or interrupted: what is dense in part would be saved without a word of the rest
+        unpack(model)
+        raise
     model.save_pretrained = functools.partial(save_pretrained, model)  # what it writes loads back packed
 
 

@@ -113,6 +113,24 @@ def test_adapters_change_kept_weights_by_their_product(pruned, text):
     masked_projections(merged, report)  # every zero is there
 
 
+def test_saved_adapters_are_taken_up_again_behind_their_masks(pruned, text, tmp_path):
+    from peft import LoraConfig
+
+    from besa.adapters import MaskedLora, masked_lora
+
+    (model, report), config = pruned, LoraConfig(r=3, target_modules=["up_proj"])
+    again = copy.deepcopy(model)
+    adapted = masked_lora(model, report, config)
+    for layer in adapted.modules():
+        if isinstance(layer, MaskedLora):
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+    adapted.save_pretrained(tmp_path)
+    loaded = masked_lora(again, report, config)
+    loaded.load_adapter(tmp_path, "default")
+    assert torch.equal(loaded(text[:2]).logits, adapted(text[:2]).logits)
+    masked_projections(loaded.merge_and_unload(), report)  # every zero is there
+
+
 def test_adapters_compute_what_they_merge_into_to_the_bit(pruned, text):
     from peft import LoraConfig
 

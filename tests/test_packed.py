@@ -6,7 +6,9 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import numpy as np
@@ -375,6 +377,41 @@ def test_only_what_shrinks_is_packed_and_a_foreign_report_is_refused(tiny_llama)
         pack(tiny_llama, {(3, "self_attn.q_proj"): masks[0, "self_attn.q_proj"]})
 
 
+def test_a_refused_report_leaves_the_model_dense_and_a_second_packing_is_told(tiny_llama, windows):
+    report = besa.prune(tiny_llama, windows, besa.Wanda(sparsity=0.6), progress=False)
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    last = 2, "mlp.down_proj"
+    wrong = {**report.keep_masks, last: ~report.keep_masks[last]}
+    with pytest.raises(ValueError, match=r"block 2, mlp.down_proj: the report is of other weights"):
+        besa.pack(tiny_llama, wrong)
+    after = tiny_llama.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    besa.pack(tiny_llama, report)
+    with pytest.raises(ValueError, match=r"this model is packed already; besa.unpack\(model\) makes it dense"):
+        besa.pack(tiny_llama, report)
+
+
+def test_threads_that_ask_first_at_once_get_the_same_answer():
+    linear = nn.Linear(512, 512, bias=False).bfloat16().requires_grad_(False)
+    packed = PackedLinear.from_linear(linear, torch.rand(512, 512) < 0.5)
+    x, expected = torch.ones(1, 512, dtype=torch.bfloat16), packed(torch.ones(1, 512, dtype=torch.bfloat16))
+    for _ in range(10):
+        fresh, start = copy.deepcopy(packed), threading.Barrier(4)
+        ask = lambda _, fresh=fresh, start=start: (start.wait(), fresh(x))[1]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(ask, range(4)))
+        assert all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_model_goes_through_a_compiler(tiny_llama, windows, dtype):
+    model = tiny_llama.to(dtype)
+    besa.pack(model, besa.prune(model, windows, besa.Wanda(sparsity=0.6), progress=False))
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")(windows).logits
+        assert torch.allclose(compiled, model(windows).logits, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
 @torch.no_grad()
 def test_the_embedded_model_writes_the_same_text_packed(smollm2):
     dense, tokenizer = smollm2
@@ -605,6 +642,13 @@ def test_pack_refuses_what_it_cannot_do_and_leaves_nothing(tiny_llama, pruned_fo
     with pytest.raises(ValueError, match=r"block 0, .*: the report is of other weights"):
         pack_checkpoint(folder, tmp_path / "packed")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_packed_folder_is_no_source_but_told_how_to_become_dense(pruned_folder, tmp_path, windows):
+    pack_checkpoint(pruned_folder(besa.Wanda(sparsity=0.6)), tmp_path / "packed")
+    for work in (pack_checkpoint, functools.partial(besa.prune_checkpoint, windows=windows, method=besa.Wanda())):
+        with pytest.raises(ValueError, match=r"is packed; make it dense: besa.load_model\(.*packed=False\)"):
+            work(tmp_path / "packed", tmp_path / "out")
 
 
 def test_a_packed_model_is_not_pruned_but_told_how_to_become_dense(tiny_llama, windows):

@@ -32,20 +32,24 @@ def losses(mean, noise, n=32, seed=0):
 
 def test_the_error_of_one_draw_is_that_of_the_paired_t_test():
     ours, other = losses(3.0, 0.5), losses(3.1, 0.5, seed=1)
-    mean, error = paired([(ours - other)[None]])
+    mean, error, sure = paired([(ours - other)[None]])
+    assert sure == pytest.approx(scipy.stats.t.isf(scipy.stats.norm.sf(2), 31))
     assert mean / error == pytest.approx(scipy.stats.ttest_rel(ours, other).statistic)
 
 
 def test_the_error_of_an_average_and_of_several_draws_adds_theirs_up():
     groups = [np.random.default_rng(n).standard_normal((3, n)) for n in (5, 40)]
-    mean, error = paired(groups)
+    mean, error, sure = paired(groups)
     draws = [sum(sum(group[s]) / len(group[s]) for group in groups) / 2 for s in range(3)]
     variance = sum((draw - mean) ** 2 for draw in draws) / 2 / 3
+    spread = variance**2 / 2
     for group in groups:
         samples = [sum(group[:, i]) / 3 for i in range(group.shape[1])]
         centre = sum(samples) / len(samples)
-        variance += sum((x - centre) ** 2 for x in samples) / (len(samples) - 1) / len(samples) / 4
+        part = sum((x - centre) ** 2 for x in samples) / (len(samples) - 1) / len(samples) / 4
+        variance, spread = variance + part, spread + part**2 / (len(samples) - 1)
     assert mean == pytest.approx(sum(draws) / 3) and error == pytest.approx(variance**0.5)
+    assert sure == pytest.approx(scipy.stats.t.isf(scipy.stats.norm.sf(2), variance**2 / spread))
 
 
 def test_equal_rows_are_told_apart_once_in_twenty_times():
@@ -56,6 +60,17 @@ def test_equal_rows_are_told_apart_once_in_twenty_times():
         samples = {("a", 0): {"t": easy + losses(0, 0.1, seed=10**4 + seed)}, ("b", 0): {"t": easy}}
         words += list(judged([record("a", {"t": 20.0})], [record("b", {"t": 20.0})], samples)["verdict"])
     assert 0.02 < 1 - words.count("undecided") / 200 < 0.09 and {"holds", "does not hold"} < set(words)
+
+
+def test_three_draws_of_equal_rows_are_told_apart_no_more_often():
+    words = []
+    for seed in range(400):
+        draws = np.exp(losses(3.0, 0.01, n=6, seed=seed)).reshape(2, 3)
+        ours, other = (
+            [record(row, {"t": v}, s) for s, v in enumerate(of)] for row, of in zip("ab", draws, strict=True)
+        )
+        words += list(judged(ours, other)["verdict"])
+    assert 0.02 < 1 - words.count("undecided") / 400 < 0.09
 
 
 CASES = {  # difference of the losses, its noise, zeros of both -> verdict
@@ -115,10 +130,11 @@ def test_the_report_says_what_was_judged(tmp_path):
         "against": "b",
         "difference": "t -14.2% ± 2.4%",
         "rests_on": "3 draws",
+        "of": "perplexity",
         "where": "Table, m, quick",
     }
     assert page["claims"]([item]) == {"holds": [line], "does not hold": [], "undecided": []}
-    assert item.verdict("m-quick") == "m, quick: of 1 claims 1 holds"
+    assert item.verdict("m-quick") == "m, quick: claims: holds 1 of 1"
 
 
 def test_claims_about_rows_that_were_not_run_are_left_out(tmp_path):

@@ -19,6 +19,7 @@ from besa.inputs import assets
 from besa.inputs.models import CARRIED, INDEX, check_loaded, fetch, load_tokenizer, source_of, whole_shards
 from besa.machine.device import resolve_dtype
 from besa.machine.files import HALF_WRITTEN, replacing, sha256, write_text, writing
+from besa.packed_files import METHOD
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -89,6 +90,18 @@ def precision_of(folder: Path) -> torch.dtype:
     return _DTYPES[next(iter(dtypes))]
 
 
+def _check_dense(folder: Path) -> None:
+    """Refuse what `besa.pack` wrote."""
+    config = {}
+    with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
+        config = json.loads((folder / "config.json").read_bytes())
+    if isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD:
+        raise ValueError(
+            f"{folder} is packed; make it dense: besa.load_model({str(folder)!r}, packed=False)[0].save_pretrained("
+            "'FOLDER')"
+        )
+
+
 def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """A checkpoint's model on the CPU, its weights left in their files (memory-mapped).
 
@@ -99,6 +112,7 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
         ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some or has
             some too many, or transformers cannot load it.
     """
+    _check_dense(folder)
     dtype = precision_of(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(

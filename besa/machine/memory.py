@@ -77,7 +77,7 @@ def measure() -> Iterator[Cost]:
 
 
 def _reset_peak_resident() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what earlier work freed, unless asked
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps what earlier work freed, unless asked
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
         Path("/proc/self/clear_refs").write_text("5")

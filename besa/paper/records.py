@@ -431,7 +431,7 @@ class Run:
         found = verdicts.judge(records, claims, self.samples, metric, over)
         if found.empty:
             return "Of the rows that are compared, one is missing: there is nothing to judge."
-        return self.write_table(found, "Claims at two standard errors of paired differences", "-verdicts")
+        return self.write_table(found, "Claims, judged by paired differences at 95 %", "-verdicts")
 
     def write_reference(self, records: Iterable[Record]) -> str:
         """Write our numbers beside those that came with the repository, if there are any; returns Markdown."""
