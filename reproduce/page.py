@@ -22,6 +22,7 @@ import typer
 from besa.machine.files import write_text
 from besa.machine.provenance import ROOT
 from besa.paper.tables import REFERENCE, load_record, slug
+from besa.paper.verdicts import MATCHED
 
 DIFFERENCE = "difference ± standard error"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
@@ -67,7 +68,7 @@ class Item:
         table = self.tables.get(f"{run}-verdicts", pd.DataFrame())
         if not {"against", "verdict"} <= set(table):
             return pd.DataFrame()
-        unfair = {row.removesuffix("-matched") for row in table["against"] if row.endswith("-matched")}
+        unfair = {row.removesuffix(MATCHED) for row in table["against"] if row.endswith(MATCHED)}
         return table[~table["against"].isin(unfair)]
 
     def is_judged(self, run: str) -> bool:
