@@ -1,3 +1,4 @@
+import json
 import os
 
 import jaxtyping
@@ -45,6 +46,35 @@ def smollm2():
     import besa
 
     return besa.load_model("smollm2-135m", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def short_texts(tmp_path_factory):
+    """The beginnings of the embedded texts, for whole ones take seconds to tokenize."""
+    from besa.inputs.text import load_documents
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, split in (("wiki", "test"), ("sotu", "train"), ("sotu", "test")):
+        (folder / name).mkdir(exist_ok=True)
+        lines = [json.dumps({"text": text[:2000]}) for text in load_documents(name, split)[:8]]
+        (folder / name / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(smollm2, short_texts):
+    """The embedded model's, with a vocabulary of 512: it loads and encodes in no time."""
+    return smollm2[1].train_new_from_iterator((short_texts / "sotu" / "train.jsonl").read_text().splitlines(), 512)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_tokenizer, tmp_path_factory):
+    """A random two-block model and its tokenizer, as a local folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **shape)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 import typer
-from test_notebooks import tiny_folder  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +27,8 @@ def sweep(folder, models, *more):
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, tmp_path):  # noqa: F811
+def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short_texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("BESA_DATA", str(short_texts))
     folder = tmp_path / "sweep"
     models = f"{tiny_folder},{tmp_path / 'missing'}"
     first = sweep(folder, models, "--methods", "wanda")
