@@ -354,14 +354,15 @@ def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
             not 0 is kept.
 
     Raises:
-        ValueError: a projection of the report is not in the model's memory, or has other weights there.
+        ValueError: a projection of the report is not in the model's memory, is packed already, or has other weights
+            there; the model is dense then.
     """
     keep_masks = getattr(report, "keep_masks", report)
     quantized = getattr(report, "quantized", None) or {}
     blocks = find_blocks(model)
     found = {(index, name): linear for index, block in enumerate(blocks) for name, linear in projections(block).items()}
     for index, name in [*(found if keep_masks is None else keep_masks), *quantized]:
-        if (index, name) not in found and any(isinstance(module, PackedLinear) for module in model.modules()):
+        if index < len(blocks) and isinstance(dict(blocks[index].named_modules()).get(name), PackedLinear):
             raise ValueError(f"block {index}, {name}: this model is packed already; besa.unpack(model) makes it dense")
         if (index, name) not in found or found[index, name].weight.is_meta:
             raise ValueError(f"block {index}, {name}: no such projection in the memory of this {type(model).__name__}")

@@ -66,23 +66,24 @@ class Item:
     def judged(self, run: str) -> pd.DataFrame:
         """The verdicts of a run, but for those on a row that has a partner of as many zeros ("-matched")."""
         table = self.tables.get(f"{run}-verdicts", pd.DataFrame())
-        if not {"against", "verdict"} <= set(table):
+        if "verdict" not in table:
             return pd.DataFrame()
-        unfair = {row.removesuffix(MATCHED) for row in table["against"] if row.endswith(MATCHED)}
-        return table[~table["against"].isin(unfair)]
+        against = table.get("against", pd.Series("", index=table.index))
+        unfair = {row.removesuffix(MATCHED) for row in against if row.endswith(MATCHED)}
+        return table[~against.isin(unfair)]
 
-    def is_judged(self, run: str) -> bool:
-        return not self.verdict(run).endswith("not judged")
-
-    def verdict(self, run: str) -> str:
-        """What a run says of claims, published and released numbers."""
+    def verdicts(self, run: str) -> list[str]:
+        """What a run says of published numbers, of the released code's, and of claims."""
         found = []
         for beside, what in (("published", "published numbers"), ("released", "comparisons with the released code")):
             if "verdict" in (compared := self.tables.get(f"{run}-{beside}", pd.DataFrame())):
                 found.append(f"{what}: {counts(compared)}")
         if len(judged := self.judged(run)):
             found.append(f"claims: {counts(judged)}")
-        return f"{self.title_of(run)}: {'; '.join(found) or 'not judged'}"
+        return found
+
+    def verdict(self, run: str) -> str:
+        return f"{self.title_of(run)}: {'; '.join(self.verdicts(run)) or 'not judged'}"
 
 
 def counts(table: pd.DataFrame) -> str:
@@ -191,7 +192,7 @@ def build(reproduce: Path, results: Path, path: Path) -> tuple[str, list[str]]:
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     known = {"claims": claims(items), "unknown": [name for name in published["model"].unique() if name not in ran]}
-    known["unjudged"] = [item for item in items if item.runs and not any(item.is_judged(run) for run in item.runs)]
+    known["unjudged"] = [item for item in items if item.runs and not any(map(item.verdicts, item.runs))]
     where = os.path.relpath(results, path.parent)
     text = environment.get_template("README.md").render(items=items, results=where, **known)
     return text + "\n", [f"{item.name}/{line}" for item in items for line in item.skipped]

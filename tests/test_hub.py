@@ -247,6 +247,13 @@ assert checkpoint_identity("llama-7b") == {REVISIONS[LLAMA][0]!r}
     assert hub.asked and not [path for path in hub.asked if ".bin" in path]
 
 
+def test_weights_are_fetched_once_the_calibration_text_is_known(hub, session):
+    errors = session.besa(f"prune {LLAMA2} out --calibration nope", status=1)[1]
+    assert "unknown text 'nope'" in errors
+    asked = [path for path in hub.asked if LLAMA2 in path]
+    assert asked and not [path for path in asked if path.endswith(".safetensors")]
+
+
 def windows_of(documents, encode, n_samples, seq_len):
     """As the released code draws them."""
     random.seed(0)

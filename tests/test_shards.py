@@ -703,6 +703,19 @@ def test_what_can_be_refused_is_one_line_before_a_model_is_loaded(
     assert not (tmp_path / "OUT").exists()
 
 
+def test_only_what_continues_says_so_when_it_is_interrupted(no_type_checks, source, tmp_path, text, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("BESA_DATA", text)
+    for name in ("besa.checkpoint.pack.pack_checkpoint", "besa.prune_checkpoint"):
+        monkeypatch.setattr(name, interrupted)
+    places, options = [str(source), str(tmp_path / "out")], [*map(str, OPTIONS)]
+    for line, words in ((["pack", *places], "starts anew"), (["prune", *places, *options], "continues")):
+        result = CliRunner().invoke(app, line)
+        assert result.exit_code == 130 and result.output.endswith(f"besa: interrupted; the same command {words}\n")
+
+
 def test_a_dry_run_shows_the_plan(source, tmp_path, text):
     output = finish(command("prune", source, tmp_path / "out", "--dry-run", *OPTIONS, data=text))
     assert "memory:" in output and "disk:" in output and "to write for 3 blocks" in output

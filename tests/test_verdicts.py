@@ -171,6 +171,8 @@ def test_draws_become_a_mean_and_a_standard_deviation_and_one_draw_stays_as_it_i
     ]
     assert table.loc["a", ["t", "± t"]].tolist() == pytest.approx([7.0, 2**0.5]) and np.isnan(table.loc["dense", "± t"])
     assert over_draws(summary(rows[:2])).equals(summary(rows[:2]))
+    slow = [record("a", {"t": 5.0}, s) | cost | {"seconds": float(seconds)} for s, seconds in enumerate((1, 2, 9))]
+    assert over_draws(summary(slow)).loc["a", "seconds"] == 2.0
 
 
 def test_what_a_rows_metrics_are_means_of_lies_beside_its_record(tiny_llama, windows, tmp_path):

@@ -95,7 +95,8 @@ def _check_dense(folder: Path) -> None:
     config = {}
     with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
         config = json.loads((folder / "config.json").read_bytes())
-    if isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD:
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
         raise ValueError(
             f"{folder} is packed; make it dense: besa.load_model({str(folder)!r}, packed=False)[0].save_pretrained("
             "'FOLDER')"
@@ -109,8 +110,8 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
         trust_remote_code: run the Python code that comes with the checkpoint, where it has any.
 
     Raises:
-        ValueError: its tensors are not all of one precision of bfloat16, float16 and float32, it lacks some or has
-            some too many, or transformers cannot load it.
+        ValueError: it is packed, its tensors are not all of one precision of bfloat16, float16 and float32, it lacks
+            some or has some too many, or transformers cannot load it.
     """
     _check_dense(folder)
     dtype = precision_of(folder)

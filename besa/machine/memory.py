@@ -77,7 +77,8 @@ def measure() -> Iterator[Cost]:
 
 
 def _reset_peak_resident() -> None:
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps what earlier work freed, unless asked
+    # glibc keeps what earlier work freed, unless asked; others have no such function, Windows no such library.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
         Path("/proc/self/clear_refs").write_text("5")
