@@ -41,7 +41,7 @@ def _options(
 
 
 @contextlib.contextmanager
-def _plainly(continues: bool = False) -> Iterator[None]:
+def _plainly(again: str = "starts anew") -> Iterator[None]:
     """What a user can mend is one line, not a traceback."""
     try:
         from besa.machine import processes
@@ -49,7 +49,7 @@ def _plainly(continues: bool = False) -> Iterator[None]:
         with processes.joined():
             yield
     except KeyboardInterrupt as error:
-        typer.echo(f"besa: interrupted; the same command {'continues' if continues else 'starts anew'}", err=True)
+        typer.echo(f"besa: interrupted; the same command {again}", err=True)
         raise typer.Exit(130) from error
     except (ValueError, OSError) as error:
         typer.echo(f"besa: {error}", err=True)
@@ -64,7 +64,7 @@ def _plainly(continues: bool = False) -> Iterator[None]:
 
 
 @app.command()
-@_plainly(continues=True)
+@_plainly("continues")
 def prune(
     source: Annotated[str, typer.Argument(help="folder with safetensors, llama-7b ... llama2-70b, or a hub id")],
     output: Annotated[Path, typer.Argument(help="folder to make, or one in which this run was interrupted")],
@@ -139,7 +139,7 @@ def pack(
 
 
 @app.command()
-@_plainly()
+@_plainly("starts anew, or behind the answers in --checkpoint")
 def evaluate(
     source: Annotated[str, typer.Argument(help="folder, llama-7b ... llama2-70b, smollm2-135m or a hub id")],
     texts: Annotated[str, typer.Option(help="perplexity on these, comma-separated; may be empty")] = "wiki",
@@ -147,6 +147,9 @@ def evaluate(
     seq_len: SeqLen = 2048,
     max_segments: Annotated[int | None, typer.Option(help="test segments per text; all by default", min=1)] = None,
     limit: Annotated[int | None, typer.Option(help="questions per task; all by default", min=1)] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="file for the answers so far, from which the same command continues")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; what is fast by default")] = None,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
@@ -157,8 +160,10 @@ def evaluate(
     from besa.inputs.models import load_tokenizer
     from besa.machine import processes
     from besa.machine.device import resolve_device, resolve_dtype
+    from besa.machine.state import StateFile
 
     resolve_dtype(dtype, resolve_device(device))  # what can be refused is, before a model is loaded
+    StateFile(checkpoint, "zero_shot", dict)
     if tasks:
         check_request(tasks.split(","), limit)
     tokenizer = load_tokenizer(source, trust_remote_code)
@@ -172,7 +177,7 @@ def evaluate(
         value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
         _say(f"perplexity on {text}: {value:.4f} over {len(tokens) // seq_len} segments of {seq_len} tokens")
     if tasks:
-        scores = besa.zero_shot(model, tokenizer, tasks.split(","), limit, progress=not quiet)
+        scores = besa.zero_shot(model, tokenizer, tasks.split(","), limit, progress=not quiet, checkpoint=checkpoint)
         _say(scores.to_frame()[["acc", "stderr", "n", "of"]].to_string())
 
 

@@ -254,6 +254,14 @@ def test_weights_are_fetched_once_the_calibration_text_is_known(hub, session):
     assert asked and not [path for path in asked if path.endswith(".safetensors")]
 
 
+def test_weights_are_fetched_once_the_output_is_known(hub, session):
+    (session.folder / "full").mkdir()
+    (session.folder / "full" / "thesis.tex").touch()
+    errors = session.besa(f"prune {LLAMA2} full --calibration wikitext2 --n-samples 2 --seq-len 16", status=1)[1]
+    assert "output 'full' holds 'thesis.tex', of no run of besa" in errors
+    assert hub.asked and not [path for path in hub.asked if path.endswith(".safetensors")]
+
+
 def windows_of(documents, encode, n_samples, seq_len):
     """As the released code draws them."""
     random.seed(0)

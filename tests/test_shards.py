@@ -614,11 +614,19 @@ def test_two_ranks_evaluate_as_one_process(by_two, text):
     assert values[0] == pytest.approx(values[1], abs=1e-3)
 
 
-def test_two_ranks_answer_questions_as_one_process():
+def test_two_ranks_answer_questions_as_one_process(tmp_path):
     arguments = ["smollm2-135m", "--texts", "", "--tasks", "arc_easy,winogrande", "--limit", 8, "--device", "cpu"]
-    outputs = [finish(command("evaluate", *arguments, ranks=ranks)) for ranks in (None, 2)]
+    outputs = []
+    for ranks in (None, 2):
+        file = tmp_path / f"answers-{ranks}"
+        outputs.append(finish(command("evaluate", *arguments, "--checkpoint", file, ranks=ranks)))
+        assert file.is_file()
+    assert (tmp_path / "answers-2.rank1").is_file()
     one, two = ([line for line in output.splitlines() if line.split()[:1] == ["average"]] for output in outputs)
     assert one == two and len(one) == 1
+    arguments[-3:] = [4, "--device", "cpu", "--checkpoint"]
+    assert "is of a run with other limit" in finish(command("evaluate", *arguments, tmp_path / "answers-None"), 1)
+    assert "name a file in a folder that is there" in finish(command("evaluate", *arguments, tmp_path / "no" / "x"), 1)
 
 
 def test_a_rank_that_dies_takes_the_job_down_and_it_continues(deep_source, by_two, tmp_path, text):

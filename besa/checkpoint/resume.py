@@ -29,15 +29,24 @@ _TEMPORARY = re.compile(re.escape(HALF_WRITTEN) + r"\w{8}")
 _HIDDEN_STATES = re.compile(r"hidden-\d+-\d+\.bin")
 
 
+def check_free(output: Path) -> None:
+    """Refuse an output that holds something of no run of besa.
+
+    Raises:
+        ValueError: names it.
+    """
+    others = [path.name for path in output.iterdir() if path.name != STATE] if output.is_dir() else []
+    if others and not (output / STATE / "run.json").is_file():
+        raise ValueError(f"output {str(output)!r} holds {others[0]!r}, of no run of besa; name an empty or new folder")
+
+
 def make_folder(output: Path) -> None:
     """Make the output where it is not there yet.
 
     Raises:
         ValueError: it is not writable, or holds something of no run of besa.
     """
-    others = [path.name for path in output.iterdir() if path.name != STATE] if output.is_dir() else []
-    if others and not (output / STATE / "run.json").is_file():
-        raise ValueError(f"output {str(output)!r} holds {others[0]!r}, of no run of besa; name an empty or new folder")
+    check_free(output)
     try:
         (output / STATE).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output / STATE):

@@ -38,6 +38,7 @@ from besa.checkpoint.format import (
 from besa.checkpoint.plan import HiddenStates, Plan, bytes_for, make_plan
 from besa.checkpoint.resume import (
     STATE,
+    check_free,
     finished_blocks,
     identity_of,
     make_folder,
@@ -152,7 +153,10 @@ def opened(
             f"{method.name} with these options measures a model that is in memory; prune it there, or give the "
             "`sparsities` that method.prepared(model, windows, progress=True) finds where there is room for the model"
         )
-    folder, output = find_checkpoint(source), Path(output)
+    output = Path(output)
+    if not Path(source).is_dir():
+        check_free(output)  # before a hub sends a model
+    folder = find_checkpoint(source)
     check_apart(folder, output)
     carried(folder)
     model = open_checkpoint(folder, trust_remote_code)
