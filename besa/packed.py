@@ -37,7 +37,7 @@ from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
 from besa.machine.threads import over_rows
 from besa.masks import pack_bits
-from besa.packed_files import save_pretrained
+from besa.packed_files import keep_packed_when_saved
 from besa.quantize import QuantizedWeight
 from besa.report import Masks
 
@@ -372,7 +372,7 @@ def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
     except BaseException:  # refused or interrupted: what is dense in part would be saved without a word of the rest
         unpack(model)
         raise
-    model.save_pretrained = functools.partial(save_pretrained, model)  # what it writes loads back packed
+    keep_packed_when_saved(model)
 
 
 def pack_block(
@@ -420,7 +420,8 @@ def unpack(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.unpack())
-    vars(model).pop("save_pretrained", None)
+    for module in model.modules():
+        vars(module).pop("save_pretrained", None)
 
 
 def find_fault(in_features: int, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]) -> str | None:

@@ -54,6 +54,13 @@ def save_pretrained(model: PreTrainedModel, *args: Any, **options: Any) -> None:
             del model.config.quantization_config
 
 
+def keep_packed_when_saved(model: PreTrainedModel) -> None:
+    """Let a packed model, and the one without a head in it, write what loads back packed."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = functools.partial(save_pretrained, module)
+
+
 def packed_projections(model: nn.Module) -> dict[str, nn.Module]:
     """The packed projections of a model or block by name."""
     from besa.packed import PackedLinear
@@ -101,6 +108,16 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method, self.format_version, self.projections = METHOD, format_version, projections
 
 
+def _named_as_in(model: PreTrainedModel, projections: dict[str, Any]) -> dict[str, Any]:
+    """By the names that they have in a model with a head, where the file is of one without, or the other way round."""
+    names, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+    other = lambda name: name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+    return {
+        other(name) if other(name) in names and name not in names else name: value
+        for name, value in projections.items()
+    }
+
+
 class PackedQuantizer(HfQuantizer):
     """transformers' way to a model with other modules; nothing is left of it once the model is loaded."""
 
@@ -108,6 +125,7 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         there = [name for path in checkpoint_files or [] for name in check_whole(Path(path))]
+        self.quantization_config.projections = _named_as_in(model, self.quantization_config.projections)
         for name, described in self.quantization_config.projections.items():
             try:
                 linear, module = model.get_submodule(name), _undescribed(described)
@@ -140,7 +158,7 @@ class PackedQuantizer(HfQuantizer):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; fetch or write the file again") from error
         self.remove_quantization_config(model)
-        model.save_pretrained = functools.partial(save_pretrained, model)
+        keep_packed_when_saved(model)
 
     def is_serializable(self) -> bool:
         return True

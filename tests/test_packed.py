@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa import packed as packed_module
@@ -582,6 +582,25 @@ def test_a_packed_model_saves_itself_and_an_unpacked_one_as_any_other(tiny_llama
     unpack(tiny_llama)
     tiny_llama.save_pretrained(tmp_path / "dense")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(windows).logits, dense(windows).logits)
+
+
+@torch.no_grad()
+def test_what_is_packed_loads_and_saves_without_its_head(tiny_llama, windows, tmp_path):
+    prune_half(tiny_llama)
+    states = tiny_llama.model(windows).last_hidden_state
+    pack(tiny_llama)
+    tiny_llama.save_pretrained(tmp_path / "whole")
+    tiny_llama.model.save_pretrained(tmp_path / "base")
+    for folder in ("whole", "base"):
+        base = AutoModel.from_pretrained(tmp_path / folder)
+        assert isinstance(base.layers[0].mlp.up_proj, PackedLinear)
+        assert torch.equal(base(windows).last_hidden_state, states)
+    base.save_pretrained(tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(model.model(windows).last_hidden_state, states)
+    unpack(tiny_llama)
+    tiny_llama.model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "dense")(windows).last_hidden_state, states)
 
 
 @pytest.fixture
