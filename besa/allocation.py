@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from besa.kernels import Ranking, bucket_sums, masked_rows
+from besa.machine.device import deterministic
 
 
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
@@ -72,8 +73,9 @@ def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "
     step = max(1, 2**22 // columns)  # slices: sorting takes 64-bit indices
     for start in range(0, rows, step):
         order = importance[start : start + step].sort(dim=1, stable=True).indices
-        ranks[start : start + step].scatter_(1, order, place.expand_as(order))
-        buckets[start : start + step].scatter_(1, order, table.expand_as(order))
+        with deterministic(False):  # a row's places are all different; torch would sort them
+            ranks[start : start + step].scatter_(1, order, place.expand_as(order))
+            buckets[start : start + step].scatter_(1, order, table.expand_as(order))
     return Ranking(ranks, buckets, table)
 
 
@@ -108,10 +110,12 @@ class _MaskedWeight(torch.autograd.Function):
         groups, n = ctx.shape
         sums = bucket_sums(grad, ctx.weight, ctx.ranking, n)  # (rows, n)
         sums = sums.view(groups, -1, n).sum(1)  # (groups, n)
+        with deterministic(False):  # torch admits no cumulative sum on a GPU; one this short has one order
+            to_beta = -sums.flip(-1).cumsum(-1).flip(-1)
         to_weight = None
         if ctx.needs_input_grad[2]:
             to_weight = masked_rows(grad, ctx.ranking.ranks, ctx.pruned, torch.empty_like(grad))
-        return -sums.flip(-1).cumsum(-1).flip(-1), None, to_weight, None, None
+        return to_beta, None, to_weight, None, None
 
 
 @dataclass(frozen=True)

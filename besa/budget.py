@@ -15,6 +15,7 @@ from torch import Tensor
 
 from besa.allocation import candidate_counts, candidate_rates, rank_rows
 from besa.kernels import Ranking, bucket_sums, masked_rows
+from besa.machine.device import deterministic
 
 BUCKETS = 101
 """Rates that divide a row's ranks into buckets of 1 %."""
@@ -78,7 +79,8 @@ class _BudgetedWeight(torch.autograd.Function):
     def backward(ctx, grad):
         groups = len(ctx.alpha)
         sums = bucket_sums(grad, ctx.weight, ctx.ranking, BUCKETS).view(groups, -1, BUCKETS).sum(1)
-        below = sums.flip(-1).cumsum(-1)  # (groups, buckets): dL/dM summed over the ranks below 0 %, 1 %, ... of C
+        with deterministic(False):  # torch admits no cumulative sum on a GPU; one this short has one order
+            below = sums.flip(-1).cumsum(-1)  # (groups, buckets): dL/dM of the ranks below 0 %, 1 %, ... of C
         middle = (ctx.alpha * (BUCKETS - 1)).round().long()[:, None]
         low, high = (middle - BAND).clamp_min(0), (middle + BAND).clamp_max(BUCKETS - 1)
         width = (high - low) / (BUCKETS - 1)  # of the band, as a fraction of C

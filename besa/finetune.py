@@ -199,7 +199,7 @@ def finetune(
     _check_dense(model, dense, config)
     check_model(model)
     result = FineTuned(config)
-    with measure() as cost, frozen(model), frozen(dense or model):
+    with measure(model.device) as cost, frozen(model), frozen(dense or model):
         state = StateFile(checkpoint, "finetune", partial(_identity, model, windows, pruned, config, dense))
         with _open(model, report, pruned, config) as trained:
             training = _Training(model, windows, trained, result, dense)

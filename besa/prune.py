@@ -52,7 +52,7 @@ def prune(
     check_model(model)
     check_fit(model, windows, method, reconstruct)
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
-    with measure() as cost, frozen(model):
+    with measure(model.device) as cost, frozen(model):
         method = method.prepared(model, windows, progress)
         also = {"take_dense": reconstruct is not None, "ignore": method.ignore, "progress": progress}
         for block in walk(model, windows, method.targets, method.span, **also):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from besa.budget import BAND, BUCKETS
-from besa.masks import places
+from besa.masks import places, slices
 
 SCORE_LR = 3.0
 """How much faster scores, in units of log importance, learn than sparsities."""
@@ -154,4 +154,4 @@ def _sorted(values: Float32[Tensor, "rows columns"]) -> Float32[Tensor, "rows co
     """Each row from low to high."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy(), axis=1))  # 20 times as fast as torch's, with AVX-512
-    return values.sort(dim=1).values
+    return torch.cat([part.sort(dim=1).values for part in slices(values)])

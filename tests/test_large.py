@@ -7,7 +7,7 @@ import torch
 from test_shards import save
 
 import besa
-from besa.checkpoint import large
+from besa.checkpoint import large, plan
 from besa.paper.analysis import Owl, stored_bits
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -44,6 +44,15 @@ def test_a_model_too_large_for_memory_gives_the_same_numbers(source, windows, tm
     rows = lambda report: [{k: v for k, v in row.items() if k != "block_seconds"} for row in report.rows]
     assert rows(one) == rows(other) and one.sparsity == other.sparsity
     assert stored_bits(whole, one.quantized) == stored_bits(by_block, other.quantized)
+
+
+def test_what_a_block_takes_while_it_is_pruned_counts(source, windows, tmp_path, monkeypatch):
+    free = (plan.BESIDE + 2**19) / large.USABLE  # reconstruction takes as much by itself
+    monkeypatch.setattr(large, "free_device", lambda _: int(free))
+    assert large.prune_if_large(source, windows, besa.Wanda(), tmp_path / "work", FLOAT32, CPU) == (source, None)
+    reconstruct = besa.Reconstruct("block")
+    name, report = large.prune_if_large(source, windows, besa.Wanda(), tmp_path / "work", FLOAT32, CPU, reconstruct)
+    assert name == str(tmp_path / "work") and report.sparsity == 0.5
 
 
 def test_the_dense_model_is_left_alone(source, windows, tmp_path, too_large):

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa.baselines import named_method
 from besa.decoder import projections
 from besa.importance import InputStatistics, inverse_cholesky
+from besa.machine.device import deterministic
 from besa.masks import keep_largest
 
 METHODS = {
@@ -337,3 +339,39 @@ def test_blocks_that_meet_their_sparsity_carry_no_note(tiny_llama, windows, meth
     report = besa.prune(tiny_llama, windows, method, progress=False)
     assert report.missed == [] and {row["note"] for row in report.rows} <= {"", "ignored"}
     assert "WARNING" not in str(report)
+
+
+REFUSED = {"cumsum", "median", "histc", "bincount", "put_", "scatter_reduce", "nll_loss2d_forward", "_ctc_loss"}
+"""By torch on a GPU, for as long as all is to repeat (kthvalue, too: there besa sorts)."""
+
+
+class Sums(TorchDispatchMode):
+    """What is computed, and which of it is refused."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.refused = set(), set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        self.seen.add(name)
+        if name in REFUSED and arguments[0].is_floating_point() and torch.are_deterministic_algorithms_enabled():
+            self.refused.add(name)
+        return function(*arguments, **options or {})
+
+
+ALL = METHODS | {
+    "exact": besa.Besa(sparsity=0.6, budget="exact"),
+    "joint": besa.Besa(quantize=besa.Quantize(bits=4)),
+    "2:4": besa.Besa(pattern="2:4"),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_gpu_can_repeat_all_that_is_summed(tiny_llama, windows, name):
+    reconstruct = {"exact": besa.Reconstruct("block"), "wanda": besa.Reconstruct("closed")}.get(name)
+    with deterministic(True), Sums() as sums:
+        report = besa.prune(tiny_llama, windows, ALL[name], reconstruct=reconstruct, progress=False)
+        if reconstruct:
+            besa.finetune(tiny_llama, windows, report, progress=False)
+    assert "mm" in sums.seen and not sums.refused

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import huggingface_hub
 import pytest
@@ -225,6 +226,14 @@ def test_profiles_by_name(monkeypatch):
     assert records.resolve_profile("auto").name == "smoke"
     with pytest.raises(ValueError, match="unknown profile 'fast'; known: auto, smoke, quick, paper"):
         records.resolve_profile("fast")
+
+
+def test_what_a_cpu_computes_beside_a_gpu_is_the_cpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and whatever else is asked of it fails
+    with memory.measure(torch.device("cpu")) as cost:
+        (tmp_path / "records").mkdir()
+        record = records.save_record(tmp_path, CONFIG | {"device": "cpu"}, {})
+    assert cost.peak_bytes > 2**20 and re.search(r"\d+ cores$", record["provenance"]["hardware"])
 
 
 def test_measured_peak_covers_what_was_allocated_and_freed():

@@ -78,12 +78,21 @@ def weights(folder):
 def test_a_checkpoint_is_pruned_to_the_bit_as_in_memory(tiny_llama, source, tmp_path, windows, name):
     before = weights(source)
     report = prune(source, tmp_path / "out", windows, METHODS[name])
+    assert report.peak_bytes > 2**20
     expected = besa.prune(tiny_llama, windows, METHODS[name], progress=False)
     assert_same(load(tmp_path / "out"), tiny_llama)
     assert report.sparsity == expected.sparsity and report.steps == expected.steps
     assert report.keep_masks.keys() == expected.keep_masks.keys()
     assert all(torch.equal(report.keep_masks[key], mask) for key, mask in expected.keep_masks.items())
     assert weights(source) == before
+
+
+def test_memory_that_cannot_be_pinned_is_named(source, tmp_path, windows):
+    about = (source, tmp_path / "out", windows, besa.Wanda(), "cpu", False, False)
+    with shards.opened(*about) as run:
+        run.hidden_states = "host"  # as on a GPU
+        with pytest.raises(ValueError, match=r"of 0.50 GiB, cannot be pinned .*take hidden_states='file'"):
+            run.room((2**27,), torch.float32)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.checkpoint.format import find_checkpoint, precision_of
+from besa.checkpoint.plan import bytes_for, n_streams
 from besa.checkpoint.run import prune_checkpoint
-from besa.decoder import find_blocks
+from besa.decoder import Span, find_blocks
 from besa.inputs.models import load_shapes, weight_bytes
 from besa.machine.device import resolve_dtype
 from besa.machine.memory import USABLE, free_device
@@ -44,7 +45,9 @@ def prune_if_large(
     Raises:
         ValueError: the model is too large, and stored in another precision than `dtype`.
     """
-    if method is None or not (work.exists() or _is_too_large(load_shapes(name), windows, dtype, device)):
+    if method is None:
+        return name, None
+    if not (work.exists() or _is_too_large(load_shapes(name), windows, dtype, device, method, reconstruct)):
         return name, None
     _check_stored(name, precision_of(find_checkpoint(name)), dtype, device)
     return str(work), prune_checkpoint(name, work, windows, method, device=str(device), reconstruct=reconstruct)
@@ -74,7 +77,7 @@ def precision_that_fits(
     """
     shapes, pruning = load_shapes(name), [method for method in methods if method]
     precision = dtype or resolve_dtype(None, device)
-    if pruning and _is_too_large(shapes, windows, precision, device):
+    if any(_is_too_large(shapes, windows, precision, device, method) for method in pruning):
         stored = shapes.config.dtype or precision_of(find_checkpoint(name))
         precision = dtype or stored
         _check_stored(name, stored, precision, device)
@@ -84,14 +87,23 @@ def precision_that_fits(
     return precision
 
 
-def _is_too_large(shapes: PreTrainedModel, windows: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+def _is_too_large(
+    shapes: PreTrainedModel,
+    windows: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    method: Method,
+    reconstruct: Reconstruct | None = None,
+) -> bool:
     """Whether pruning the model as a whole would take more memory than there is.
 
-    Counted are its weights, the hidden states of all windows twice, and 8 bytes for each weight of a block.
+    Counted are its weights, the hidden states of all windows, and what a block takes while it is pruned.
     """
-    streams = 2 * windows.numel() * shapes.config.get_text_config().hidden_size * dtype.itemsize
-    working = 8 * sum(parameter.numel() for parameter in find_blocks(shapes)[0].parameters())
-    return weight_bytes(shapes, dtype) + streams + working > USABLE * free_device(device)
+    hidden_states = windows.numel() * shapes.config.get_text_config().hidden_size * dtype.itemsize
+    block = Span(find_blocks(shapes)[: method.span])
+    working = bytes_for(block, method, device, windows.numel(), reconstruct)
+    needed = weight_bytes(shapes, dtype) + n_streams(reconstruct) * hidden_states + working
+    return needed > USABLE * free_device(device)
 
 
 def _check_stored(name: str, stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:

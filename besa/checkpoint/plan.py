@@ -60,7 +60,7 @@ def bytes_for(
 
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
-    takes a matrix of columns x columns in float32 for each projection's inputs, three while one is factorized;
+    takes a matrix of columns x columns in float32 for each projection's inputs, four more while one is factorized;
     reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight. Scores that BESA
     learns take as much. Of parts that are learned by themselves the inputs and outputs of all windows are there,
     too, and twice while they are gathered.
@@ -76,10 +76,15 @@ def bytes_for(
     total = n_weights * per_weight + BESIDE
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
-        total += sum(squares) + (6 if reconstruct else 3) * max(squares)
+        total += sum(squares) + (6 if reconstruct else 4) * max(squares)
     if isinstance(getattr(method, "reconstruct", None), str):
         total += 2 * n_tokens * itemsize * max(sum(weight.shape) for weight in weights)
     return total
+
+
+def n_streams(reconstruct: Reconstruct | None) -> int:
+    """How often the hidden states of all windows are held."""
+    return 5 if reconstruct else 2
 
 
 def make_plan(

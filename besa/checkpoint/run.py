@@ -35,7 +35,7 @@ from besa.checkpoint.format import (
     write_index,
     write_shard,
 )
-from besa.checkpoint.plan import HiddenStates, Plan, bytes_for, make_plan
+from besa.checkpoint.plan import HiddenStates, Plan, bytes_for, make_plan, n_streams
 from besa.checkpoint.resume import (
     STATE,
     check_free,
@@ -50,6 +50,7 @@ from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.machine.device import resolve_device
 from besa.machine.fields import checked
 from besa.machine.files import check_same, mark_of, sha256, write_note, write_text, writing
+from besa.machine.memory import Cost, measure
 from besa.machine.processes import from_rank_0, n_ranks, rank
 from besa.machine.provenance import provenance
 from besa.prune import Method, check_fit
@@ -90,7 +91,8 @@ def prune_checkpoint(
         reconstruct: give the kept weights new values, as `prune` does.
 
     Returns:
-        What pruning did, now or earlier. `keep_masks` and `quantized` read from `output/besa/` what is asked of them.
+        What pruning did, now or earlier, and the peak memory of what it did now. `keep_masks` and `quantized` read from
+        `output/besa/` what is asked of them.
 
     Raises:
         ValueError: source, output, windows and method do not go together, or do not fit; before any long work. Or the
@@ -98,9 +100,10 @@ def prune_checkpoint(
         OSError: the disk refuses a file; the blocks that are written stay.
     """
     with opened(source, output, windows, method, device, trust_remote_code, progress, reconstruct) as shards:
+        cost = Cost()
         if not shards.complete:
             shards.make_room(hidden_states)
-            with frozen(shards.model, shards.device), shards.fitting():
+            with measure(shards.device) as cost, frozen(shards.model, shards.device), shards.fitting():
                 for block in shards.blocks():
                     if shards.has(block):
                         block.skip(shards.state_of(block))
@@ -111,7 +114,9 @@ def prune_checkpoint(
                         shards.write(block, method.noted(block, block.finish(pruned)))
                         del pruned  # before the next block is learned
         shards.close()
-        return shards.report()
+        report = shards.report()
+        report.peak_bytes = cost.peak_bytes
+        return report
 
 
 @checked
@@ -212,7 +217,7 @@ class Shards:
         notes, damaged = finished_blocks(self.output)
         identity = identity_of(self.source, self.output, self.windows, self.method, self.device)
         identity["reconstruct"] = self.reconstruct.config() if self.reconstruct else None
-        run = open_run(self.output, identity, notes, {"provenance": provenance()})
+        run = open_run(self.output, identity, notes, {"provenance": provenance(str(self.device))})
         if len(notes) < len(self.prefixes):  # a checkpoint that lacks a block is none
             (self.output / INDEX).unlink(missing_ok=True)
         for name in damaged:
@@ -249,7 +254,7 @@ class Shards:
         block, windows = Span(blocks[: self.method.span]), self.windows[rank() :: n_ranks()]
         return make_plan(
             block_bytes=bytes_for(block, self.method, self.device, windows.numel(), self.reconstruct),
-            streams=5 if self.reconstruct else 2,
+            streams=n_streams(self.reconstruct),
             n_windows=len(windows),
             window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
             shard_bytes=rest + sum(self._bytes_of(blocks[index]) for index in left),
@@ -279,7 +284,7 @@ class Shards:
         if self.hidden_states == "device":
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self.hidden_states == "host":
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return self._pinned(shape, dtype)
         path = self.output / STATE / f"hidden-{rank()}-{len(self._streams)}.bin"
         size = torch.Size(shape).numel()
         self._streams.append(path)
@@ -287,6 +292,15 @@ class Shards:
             if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash later
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:  # of a kind that is not torch's for too little memory
+            raise ValueError(
+                f"the hidden states, of {torch.Size(shape).numel() * dtype.itemsize / 2**30:.2f} GiB, cannot be pinned "
+                f"in host memory ({str(error).splitlines()[0]}); take hidden_states='file', or fewer windows"
+            ) from error
 
     @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:

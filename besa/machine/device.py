@@ -54,10 +54,14 @@ def way_out(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """For a while, torch's algorithms that give the same bits every time, or those that may not."""
+    """For a while, torch's algorithms that give the same bits every time, or those that may not.
+
+    Warnings alone (`warn_only`) would leave attention on a GPU a backward pass that sums in any order. An algorithm
+    that no GPU has in that kind is then an error of torch's, which names it.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield

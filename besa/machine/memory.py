@@ -25,6 +25,7 @@ def free_device(device: torch.device) -> int:
         return free_host()
     gc.collect()  # a model spread by accelerate refers to itself
     torch.cuda.empty_cache()
+    torch.accelerator.empty_host_cache()  # pinned memory, of which `free_host` is asked next
     return torch.cuda.mem_get_info(device)[0]
 
 
@@ -57,23 +58,23 @@ def _control_groups() -> list[Path]:
 class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory of the process, or highest allocation on the GPU."""
+    """Highest resident memory of the process, or on a GPU highest allocation there."""
     peak_anonymous_bytes: int = 0
     """Highest anonymous memory of the process, in host memory and not backed by a file (Linux only, else 0)."""
 
 
 @contextlib.contextmanager
-def measure() -> Iterator[Cost]:
-    """Time a piece of work and take its peak memory."""
-    cost = Cost()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def measure(device: torch.device | None = None) -> Iterator[Cost]:
+    """Time a piece of work and take its peak memory, on the device that computes; None is the CPU."""
+    cost, on_gpu = Cost(), device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     _reset_peak_resident()
     start = time.perf_counter()
     with _watch_anonymous(cost):
         yield cost
     cost.seconds = time.perf_counter() - start
-    cost.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident()
+    cost.peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()
 
 
 def _reset_peak_resident() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import besa
+from besa.machine.device import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where the package lies: besa's own source tree, or where an installer put it."""
@@ -23,8 +24,11 @@ def results_root() -> Path:
     return Path(os.environ.get("BESA_RESULTS") or (ROOT if _is_source_tree() else Path.cwd()) / "results")
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: str = "auto") -> dict[str, Any]:
     """Who computed: versions, commit, processor or GPU, date.
+
+    Args:
+        device: what computed, by its name or kind; "auto" is the GPU where there is one.
 
     An installed package has no commit, whatever repository it lies in; its version stands there.
     """
@@ -36,7 +40,7 @@ def provenance() -> dict[str, Any]:
         "commit": (own and _git("rev-parse", "HEAD")) or f"besa {besa.__version__}",
         # Not the README there: `make report` writes it from the records.
         "modified": own and bool(_git("status", "--porcelain", "--", "besa", "reproduce", ":!reproduce/README.md")),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "hardware": torch.cuda.get_device_name() if resolve_device(device).type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{k: v for k, v in installed.items() if v}},
         "platform": platform.platform(),

@@ -210,7 +210,8 @@ def save_record(
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             np.savez_compressed(temporary, **samples)
-    record = {"config": config, "config_hash": config_hash(config), **outcome, "provenance": provenance()}
+    record = {"config": config, "config_hash": config_hash(config), **outcome}
+    record["provenance"] = provenance(config.get("device", "auto"))
     write_note(_record_path(folder, config), record)
     return record
 
