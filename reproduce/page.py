@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import jinja2
 import nbformat
 import pandas as pd
+import scipy.stats
 import typer
 
 from besa.machine.files import write_text
 from besa.machine.provenance import ROOT
 from besa.paper.tables import REFERENCE, load_record, slug
-from besa.paper.verdicts import MATCHED
+from besa.paper.verdicts import MATCHED, SURE
 
 DIFFERENCE = "difference ± standard error"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
@@ -94,10 +95,11 @@ def counts(table: pd.DataFrame) -> str:
 def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
     """What was judged, by verdict: a line for each item, run and pair of rows, with the difference on every text.
 
-    Of tasks their average stands for all.
+    Of tasks their average stands for all. A † is behind what is decided by itself, and not among all.
     """
     said: dict[str, list[dict[str, str]]] = {verdict: [] for verdict in ("holds", "does not hold", "undecided")}
     runs = [(item, run) for item in items for run in item.runs]
+    least = least_certain([item.judged(run) for item, run in runs])
     for item, run in runs:
         judged = item.judged(run)
         over = "task" if "task" in judged else "text"
@@ -106,16 +108,24 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
             line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": quantity(part, over)}
-            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + uneven(part))}
+            star = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
+            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + star + uneven(part))}
             said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
     return said
 
 
+def least_certain(judged: list[pd.DataFrame]) -> float:
+    """The largest p that is below `SURE` among all verdicts: Benjamini and Hochberg's rate of false discoveries."""
+    p = pd.concat([table.get("p", pd.Series(dtype=float)) for table in judged]).dropna() if judged else pd.Series()
+    found = p[scipy.stats.false_discovery_control(p) < SURE] if len(p) else p
+    return max(found, default=0.0)
+
+
 def uneven(judged: pd.DataFrame) -> pd.Series:
-    """Behind what is undecided, the fractions of zeros where they are not equal: that may be why."""
-    zeros = judged.get("zeros", pd.Series("", index=judged.index))
-    differ = zeros.map(lambda both: len(set(str(both).split(" and "))) > 1) & (judged["verdict"] == "undecided")
-    return (" (zeros " + zeros + ")").where(differ, "")
+    """Behind what is sure and yet undecided the fractions of zeros, for these are why."""
+    nothing = pd.Series("", index=judged.index)
+    why = (judged["verdict"] == "undecided") & (judged.get("p", nothing + "nan").astype(float) < SURE)
+    return (" (zeros " + judged.get("zeros", nothing) + ")").where(why, "")
 
 
 def quantity(judged: pd.DataFrame, over: str) -> str:

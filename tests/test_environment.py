@@ -3,11 +3,14 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+
+from besa.paper.tables import load_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,11 +72,52 @@ def test_the_readmes_table_is_the_reference_runs():
 
 def test_the_readme_says_what_table_1_judged():
     judged = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-quick-verdicts.csv")
-    verdicts = judged.set_index(["row", "against", "text"])["verdict"].loc["besa-row-wise"]
-    assert list(verdicts.loc["wanda-matched"][["wiki", "sotu"]]) == ["holds", "holds"]
-    assert list(verdicts.loc["sparsegpt-matched"][["wiki", "sotu"]]) == ["holds", "does not hold"]
+    verdicts = judged.set_index(["row", "against", "text"])["verdict"]
+    row_wise, layer_wise = (verdicts.loc[f"besa-{kind}-wise"] for kind in ("row", "layer"))
+    assert list(row_wise.loc["wanda-matched"][["wiki", "sotu"]]) == ["holds", "holds"]
+    assert list(row_wise.loc["sparsegpt-matched"][["wiki", "sotu"]]) == ["holds", "does not hold"]
+    assert list(row_wise.loc["besa-layer-wise"][["wiki", "sotu"]]) == ["holds", "holds"]
+    assert {layer_wise.loc[f"{row}-matched"]["wiki"] for row in ("wanda", "sparsegpt")} == {"undecided"}
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "ahead of Wanda on both texts and of SparseGPT on `wiki`, and behind SparseGPT on `sotu`" in text
+    assert (
+        "row-wise BESA is ahead of Wanda on both texts and of SparseGPT on `wiki`, and behind SparseGPT on `sotu`"
+        in text
+    )
+    assert "behind the row-wise on both, and cannot be told from Wanda or SparseGPT on `wiki`" in text
+
+
+def test_the_report_says_by_how_much_draws_differ():
+    perplexities = {}
+    for path in (ROOT / "results" / "reference" / "table1" / "records").glob("*-quick-*.json"):
+        record = load_record(path)
+        perplexities.setdefault(record["config"]["row"], {})[record["config"]["seed"]] = record["metrics"]
+    logs = {
+        row: np.log([list(draw.values()) for _, draw in sorted(draws.items())])
+        for row, draws in perplexities.items()
+        if len(draws) == 3 and row != "magnitude"
+    }
+    pairs = [(ours, other) for ours in logs for other in logs if ours.startswith("besa") and ours != other]
+    spread = [(logs[ours] - logs[other]).std(axis=0, ddof=1) for ours, other in pairs]
+    text = " ".join((ROOT / "reproduce" / "README.md").read_text().split())
+    low, high = 100 * np.min(spread), 100 * np.max(spread)
+    assert len(pairs) == 10 and f"differences vary by {low:.1f} to {high:.1f} % (standard deviation)" in text
+
+
+def test_the_readme_says_what_new_values_cost_in_accuracy():
+    table = pd.read_csv(ROOT / "results" / "reference" / "beyond" / "smollm2-135m-quick-zero-shot.csv").set_index("row")
+    text = (ROOT / "README.md").read_text()
+    averages = [f"{table.loc[row, 'mean']:.1f} %" for row in ("sparsegpt-0.5", "besa-block-0.5")]
+    assert "SparseGPT has {} on average and this {}".format(*averages) in text
+
+
+def test_the_readme_says_where_the_recipe_ends():
+    judged = pd.read_csv(ROOT / "results" / "reference" / "sparsity" / "smollm2-135m-quick-verdicts.csv")
+    judged = judged[judged["against"].str.endswith("-matched")].groupby("row")["verdict"].unique()
+    found = {row.removeprefix("besa-row-wise-"): list(verdicts) for row, verdicts in judged.items()}
+    assert {at for at, verdicts in found.items() if verdicts == ["holds"]} == {"0.4", "0.5", "0.6"}
+    assert {at for at, verdicts in found.items() if verdicts == ["does not hold"]} == {"0.3", "0.7", "0.8"}
+    text = (ROOT / "README.md").read_text()
+    assert "`besa.Besa()`, from 40 to 60 %: at 30, 70 and 80 % Wanda and SparseGPT were ahead" in text
 
 
 def test_the_readmes_packed_models_are_the_reference_run():
@@ -112,6 +156,9 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
     apart, text = found["largest difference"], " ".join((ROOT / "README.md").read_text().split())
     assert "within 0.5 %, perplexities of the pruned model on the same tokens within 1 %" in text
     assert (found["verdict"] == "reproduced").all()
+    records = [load_record(path) for path in (ROOT / "results" / "reference" / "fidelity" / "records").glob("*.json")]
+    c4 = {record["config"]["row"]: record["metrics"].get("c4") for record in records if "metrics" in record}
+    assert f"BESA has {c4['besa-row-wise']:.2f} and SparseGPT {c4['sparsegpt']:.2f} ([fidelity]" in text
     perplexities = [name for name in apart.index if name.startswith("perplexity of ")]
     assert len(perplexities) == 10 and apart[perplexities].max() < 0.01
     assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005

@@ -214,9 +214,9 @@ def test_verdicts_that_do_not_say_of_which_rows_are_counted(folders):
 def test_claims_stand_by_verdict_once_for_all_texts_and_at_equal_zeros(folders):
     run(folders, "llama-7b", "quick", wanda=7.3)
     lines = ["a,wanda,c4,-9% ± 1%,undecided", "a,wanda-matched,c4,-7% ± 1%,holds", "a,wanda-matched,ptb,-6% ± 1%,holds"]
-    lines = [f"{line},1 draw,0.4 and 0.5" for line in [*lines, "a,magnitude,c4,+5% ± 1%,does not hold"]]
-    lines += ["b,c,c4,-5% ± 1%,undecided,1 draw,0.4 and 0.5", "b,d,c4,-1% ± 1%,undecided,1 draw,0.5 and 0.5"]
-    columns = "row,against,text,difference ± standard error,verdict,rests on,zeros"
+    lines = [f"{line},1 draw,0.4 and 0.5,0.01" for line in [*lines, "a,magnitude,c4,+5% ± 1%,does not hold"]]
+    lines += [f"b,{row},c4,-5% ± 1%,undecided,1 draw,0.4 and 0.5,{p}" for row, p in (("c", 0.01), ("d", 0.2))]
+    columns = "row,against,text,difference ± standard error,verdict,rests on,zeros,p"
     (folders[1] / "table1" / "llama-7b-quick-verdicts.csv").write_text("\n".join([columns, *lines]))
     text, _ = report_of(folders)
     found, _, unknown = text[: text.index("## Every notebook")].partition("**Unknown**")
@@ -224,8 +224,25 @@ def test_claims_stand_by_verdict_once_for_all_texts_and_at_equal_zeros(folders):
         ("Holds", "a | wanda-matched | perplexity | c4 -7% ± 1%, ptb -6% ± 1%"),
         ("Does not hold", "a | magnitude | perplexity | c4 +5% ± 1%"),
     ]
-    assert "c4 -5% ± 1% (zeros 0.4 and 0.5) |" in found and "c4 -1% ± 1% |" in found  # why it is undecided
+    assert "| b | c | perplexity | c4 -5% ± 1% (zeros 0.4 and 0.5) |" in found  # why it is undecided
+    assert "| b | d | perplexity | c4 -5% ± 1% |" in found
     assert "| wanda |" not in found and "llama-13b" in unknown and " llama-7b" not in unknown
+
+
+def test_what_is_decided_alone_and_not_among_all_is_marked(folders):
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    p = [0.001, 0.02, 0.04, *[0.5] * 7]  # among ten, 0.001 is below its share of 5 %, 0.02 and 0.04 are not
+    verdicts = ["holds", "holds", "does not hold", *["undecided"] * 7]
+    lines = [f"a,r{i},c4,-5% ± 1%,{verdict},1 draw,{p[i]}" for i, verdict in enumerate(verdicts)]
+    columns = "row,against,text,difference ± standard error,verdict,rests on,p"
+    (folders[1] / "table1" / "llama-7b-quick-verdicts.csv").write_text("\n".join([columns, *lines]))
+    text, _ = report_of(folders)
+    assert re.findall(r"\| a \| (r\d) \| perplexity \| c4 -5% ± 1%( †)? \|", text)[:3] == [
+        ("r0", ""),
+        ("r1", " †"),
+        ("r2", " †"),
+    ]
+    assert text.count("% †") == 2
 
 
 def test_a_notebook_that_ran_other_code_is_said_to(folders):

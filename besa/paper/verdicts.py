@@ -13,6 +13,8 @@ Samples = Callable[[Record], Mapping[str, np.ndarray]]
 """What a row's metrics are means of (`besa.paper.records.Run.samples`); older records have none."""
 
 
+SURE = 2 * float(scipy.stats.norm.sf(2))
+"""p below which a difference is not 0: of the normal distribution beyond two standard errors, 4.6 %."""
 SAME_ZEROS = 1e-5
 """Fractions of zeros that are taken for equal: SparseGPT, at another row's count, misses it by 7e-6."""
 MATCHED, ROUNDED = "-matched", 2e-3
@@ -29,9 +31,9 @@ def judge(
 ) -> pd.DataFrame:
     """A verdict on each claim, for each text. A claim is a pair of rows, of which the first is said to be better.
 
-    It "holds", or "does not hold", where the mean difference is not 0 at 95 %, by two standard errors or more
-    (`paired`). It is "undecided" elsewhere, also where the better row has fewer zeros, which is no fair win, and where
-    neither samples nor three draws tell an error.
+    It "holds", or "does not hold", where the mean difference is not 0 at 95 %: p below `SURE` (`paired`). It is
+    "undecided" elsewhere, also where the better row has fewer zeros, which is no fair win, and where neither samples
+    nor three draws tell an error.
 
     Args:
         records: of all draws, which `seed` tells apart.
@@ -54,16 +56,16 @@ def judge(
 
 
 def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, float, float]:
-    """Mean difference, its standard error, and how many of these make it sure; NaN where nothing tells the error.
+    """Mean difference, its standard error and two-sided p; NaN where nothing tells the error.
 
     With d_sgi of draw s of S, group g of k (one text, or the tasks of an average) and its sample i of n_g:
 
         error^2 = 1/k^2 sum_g Var_i(mean_s d_sgi) / n_g + Var_s(mean_gi d_sgi) / S
 
     The first part is of the text or the questions, the second, where there are several draws, of the calibration.
-    Without samples (n_g = 1) three draws are the least. Sure is what the normal distribution has within two standard
-    errors, 95.4 %: some more than two where few numbers tell the error, by Student's t with the degrees of freedom of
-    Welch and Satterthwaite, error^4 / sum of the squared parts over theirs: 4.5 for three draws, 2.1 for 32 segments.
+    Without samples (n_g = 1) three draws are the least. p is Student's t's, with the degrees of freedom of Welch and
+    Satterthwaite, error^4 / sum of the squared parts over theirs: it is `SURE` at 4.5 errors of three draws, at 2.1 of
+    32 segments.
     """
     by_draw = np.mean([group.mean(axis=1) for group in differences], axis=0)
     means = [group.mean(axis=0) for group in differences if group.shape[1] > 1]
@@ -71,8 +73,10 @@ def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, floa
     if len(by_draw) > (1 if parts else 2):
         parts.append((by_draw.var(ddof=1) / len(by_draw), len(by_draw) - 1))
     variance, spread = sum(part for part, _ in parts), sum(part**2 / freedom for part, freedom in parts)
-    sure = scipy.stats.t.isf(scipy.stats.norm.sf(2), variance**2 / spread) if spread else 2.0
-    return float(by_draw.mean()), float(np.sqrt(variance)) if parts else float("nan"), float(sure)
+    mean, error = by_draw.mean(), np.sqrt(variance) if parts else np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0
+        p = 2 * scipy.stats.t.sf(abs(mean) / np.float64(error), variance**2 / spread if spread else np.inf)
+    return float(mean), float(error), float(p)
 
 
 def _differences(
@@ -99,11 +103,10 @@ def _verdict(
     Args:
         same: fractions of zeros that are taken for equal.
     """
-    mean, error, sure = paired(differences)
+    mean, error, p = paired(differences)
     zeros = [sum(record["sparsity"] for record in row) / len(pairs) for row in zip(*pairs)]
     is_better = (mean < 0) == is_perplexity
     more = zeros[0] - zeros[1] if is_better else zeros[1] - zeros[0]  # of the better row
-    is_sure = abs(mean) > sure * error  # not where the error is NaN
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
     shown = f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}" if is_perplexity else f"{mean:+.2f} ± {error:.2f}"
     rests_on = [f"{n} {'segments' if is_perplexity else 'questions'}"] * (n > 1)
@@ -111,5 +114,6 @@ def _verdict(
         "difference ± standard error": shown.replace("nan%", "?").replace("nan", "?"),
         "zeros": " and ".join(f"{zero:.4f}" for zero in zeros),
         "rests on": ", ".join([*rests_on, f"{n_draws} draw" + "s" * (n_draws > 1)]),
-        "verdict": ("holds" if is_better else "does not hold") if is_sure and more >= -same else "undecided",
+        "p": f"{p:.2g}",
+        "verdict": ("holds" if is_better else "does not hold") if p < SURE and more >= -same else "undecided",
     }
