@@ -148,7 +148,7 @@ def evaluate(
     max_segments: Annotated[int | None, typer.Option(help="test segments per text; all by default", min=1)] = None,
     limit: Annotated[int | None, typer.Option(help="questions per task; all by default", min=1)] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="file for the answers so far, from which the same command continues")
+        Path | None, typer.Option(help="file for the tasks' answers so far, from which the same command continues")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; what is fast by default")] = None,
     device: Device = "auto",
