@@ -70,6 +70,16 @@ def test_the_readmes_table_is_the_reference_runs():
     assert text.count("| besa-") + text.count("| wanda |") + text.count("| dense |") == 4  # and no other
 
 
+def test_the_readmes_full_protocol_is_the_reference_run():
+    table = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-paper.csv").set_index("method")
+    dense, wanda, matched, ours = (
+        f"{table.loc[row, 'wiki']:.2f} / {table.loc[row, 'sotu']:.2f}"
+        for row in ("dense", "wanda", "wanda-matched", "besa-row-wise")
+    )
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"dense {dense}, Wanda {wanda} and with BESA's zeros {matched}, row-wise BESA {ours} (" in text
+
+
 def test_the_readme_says_what_table_1_judged():
     judged = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-quick-verdicts.csv")
     verdicts = judged.set_index(["row", "against", "text"])["verdict"]
