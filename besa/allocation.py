@@ -23,6 +23,7 @@ from torch import Tensor
 
 from besa.kernels import Ranking, bucket_sums, masked_rows
 from besa.machine.device import deterministic
+from besa.masks import slices
 
 
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
@@ -70,12 +71,11 @@ def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "
     buckets = torch.empty(rows, columns, dtype=torch.uint8, device=importance.device)
     place = torch.arange(columns, dtype=dtype, device=importance.device)
     table = bucket_of_rank.to(importance.device, torch.uint8)
-    step = max(1, 2**22 // columns)  # slices: sorting takes 64-bit indices
-    for start in range(0, rows, step):
-        order = importance[start : start + step].sort(dim=1, stable=True).indices
+    for scores, rank, bucket in zip(*map(slices, (importance, ranks, buckets)), strict=True):
+        order = scores.sort(dim=1, stable=True).indices
         with deterministic(False):  # a row's places are all different; torch would sort them
-            ranks[start : start + step].scatter_(1, order, place.expand_as(order))
-            buckets[start : start + step].scatter_(1, order, table.expand_as(order))
+            rank.scatter_(1, order, place.expand_as(order))
+            bucket.scatter_(1, order, table.expand_as(order))
     return Ranking(ranks, buckets, table)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from besa.machine.files import replacing
@@ -68,9 +68,9 @@ def _nth_lowest(scores: Float[Tensor, "rows columns"], n: int) -> Float[Tensor, 
     return torch.cat([part.sort(dim=1).values[:, n - 1 : n] for part in slices(scores)])
 
 
-def slices(scores: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, "part columns"], ...]:
-    """Rows that are sorted together, for torch gives every score an index of 64 bits."""
-    return scores.split(max(1, 2**22 // scores.shape[1]))
+def slices(matrix: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, "part columns"], ...]:
+    """Views of the rows that are sorted together, for torch gives every score an index of 64 bits."""
+    return matrix.split(max(1, 2**22 // matrix.shape[1]))
 
 
 def pack_bits(keep_mask: Bool[Tensor, "rows columns"]) -> UInt8[Tensor, "n"]:

@@ -108,8 +108,8 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
             line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": quantity(part, over)}
-            star = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
-            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + star + uneven(part))}
+            mark = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
+            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))}
             said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
     return said
 

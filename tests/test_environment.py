@@ -167,8 +167,11 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
     assert "within 0.5 %, perplexities of the pruned model on the same tokens within 1 %" in text
     assert (found["verdict"] == "reproduced").all()
     records = [load_record(path) for path in (ROOT / "results" / "reference" / "fidelity" / "records").glob("*.json")]
-    c4 = {record["config"]["row"]: record["metrics"].get("c4") for record in records if "metrics" in record}
-    assert f"BESA has {c4['besa-row-wise']:.2f} and SparseGPT {c4['sparsegpt']:.2f} ([fidelity]" in text
+    rows = {record["config"]["row"]: record for record in records if "c4" in record.get("metrics", {})}
+    ours, other = (
+        f"{rows[row]['metrics']['c4']:.2f} at {rows[row]['sparsity']:.4f}" for row in ("besa-row-wise", "sparsegpt")
+    )
+    assert f"BESA has {ours} zeros and SparseGPT {other} ([fidelity]" in text
     perplexities = [name for name in apart.index if name.startswith("perplexity of ")]
     assert len(perplexities) == 10 and apart[perplexities].max() < 0.01
     assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005

@@ -87,11 +87,18 @@ def test_a_checkpoint_is_pruned_to_the_bit_as_in_memory(tiny_llama, source, tmp_
     assert weights(source) == before
 
 
-def test_memory_that_cannot_be_pinned_is_named(source, tmp_path, windows):
+def test_memory_that_cannot_be_pinned_is_named(source, tmp_path, windows, monkeypatch):
+    def refusing(*shape, pin_memory=False, **options):
+        assert pin_memory
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
     about = (source, tmp_path / "out", windows, besa.Wanda(), "cpu", False, False)
     with shards.opened(*about) as run:
         run.hidden_states = "host"  # as on a GPU
-        with pytest.raises(ValueError, match=r"of 0.50 GiB, cannot be pinned .*take hidden_states='file'"):
+        monkeypatch.setattr(torch, "empty", refusing)
+        with pytest.raises(
+            ValueError, match=r"0.50 GiB, cannot be pinned .*out of memory\); take hidden_states='file'"
+        ):
             run.room((2**27,), torch.float32)
 
 

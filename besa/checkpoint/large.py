@@ -47,7 +47,8 @@ def prune_if_large(
     """
     if method is None:
         return name, None
-    if not (work.exists() or _is_too_large(load_shapes(name), windows, dtype, device, method, reconstruct)):
+    needed = _bytes_needed(load_shapes(name), windows, dtype, device, method, reconstruct)
+    if needed <= _room(device) and not work.exists():
         return name, None
     _check_stored(name, precision_of(find_checkpoint(name)), dtype, device)
     return str(work), prune_checkpoint(name, work, windows, method, device=str(device), reconstruct=reconstruct)
@@ -77,7 +78,8 @@ def precision_that_fits(
     """
     shapes, pruning = load_shapes(name), [method for method in methods if method]
     precision = dtype or resolve_dtype(None, device)
-    if any(_is_too_large(shapes, windows, precision, device, method) for method in pruning):
+    needed = [_bytes_needed(shapes, windows, precision, device, method) for method in pruning]
+    if max(needed, default=0) > _room(device):
         stored = shapes.config.dtype or precision_of(find_checkpoint(name))
         precision = dtype or stored
         _check_stored(name, stored, precision, device)
@@ -87,23 +89,24 @@ def precision_that_fits(
     return precision
 
 
-def _is_too_large(
+def _room(device: torch.device) -> float:
+    """Bytes that a model may take which is pruned as a whole."""
+    return USABLE * free_device(device)
+
+
+def _bytes_needed(
     shapes: PreTrainedModel,
     windows: Tensor,
     dtype: torch.dtype,
     device: torch.device,
     method: Method,
     reconstruct: Reconstruct | None = None,
-) -> bool:
-    """Whether pruning the model as a whole would take more memory than there is.
-
-    Counted are its weights, the hidden states of all windows, and what a block takes while it is pruned.
-    """
+) -> int:
+    """To prune a model as a whole: its weights, the hidden states of all windows, and what a block takes meanwhile."""
     hidden_states = windows.numel() * shapes.config.get_text_config().hidden_size * dtype.itemsize
-    block = Span(find_blocks(shapes)[: method.span])
+    block = Span(find_blocks(shapes)[: method.span]).to(dtype)
     working = bytes_for(block, method, device, windows.numel(), reconstruct)
-    needed = weight_bytes(shapes, dtype) + n_streams(reconstruct) * hidden_states + working
-    return needed > USABLE * free_device(device)
+    return weight_bytes(shapes, dtype) + n_streams(reconstruct) * hidden_states + working
 
 
 def _check_stored(name: str, stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:

@@ -27,10 +27,10 @@ def results_root() -> Path:
 def provenance(device: str = "auto") -> dict[str, Any]:
     """Who computed: versions, commit, processor or GPU, date.
 
+    An installed package has no commit, whatever repository it lies in; its version stands there.
+
     Args:
         device: what computed, by its name or kind; "auto" is the GPU where there is one.
-
-    An installed package has no commit, whatever repository it lies in; its version stands there.
     """
     own = _is_source_tree() and _git("rev-parse", "--show-toplevel") == ROOT.as_posix()
     packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
