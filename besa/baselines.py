@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from besa.besa import Besa
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
+from besa.kernels import spread_errors
 from besa.machine.fields import Count, Positive, documented
 from besa.masks import parse_pattern
 from besa.prune import DEFAULT_SPARSITY, Method
@@ -111,12 +112,10 @@ def _prune_columns(
         the weight, its keep-mask, and the errors.
     """
     weight, errors, keep = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    for j in range(weight.shape[1]):
-        if j % together == 0:
-            here = slice(j, j + together)
-            keep[:, here] = choose(weight[:, here].square() / upper.diag()[here].square())  # OBS saliency
-        errors[:, j] = weight[:, j] * ~keep[:, j] / upper[j, j]
-        weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
+    for j in range(0, weight.shape[1], together):
+        here = slice(j, j + together)
+        keep[:, here] = choose(weight[:, here].square() / upper.diag()[here].square())  # OBS saliency
+        spread_errors(weight, keep, upper, errors, range(j, min(j + together, weight.shape[1])))
     return weight * keep, keep, errors
 
 

@@ -1,4 +1,4 @@
-"""The two passes over every weight in a training step, fused: masking, and summing the mask's gradient.
+"""Passes over every weight, fused: masking and summing the mask's gradient in a training step, SparseGPT's updates.
 
 numba compiles them for the processor by itself at first use and keeps the result in its cache; where numba is missing,
 on other devices and in other precisions, plain torch computes the same.
@@ -74,6 +74,23 @@ def bucket_sums(
     return torch.cat(sums)
 
 
+def spread_errors(
+    weight: Float[Tensor, "rows n"],
+    keep: Bool[Tensor, "rows n"],
+    upper: Float[Tensor, "n n"],
+    errors: Float[Tensor, "rows n"],
+    columns: range,
+) -> None:
+    """SparseGPT's update, in float32: for each column j in turn, where nothing is kept, weight_j / upper_jj goes to
+    errors_j, 0 before, and errors_j * upper_jk is taken from every weight_k from j on."""
+    if _compiled(weight):
+        arrays = weight.numpy(), keep.numpy(), upper.contiguous().numpy(), errors.numpy(), columns.start, columns.stop
+        return over_rows(_spread, len(weight), *arrays, work=weight.numel() * len(columns) // 2)
+    for j in columns:
+        errors[:, j] = weight[:, j] * ~keep[:, j] / upper[j, j]
+        weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
+
+
 def _compiled(weight: Tensor) -> bool:
     return numba is not None and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
 
@@ -93,6 +110,17 @@ if numba is not None:
         for i in range(first, last):
             for j in range(weight.shape[1]):
                 out[i, j] = weight[i, j] if ranks[i, j] >= prune_counts[i] else zero
+
+    @in_threads
+    @no_type_check
+    def _spread(first, last, weight, keep, upper, errors, start, stop):
+        for i in range(first, last):
+            for j in range(start, stop):
+                if not keep[i, j]:
+                    error = weight[i, j] / upper[j, j]
+                    errors[i, j] = error
+                    for k in range(j, weight.shape[1]):
+                        weight[i, k] -= error * upper[j, k]
 
     @in_threads
     @no_type_check

@@ -75,6 +75,20 @@ def test_compiled_kernels_equal_plain_torch(dtype, monkeypatch):
     torch.testing.assert_close(sums, kernels.bucket_sums(grad, weight, ranking, 101), rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_update_of_sparsegpt_is_plain_torchs_to_the_bit(monkeypatch):
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    keep, upper, columns = torch.rand(33, 50) < 0.5, torch.rand(50, 50).triu() + torch.eye(50), range(4, 20)
+    updated = []
+    for compiler in (kernels.numba, None):
+        monkeypatch.setattr(kernels, "numba", compiler)
+        weight, errors = torch.ones(33, 50).cumsum(dim=1) / 7, torch.zeros(33, 50)
+        kernels.spread_errors(weight, keep, upper, errors, columns)
+        updated.append((weight, errors))
+    assert all(map(torch.equal, *updated))
+    assert updated[0][1][:, 4:20].ne(0).any() and not updated[0][1][:, [3, 20]].any()
+
+
 @pytest.mark.parametrize("columns", [1, 40, 33000])
 def test_ranks_order_each_row_and_buckets_name_the_last_pruning_candidate(columns):
     torch.manual_seed(columns)
