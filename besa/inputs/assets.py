@@ -4,6 +4,7 @@ Nothing but a Python package index is needed. Files lie under `$BESA_CACHE` or t
 copying that folder to another machine carries them along.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import filelock
 
-from besa.machine.files import cache_folder, sha256, writing
+from besa.machine.files import cache_folder, mark_of, sha256, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,17 @@ def fetch(name: str) -> Path:
 
 
 def _intact(path: Path, asset: Asset) -> bool:
-    return path.is_file() and sha256(path) == asset.sha256
+    return path.is_file() and _sum_of(path) == asset.sha256
+
+
+def _sum_of(path: Path) -> str:
+    """sha256 of a file, which a process reads once and then where it was written since."""
+    return _sum_of_marked(*mark_of(path))
+
+
+@functools.cache
+def _sum_of_marked(path: str, size: int, written: int) -> str:
+    return sha256(Path(path))
 
 
 def _download(asset: Asset, path: Path) -> None:
@@ -169,4 +180,4 @@ def _sums_match(folder: Path) -> bool:
         return False
     if not isinstance(sums, dict) or not sums:  # a power cut leaves an empty file
         return False
-    return all((folder / name).is_file() and sha256(folder / name) == value for name, value in sums.items())
+    return all((folder / name).is_file() and _sum_of(folder / name) == value for name, value in sums.items())
