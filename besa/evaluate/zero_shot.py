@@ -105,15 +105,19 @@ def zero_shot(
     state = StateFile(_of_rank(checkpoint), "zero_shot", lambda: asked | _identity(model))
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
-    samples = {name: _subset(n, limit, seed) for name, n in available.items() if limit is not None and limit < n}
+    numbers = {name: _subset(n, limit, seed) for name, n in available.items()}
+    for name, task in loaded.items():  # lm-eval's own `samples` reads every document to ask a few
+        split = TASKS[name].split
+        task.dataset[split] = task.dataset[split].select(numbers[name])
     training = model.training
     try:
         lm = SharedContexts(model, tokenizer, batch_size, progress, state)
-        outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=samples)
+        outcome = lm_eval.evaluator.evaluate(lm, loaded)
     finally:
         model.train(training)
     rows = [_row(name, outcome, available[name]) for name in tasks]
-    answers = [_answer(name, sample, model.dtype) for name in tasks for sample in outcome["samples"][name]]
+    samples = [(name, numbers[name][sample["doc_id"]], sample) for name in tasks for sample in outcome["samples"][name]]
+    answers = [_answer(*sample, model.dtype) for sample in samples]
     return ZeroShot(rows=rows, answers=answers, limit=limit, seed=seed, lm_eval=lm_eval.__version__)
 
 
@@ -142,9 +146,9 @@ def _identity(model: PreTrainedModel) -> dict[str, str]:
     return {"weights": sum_of(there), "device": model.device.type}
 
 
-def _subset(n: int, limit: int, seed: int) -> list[int]:
-    """In the task's order, which lm-eval expects."""
-    return sorted(random.Random(seed).sample(range(n), limit))
+def _subset(n: int, limit: int | None, seed: int) -> list[int]:
+    """Of the numbers of n questions, in their order."""
+    return sorted(random.Random(seed).sample(range(n), n if limit is None else min(limit, n)))
 
 
 def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
@@ -162,12 +166,12 @@ def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
     }
 
 
-def _answer(name: str, sample: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _answer(name: str, question: int, sample: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Number of the question in its task, log-likelihood of each choice in nats, whether the likeliest was right."""
     logliks = [loglik for loglik, _ in sample["filtered_resps"]]
     if not all(map(math.isfinite, logliks)):  # the largest of them would still be some choice
         raise ValueError(
-            f"{name}, question {sample['doc_id']}: the choices' log-likelihoods are {logliks}: the model's outputs are "
+            f"{name}, question {question}: the choices' log-likelihoods are {logliks}: the model's outputs are "
             f"not finite; {way_out(dtype)}"
         )
-    return {"task": name, "question": sample["doc_id"], "logliks": logliks, "correct": bool(sample["acc"])}
+    return {"task": name, "question": question, "logliks": logliks, "correct": bool(sample["acc"])}
