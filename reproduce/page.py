@@ -26,6 +26,8 @@ from besa.paper.tables import REFERENCE, load_record, slug
 from besa.paper.verdicts import MATCHED, SURE
 
 DIFFERENCE = "difference ± standard error"
+QUANTITIES = {"text": "perplexity", "task": "accuracy, points", "projection": "cycles"}
+"""What a table of verdicts is of, by the column that names what each row was measured on."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
 
@@ -102,7 +104,7 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
     least = least_certain([item.judged(run) for item, run in runs])
     for item, run in runs:
         judged = item.judged(run)
-        over = "task" if "task" in judged else "text"
+        over = next((name for name in QUANTITIES if name in judged), "text")
         if not {"row", "against", over, "verdict", DIFFERENCE, "rests on"} <= set(judged):
             continue
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
@@ -130,8 +132,7 @@ def uneven(judged: pd.DataFrame) -> pd.Series:
 
 def quantity(judged: pd.DataFrame, over: str) -> str:
     """What the differences are of."""
-    timed = judged["rests on"].str.contains("round").any()
-    return "seconds" if timed else "accuracy, points" if over == "task" else "perplexity"
+    return "seconds" if judged["rests on"].str.contains("round").any() else QUANTITIES[over]
 
 
 def read_notebook(path: Path) -> Item:

@@ -163,10 +163,13 @@ def test_table4_counts_cycles_per_row_and_continues(tiny_folder, tmp_path):
     folder = tmp_path / "table4"
     run("table4.ipynb", folder, model=str(tiny_folder), methods=["dense", "wanda"])
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
-    run("table4.ipynb", folder, model=str(tiny_folder))
+    run("table4.ipynb", folder, model=str(tiny_folder), seeds=[0, 1, 2])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
-    assert list(table.index) == ["dense", "sparsegpt", "wanda", "besa-row-wise"]
+    rows = ["dense", "sparsegpt", "wanda", "besa-row-wise", "wanda-matched", "sparsegpt-matched"]
+    assert list(table.index) == rows and len(list((folder / "records").iterdir())) == 1 + 3 * 5
+    verdicts = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
+    assert set(verdicts["rests on"]) == {"3 draws"} and len(verdicts) == 4 * verdicts["projection"].nunique()
     assert (table.loc["dense", ["q_proj", "gate_proj", "down_proj"]] == [1, 1, 2]).all()  # two patches of 16 x 16
     assert table.loc["wanda", "sparsity"] == 0.5
     for stem, suffix in [("tiny-smoke", s) for s in ("md", "tex", "png", "svg")] + [("tiny-smoke-projections", "csv")]:

@@ -37,9 +37,11 @@ def judge(
 
     Args:
         records: of all draws, which `seed` tells apart.
-        metric: perplexity (less is better; differences are factors) or accuracy_percent (in points).
-        over: text or task: the column's name.
+        metric: accuracy_percent (more is better; differences are in points), or perplexity or cycles (less is better;
+            differences are factors).
+        over: text, task or projection: the column's name.
     """
+    by_factor = metric != "accuracy_percent"
     draws: dict[str, dict[int, Record]] = {}
     for record in records:
         draws.setdefault(record["config"]["row"], {})[record["config"]["seed"]] = record
@@ -48,10 +50,10 @@ def judge(
         both = draws.get(ours, {}).keys() & draws.get(other, {}).keys()
         pairs = [(draws[ours][seed], draws[other][seed]) for seed in sorted(both)]
         for name in pairs[0][0]["metrics"] if pairs else ():
-            differences = _differences(pairs, name, samples, metric == "perplexity")
+            differences = _differences(pairs, name, samples, by_factor)
             about = {"row": ours, "against": other, over: name}
             same = ROUNDED if other.endswith(MATCHED) else SAME_ZEROS
-            lines.append(about | _verdict(pairs, differences, metric == "perplexity", same))
+            lines.append(about | _verdict(pairs, differences, by_factor, same))
     return pd.DataFrame(lines).set_index("row") if lines else pd.DataFrame()
 
 
@@ -80,22 +82,22 @@ def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, floa
 
 
 def _differences(
-    pairs: list[tuple[Record, Record]], name: str, samples: Samples, is_perplexity: bool
+    pairs: list[tuple[Record, Record]], name: str, samples: Samples, by_factor: bool
 ) -> list[Float[np.ndarray, "draws _"]]:
     """Ours less the other's by group, in nats per token or in points; without samples, of the metric itself."""
     names = [each for each in pairs[0][0]["metrics"] if each != "average"] if name == "average" else [name]
     found = [[samples(record) for record in pair] for pair in pairs]
     if all(set(names) <= set(each) for pair in found for each in pair):
-        scale = 1.0 if is_perplexity else 100.0
+        scale = 1.0 if by_factor else 100.0
         return [np.stack([scale * ours[g] - scale * other[g] for ours, other in found]) for g in names]
-    value = lambda record: np.log(record["metrics"][name]) if is_perplexity else record["metrics"][name]
+    value = lambda record: np.log(record["metrics"][name]) if by_factor else record["metrics"][name]
     return [np.array([[value(ours) - value(other)] for ours, other in pairs])]
 
 
 def _verdict(
     pairs: list[tuple[Record, Record]],
     differences: list[Float[np.ndarray, "draws _"]],
-    is_perplexity: bool,
+    by_factor: bool,
     same: float,
 ) -> dict[str, str]:
     """The difference, what it rests on, and what it says of the claim.
@@ -105,11 +107,11 @@ def _verdict(
     """
     mean, error, p = paired(differences)
     zeros = [sum(record["sparsity"] for record in row) / len(pairs) for row in zip(*pairs)]
-    is_better = (mean < 0) == is_perplexity
+    is_better = (mean < 0) == by_factor
     more = zeros[0] - zeros[1] if is_better else zeros[1] - zeros[0]  # of the better row
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
-    shown = f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}" if is_perplexity else f"{mean:+.2f} ± {error:.2f}"
-    rests_on = [f"{n} {'segments' if is_perplexity else 'questions'}"] * (n > 1)
+    shown = f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}" if by_factor else f"{mean:+.2f} ± {error:.2f}"
+    rests_on = [f"{n} {'segments' if by_factor else 'questions'}"] * (n > 1)
     return {
         "difference ± standard error": shown.replace("nan%", "?").replace("nan", "?"),
         "zeros": " and ".join(f"{zero:.4f}" for zero in zeros),
