@@ -120,6 +120,19 @@ def test_the_readme_says_what_new_values_cost_in_accuracy():
     assert "SparseGPT has {} on average and this {}".format(*averages) in text
 
 
+def test_the_readme_says_what_new_values_gain():
+    folder, found = ROOT / "results" / "reference" / "beyond", {}
+    for model in ("smollm2-135m", "gemma3-270m"):
+        judged = pd.read_csv(folder / f"{model}-quick-verdicts.csv")
+        other = judged["against"].str.rpartition("-")[0]
+        found |= {(model, name): set(verdicts) for name, verdicts in judged["verdict"].groupby(other)}
+    undecided = ("gemma3-270m", "wanda-block")
+    assert found.pop(undecided) == {"undecided"} and len(found) == 3 and set.union(*found.values()) == {"holds"}
+    text = (ROOT / "README.md").read_text()
+    assert "ahead of SparseGPT, and on SmolLM2 of `besa.Wanda()` with the same" in text
+    assert "which on Gemma 3 270M cannot be told apart" in text
+
+
 def test_the_readme_says_where_the_recipe_ends():
     judged = pd.read_csv(ROOT / "results" / "reference" / "sparsity" / "smollm2-135m-quick-verdicts.csv")
     judged = judged[judged["against"].str.endswith("-matched")].groupby("row")["verdict"].unique()
@@ -157,6 +170,17 @@ def test_the_readmes_packed_models_are_the_reference_run():
     assert list(judged.index[judged["verdict"] != "holds"]) == ["joint 4 bits at 0.7"]
     assert "(joint 4 bits at 70 %, the 1.1, cannot be told from dense)" in flat
     assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in text
+    prompts = beside["prompt of 512, s"]
+    longer = [prompts["llama.cpp, BF16"] / prompts["dense"], prompts["llama.cpp, Q4_0"] / prompts["joint 4 bits"]]
+    assert sorted(map(round, longer)) == [2, 4] and "For the prompt it takes two to four times as long" in flat
+    small, forms = models.loc["smollm2-135m"].unstack("form"), ("packed", "joint 4 bits")
+    of_dense = lambda column: pd.concat([small[column, form] / small[column, "dense"] for form in forms])
+    speed, seconds = of_dense("tokens/s, 1"), pd.concat([1 / of_dense("tokens/s, 16"), of_dense("prompt of 512, s")])
+    assert f"{speed.min():.1f} to {speed.max():.1f} x on one sequence" in flat
+    assert f"prompts take {seconds.min():.1f} to {seconds.max():.1f} times the dense model's seconds" in flat
+    packed, joint = (8 * products.loc[("11008 x 4096", 0.5, form), "bytes/weight"] for form in forms)
+    shown = f"takes {packed:.0f} bits, a jointly quantized one (`besa.Quantize(bits=4)`) about {joint:.0f};"
+    assert shown in flat
 
 
 def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
