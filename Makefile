@@ -3,8 +3,9 @@ PYTHON ?= python3
 PROFILE ?= auto
 RESULTS := $(or $(BESA_RESULTS),results)
 ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
+REFERENCE := $(sort $(wildcard results/reference/*/*.ipynb))
 
-.PHONY: venv venv-newest lock $(ITEMS) reproduce report book test test-gpu lab clean
+.PHONY: venv venv-newest lock $(ITEMS) reproduce $(REFERENCE) reference report book test test-gpu lab clean
 
 venv: .venv/installed
 
@@ -28,15 +29,20 @@ lock:
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
 		--custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
-# A run that fails leaves the last good notebook alone, and its own under a hidden name. Last comes what was written,
-# beside the reference numbers under results/reference.
-$(ITEMS): venv
-	mkdir -p $(RESULTS)/$@
-	.venv/bin/papermill reproduce/$@.ipynb $(RESULTS)/$@/.$@.ipynb -p profile $(PROFILE) --log-output
+# $(call execute,ITEM,FOLDER,NAME,PARAMETERS): a run that fails leaves the last good notebook alone, and its own under a
+# hidden name.
+define execute
+	.venv/bin/papermill reproduce/$(1).ipynb $(2)/.$(3).ipynb $(4) --log-output
 	.venv/bin/jupyter nbconvert --to notebook --log-level ERROR --ClearMetadataPreprocessor.enabled=True \
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", "language_info", "papermill"}' \
-		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $@ $(RESULTS)/$@/.$@.ipynb
-	rm $(RESULTS)/$@/.$@.ipynb
+		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $(3) $(2)/.$(3).ipynb
+	rm $(2)/.$(3).ipynb
+endef
+
+# Last comes what was written, beside the reference numbers under results/reference.
+$(ITEMS): venv
+	mkdir -p $(RESULTS)/$@
+	$(call execute,$@,$(RESULTS)/$@,$@,-p profile $(PROFILE))
 	.venv/bin/python reproduce/page.py --results $(RESULTS) --show $@
 
 # One after the other; a failing notebook stops no other and shows in the exit status. Finished rows are skipped.
@@ -44,6 +50,15 @@ reproduce: PROFILE := quick
 reproduce:
 	$(MAKE) -k -j1 $(ITEMS) PROFILE=$(PROFILE); status=$$?; \
 		.venv/bin/python reproduce/page.py --results $(RESULTS) && exit $$status
+
+# What is committed, each notebook with the parameters that it ran with: rows that have a record are not computed again.
+reference: $(REFERENCE)
+	.venv/bin/python reproduce/page.py
+
+$(REFERENCE): export BESA_RESULTS := results/reference
+$(REFERENCE): venv
+	$(call execute,$(notdir $(@D)),$(@D),$(basename $(@F)),-y "$$(.venv/bin/python -c \
+		'import nbformat; print(dict(nbformat.read("$@", 4).metadata.papermill.parameters))')")
 
 # The report of what came with the repository.
 report: venv
