@@ -29,10 +29,10 @@ lock:
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
 		--custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
-# $(call execute,ITEM,FOLDER,NAME,PARAMETERS): a run that fails leaves the last good notebook alone, and its own under a
-# hidden name.
+# $(call execute,ITEM,FOLDER,NAME,COMMAND), which prints the parameters: a run that fails leaves the last good notebook
+# alone, and its own under a hidden name.
 define execute
-	.venv/bin/papermill reproduce/$(1).ipynb $(2)/.$(3).ipynb $(4) --log-output
+	parameters="$$($(4))" && .venv/bin/papermill reproduce/$(1).ipynb $(2)/.$(3).ipynb -y "$$parameters" --log-output
 	.venv/bin/jupyter nbconvert --to notebook --log-level ERROR --ClearMetadataPreprocessor.enabled=True \
 		--ClearMetadataPreprocessor.preserve_nb_metadata_mask='{"kernelspec", "language_info", "papermill"}' \
 		--ClearMetadataPreprocessor.preserve_cell_metadata_mask='{"tags"}' --output $(3) $(2)/.$(3).ipynb
@@ -42,7 +42,7 @@ endef
 # Last comes what was written, beside the reference numbers under results/reference.
 $(ITEMS): venv
 	mkdir -p $(RESULTS)/$@
-	$(call execute,$@,$(RESULTS)/$@,$@,-p profile $(PROFILE))
+	$(call execute,$@,$(RESULTS)/$@,$@,echo "profile: $(PROFILE)")
 	.venv/bin/python reproduce/page.py --results $(RESULTS) --show $@
 
 # One after the other; a failing notebook stops no other and shows in the exit status. Finished rows are skipped.
@@ -57,8 +57,8 @@ reference: $(REFERENCE)
 
 $(REFERENCE): export BESA_RESULTS := results/reference
 $(REFERENCE): venv
-	$(call execute,$(notdir $(@D)),$(@D),$(basename $(@F)),-y "$$(.venv/bin/python -c \
-		'import nbformat; print(dict(nbformat.read("$@", 4).metadata.papermill.parameters))')")
+	$(call execute,$(notdir $(@D)),$(@D),$(basename $(@F)),.venv/bin/python -c 'from json import dumps; \
+		from nbformat import read; print(dumps(read("$@", 4).metadata.papermill.parameters))')
 
 # The report of what came with the repository.
 report: venv

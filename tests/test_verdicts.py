@@ -37,6 +37,16 @@ def test_the_error_of_one_draw_is_that_of_the_paired_t_test():
     assert mean / error == pytest.approx(expected.statistic) and p == pytest.approx(expected.pvalue)
 
 
+def test_fewer_cycles_are_better_and_three_draws_tell_their_noise():
+    fewer = [record("a", {"q_proj": 90.0 + seed / 10}, seed) for seed in range(3)]
+    more = [record("b", {"q_proj": 100.0}, seed) for seed in range(3)]
+    verdict = judged(fewer, more, metric="cycles").loc["a"]
+    assert verdict["difference ± standard error"] == "-9.9% ± 0.1%" and verdict["rests on"] == "3 draws"
+    assert verdict["verdict"] == "holds"
+    turned = judge([*fewer, *more], [("b", "a")], lambda _: {}, "cycles", "projection").loc["b"]
+    assert turned["projection"] == "q_proj" and turned["verdict"] == "does not hold"
+
+
 def test_the_error_of_an_average_and_of_several_draws_adds_theirs_up():
     groups = [np.random.default_rng(n).standard_normal((3, n)) for n in (5, 40)]
     mean, error, p = paired(groups)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from besa.evaluate.tasks import TASKS, check_tasks, load_task
+from besa.evaluate.tasks import TASKS, check_tasks, load_task, quiet
 from besa.machine.device import way_out
 from besa.machine.fields import checked
 from besa.machine.processes import rank
@@ -112,7 +112,8 @@ def zero_shot(
     training = model.training
     try:
         lm = SharedContexts(model, tokenizer, batch_size, progress, state)
-        outcome = lm_eval.evaluator.evaluate(lm, loaded)
+        with quiet():
+            outcome = lm_eval.evaluator.evaluate(lm, loaded)
     finally:
         model.train(training)
     rows = [_row(name, outcome, available[name]) for name in tasks]
