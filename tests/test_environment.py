@@ -71,13 +71,16 @@ def test_the_readmes_table_is_the_reference_runs():
 
 
 def test_the_readmes_full_protocol_is_the_reference_run():
-    table = pd.read_csv(ROOT / "results" / "reference" / "table1" / "smollm2-135m-paper.csv").set_index("method")
-    dense, wanda, matched, ours = (
-        f"{table.loc[row, 'wiki']:.2f} / {table.loc[row, 'sotu']:.2f}"
-        for row in ("dense", "wanda", "wanda-matched", "besa-row-wise")
-    )
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"dense {dense}, Wanda {wanda} and with BESA's zeros {matched}, row-wise BESA {ours} (" in text
+    folder, text = ROOT / "results" / "reference" / "table1", " ".join((ROOT / "README.md").read_text().split())
+    table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")
+    shown = {row: f"{table.loc[row, 'wiki']:.2f} / {table.loc[row, 'sotu']:.2f}" for row in table.index}
+    others = [f"{shown[row]} and with BESA's zeros {shown[f'{row}-matched']}" for row in ("wanda", "sparsegpt")]
+    said = f"dense {shown['dense']}, Wanda {others[0]}, SparseGPT {others[1]}, row-wise BESA {shown['besa-row-wise']}"
+    assert f"{said}: as above" in text
+    judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against", "text"])["verdict"]
+    judged = judged.loc["besa-row-wise"]
+    assert set(judged.loc["wanda-matched"]) == {"holds"}
+    assert list(judged.loc["sparsegpt-matched"][["wiki", "sotu"]]) == ["holds", "does not hold"]
 
 
 def test_the_readme_says_what_table_1_judged():
