@@ -204,6 +204,16 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
     assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005
 
 
+def test_the_readmes_zero_shot_answers_are_the_reference_run():
+    table = pd.read_csv(ROOT / "results" / "reference" / "fidelity" / "smollm2-135m-quick-zero-shot.csv")
+    found = table.set_index("precision").loc["float32"]
+    n, other, seconds = found[["questions", "other answers", "seconds of besa / windows"]]
+    said = (
+        f"Zero-shot answers are lm-eval's own, {n - other:.0f} of {n:.0f} in float32, in {seconds:.2f} of the seconds"
+    )
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_every_path_that_the_readmes_name_is_there():
     for name in ("README.md", "CONTRIBUTING.md", "reproduce/README.md"):
         text = (ROOT / name).read_text()
