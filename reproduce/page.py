@@ -26,7 +26,7 @@ from besa.paper.tables import REFERENCE, load_record, slug
 from besa.paper.verdicts import MATCHED, SURE
 
 DIFFERENCE = "difference ± standard error"
-QUANTITIES = {"text": "perplexity", "task": "accuracy, points", "projection": "cycles"}
+QUANTITIES = {"text": "perplexity", "task": "accuracy, points", "projection": "cycles", "hidden states": "error"}
 """What a table of verdicts is of, by the column that names what each row was measured on."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 

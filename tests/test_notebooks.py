@@ -202,15 +202,17 @@ def written(folder):
 
 
 def test_granularity_runs_a_missing_row_again_and_tells_targets_from_granularity(tiny_folder, tmp_path):
-    folder, options = tmp_path / "out", {"model": str(tiny_folder), "row_groups": [4, "row"]}
-    run("granularity.ipynb", folder, **options)  # smoke takes every second row
+    folder, options = tmp_path / "out", {"row_groups": ["row", "layer", 4], "dense_row_groups": ["layer", 4, "row"]}
+    options |= {"model": str(tiny_folder)}
+    run("granularity.ipynb", folder, **options)  # smoke takes every third row
     before = written(folder)
     (gone,) = (name for name in before if "besa-4-pruned" in name)
     (folder / "records" / gone).unlink()
     run("granularity.ipynb", folder, **options)
     assert {name for name, time in written(folder).items() if before[name] != time} == {gone}
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
-    assert list(table.index) == ["dense", "besa-4-pruned", "besa-row-dense"]
+    assert list(table.index) == ["dense", "besa-row-wise", "besa-4-pruned", "besa-row-dense"]
+    assert table.loc["besa-4-pruned", "sparsity"] == table.loc["besa-row-dense", "sparsity"] == 0.5
     crossed = pandas.read_csv(folder / "tiny-smoke-targets.csv", index_col="row_group")
     assert crossed.loc["4", "wiki, pruned targets"] == table.loc["besa-4-pruned", "wiki"]
     assert crossed.loc["row", "wiki, dense targets"] == table.loc["besa-row-dense", "wiki"]
@@ -367,9 +369,9 @@ def test_packed_measures_three_forms_and_continues(tiny_tokenizer, tmp_path):
         ("table1.ipynb", {"recipe": {"device": "cuda:99"}}, "device 'cuda:99' cannot be used here"),
         ("table1.ipynb", {"recipe": {"dcoef": 1}}, "recipe has an unknown key 'dcoef'; known: calibration, sampler"),
         ("table1.ipynb", {"recipe": {"dtype": "int4"}}, "dtype 'int4' is not 'bfloat16', 'float16', 'float32' or None"),
-        ("table3.ipynb", {"bits": 5}, "bits 5 is not 2, 3, 4 or 8"),
+        ("table3.ipynb", {"quantize": {"bits": 5}}, "bits 5 is not 2, 3, 4 or 8"),
         ("table3.ipynb", {"methods": ["dense", "wander"]}, r"unknown methods \['wander'\]; known: dense, quantized"),
-        ("table3.ipynb", {"group_size": 7, "methods": "dense,joint-besa"}, "16 columns do not divide into groups of 7"),
+        ("table3.ipynb", {"quantize": {"group_size": 7}, "methods": "joint-besa"}, "16 columns do not divide into"),
         ("table2.ipynb", {"tasks": "piqa,pica"}, "unknown task 'pica'"),
         ("table2.ipynb", {"limit": 0}, "limit must be at least 1"),
         ("table2.ipynb", {"methods": "dense,wander"}, "unknown method 'wander'"),

@@ -129,8 +129,8 @@ def hidden_state_errors(
 
     With h_t and d_t what the pruned and the dense model's block puts out for token t, before any final norm:
 
-        error = mean over tokens of ||h_t - d_t|| / ||d_t||
-        frobenius_error = mean over windows of ||h - d||_F / ||d||_F
+        error = mean over a window's tokens of ||h_t - d_t|| / ||d_t||
+        frobenius_error = ||h - d||_F / ||d||_F of the window
 
     In the second the tokens with the largest norms count most: where the first token's is 200 times the others', as
     behind block 11 of SmolLM2-135M, it says little about the others.
@@ -141,7 +141,7 @@ def hidden_state_errors(
         windows: token ids.
 
     Returns:
-        A row per block with `block`, `error` and `frobenius_error`, no unit.
+        A row per window and block with `window`, `block`, `error` and `frobenius_error`, no unit.
 
     Raises:
         ValueError: token ids that the model cannot take, or models of different shapes.
@@ -150,17 +150,17 @@ def hidden_state_errors(
     sizes = [(len(find_blocks(network)), network.config.get_text_config().hidden_size) for network in (model, dense)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models differ in (blocks, hidden size): {sizes[0]} and, dense, {sizes[1]}")
-    total = torch.zeros(sizes[0][0], 2)
+    rows = []
     with _evaluating(model), _evaluating(dense):
         calls = [record_calls(network, windows[:1]) for network in (model, dense)]
-        for window in tqdm(windows.split(1), desc="errors", unit="window", leave=False, disable=not progress):
-            hidden, target = (embed(network, window) for network in (model, dense))
+        for number in tqdm(range(len(windows)), desc="errors", unit="window", leave=False, disable=not progress):
+            hidden, target = (embed(network, windows[number : number + 1]) for network in (model, dense))
             steps = zip(find_blocks(model), find_blocks(dense), *calls, strict=True)
             for index, (block, dense_block, call, dense_call) in enumerate(steps):
                 hidden, target = run_block(block, hidden, call), run_block(dense_block, target, dense_call)
-                total[index] += _relative_errors(hidden, target.to(hidden.device)).cpu()
-    errors = (total / len(windows)).tolist()
-    return [{"block": i, "error": error, "frobenius_error": other} for i, (error, other) in enumerate(errors)]
+                error, other = _relative_errors(hidden, target.to(hidden.device)).tolist()
+                rows.append({"window": number, "block": index, "error": error, "frobenius_error": other})
+    return rows
 
 
 def _relative_errors(
