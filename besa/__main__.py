@@ -133,9 +133,10 @@ def pack(
     After `import besa`, `from_pretrained` loads it, and it is multiplied as it is.
     """
     from besa.checkpoint.pack import pack_checkpoint
+    from besa.checkpoint.plan import gib
 
     before, after = pack_checkpoint(source, output, trust_remote_code)
-    _say(f"wrote {output}: {after / 1e6:.1f} MB of weights, {after / before:.3f} of the {before / 1e6:.1f} MB before")
+    _say(f"wrote {output}: {gib(after)} of weights, {after / before:.3f} of the {gib(before)} before")
 
 
 @app.command()

@@ -163,7 +163,7 @@ def test_the_readmes_packed_models_are_the_reference_run():
         (line,) = (line for line in text.splitlines() if line.startswith(f"| {label} |"))
         assert re.findall(r"\d+\.\d+", line) == shown + [f"{ratio:.2f}" for ratio in ratios]
     beside = pd.read_csv(folder / "smollm2-135m-quick-llama-cpp.csv").set_index("form")
-    speed, size = beside["tokens/s, 1"], beside["MB"]
+    speed, size = beside["tokens/s, 1"], beside["GiB"]
     dense = [f"{speed[form]:.1f}" for form in ("llama.cpp, BF16", "dense", "packed")]
     four = [f"{speed[form]:.1f}" for form in ("llama.cpp, Q4_0", "joint 4 bits")]
     flat = " ".join(text.split())
@@ -206,12 +206,10 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
 
 def test_the_readmes_zero_shot_answers_are_the_reference_run():
     table = pd.read_csv(ROOT / "results" / "reference" / "fidelity" / "smollm2-135m-quick-zero-shot.csv")
-    found = table.set_index("precision").loc["float32"]
-    n, other, seconds = found[["questions", "other answers", "seconds of besa / windows"]]
-    said = (
-        f"Zero-shot answers are lm-eval's own, {n - other:.0f} of {n:.0f} in float32, in {seconds:.2f} of the seconds"
-    )
-    assert said in " ".join((ROOT / "README.md").read_text().split())
+    table, text = table.set_index("precision"), " ".join((ROOT / "README.md").read_text().split())
+    n, other = table.loc["float32", ["questions", "other answers"]]
+    assert f"Zero-shot answers are lm-eval's own, {n - other:.0f} of {n:.0f} in float32, in about the time" in text
+    assert table["seconds of besa / windows"].between(0.9, 1.1).all()
 
 
 def test_every_path_that_the_readmes_name_is_there():

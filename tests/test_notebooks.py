@@ -345,7 +345,7 @@ def test_packed_measures_three_forms_and_continues(tiny_tokenizer, tmp_path):
     assert written(folder) == before and len(before) == 3  # smoke takes one sparsity
     table = pandas.read_csv(folder / "tiny-smoke.csv")
     assert list(table["form"]) == 2 * ["dense", "packed", "joint 4 bits"]
-    assert (table["MB"].groupby(table["model"]).diff().dropna() < 0).all()
+    assert (table["GiB"].groupby(table["model"]).diff().dropna() < 0).all()
     projections = pandas.read_csv(folder / "tiny-smoke-projections.csv", index_col="product")
     assert {"torch dense", "torch CSR, float32", "packed", "joint 4 bits"} <= set(projections.index)
     for suffix in ("md", "tex", "png", "svg"):

@@ -621,7 +621,7 @@ def pruned_folder(tiny_llama, windows, tmp_path):
 def test_pack_writes_a_pruned_checkpoint_block_by_block(pruned_folder, tmp_path, bits):
     folder = pruned_folder(besa.Wanda(quantize=besa.Quantize(bits=bits) if bits else None))
     command = [sys.executable, "-m", "besa", "pack", str(folder), str(tmp_path / "packed")]
-    assert "MB of weights" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "MiB of weights" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (tmp_path / "packed" / "tokenizer.model").read_bytes() == b"tokens"
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")

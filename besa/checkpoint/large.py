@@ -47,8 +47,8 @@ def prune_if_large(
     """
     if method is None:
         return name, None
-    needed = _bytes_needed(load_shapes(name), windows, dtype, device, method, reconstruct)
-    if needed <= _room(device) and not work.exists():
+    needed = lambda: _bytes_needed(load_shapes(name), windows, dtype, device, method, reconstruct)
+    if not work.exists() and needed() <= _room(device):
         return name, None
     _check_stored(name, precision_of(find_checkpoint(name)), dtype, device)
     return str(work), prune_checkpoint(name, work, windows, method, device=str(device), reconstruct=reconstruct)

@@ -42,10 +42,10 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(
             [
-                f"memory: {_gib(self.block_bytes)} for a block, {_gib(self.device_free)} are free where it computes",
-                f"hidden states: {_gib(self.streams_bytes)} per rank in {_PLACES[self.hidden_states]}; "
-                f"{_gib(self.host_free)} of host memory are free",
-                f"disk: {_gib(self.disk_bytes)} to write for {self.n_blocks} blocks, {_gib(self.disk_free)} are free",
+                f"memory: {gib(self.block_bytes)} for a block, {gib(self.device_free)} are free where it computes",
+                f"hidden states: {gib(self.streams_bytes)} per rank in {_PLACES[self.hidden_states]}; "
+                f"{gib(self.host_free)} of host memory are free",
+                f"disk: {gib(self.disk_bytes)} to write for {self.n_blocks} blocks, {gib(self.disk_free)} are free",
             ]
         )
 
@@ -122,16 +122,16 @@ def make_plan(
     room["file"] = (USABLE * disk_free - shard_bytes) / n_ranks()
     if room["file"] < 0:
         raise ValueError(
-            f"the output does not fit: {_gib(shard_bytes)} are still to be written and {_gib(disk_free)} are free in "
+            f"the output does not fit: {gib(shard_bytes)} are still to be written and {gib(disk_free)} are free in "
             f"{output}, of which besa fills {USABLE:.0%}; make room or name another folder"
         )
     needed = {"host": pinned}
     places = [p for p, free in room.items() if wanted in ("auto", p) and needed.get(p, streams) <= free]
     if room["device"] < 0 or not places:
-        found = ", ".join(f"{_gib(max(0.0, free))} in {_PLACES[place]}" for place, free in room.items())
+        found = ", ".join(f"{gib(max(0.0, free))} in {_PLACES[place]}" for place, free in room.items())
         raise ValueError(
-            f"a block takes {_gib(block_bytes)} of the {_gib(device_free)} that are free on {device}, and the hidden "
-            f"states of {n_windows} windows {_gib(streams)}; there is room for {found} (hidden_states={wanted!r}). "
+            f"a block takes {gib(block_bytes)} of the {gib(device_free)} that are free on {device}, and the hidden "
+            f"states of {n_windows} windows {gib(streams)}; there is room for {found} (hidden_states={wanted!r}). "
             "Take fewer or shorter windows, hidden_states='auto', more ranks or a larger machine"
         )
     on_disk = shard_bytes + streams * (places[0] == "file")
@@ -143,5 +143,6 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _gib(n: int | float) -> str:
+def gib(n: int | float) -> str:
+    """Bytes to read, in GiB, or in MiB below a quarter of one."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.0f} MiB"

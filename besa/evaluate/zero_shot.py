@@ -105,10 +105,7 @@ def zero_shot(
     state = StateFile(_of_rank(checkpoint), "zero_shot", lambda: asked | _identity(model))
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
-    numbers = {name: _subset(n, limit, seed) for name, n in available.items()}
-    for name, task in loaded.items():  # lm-eval's own `samples` reads every document to ask a few
-        split = TASKS[name].split
-        task.dataset[split] = task.dataset[split].select(numbers[name])
+    numbers = {name: _keep_asked(task.dataset, TASKS[name].split, limit, seed) for name, task in loaded.items()}
     training = model.training
     try:
         lm = SharedContexts(model, tokenizer, batch_size, progress, state)
@@ -147,9 +144,12 @@ def _identity(model: PreTrainedModel) -> dict[str, str]:
     return {"weights": sum_of(there), "device": model.device.type}
 
 
-def _subset(n: int, limit: int | None, seed: int) -> list[int]:
-    """Of the numbers of n questions, in their order."""
-    return sorted(random.Random(seed).sample(range(n), n if limit is None else min(limit, n)))
+def _keep_asked(dataset: dict[str, Any], split: str, limit: int | None, seed: int) -> list[int]:
+    """Leave the documents that are asked, for lm-eval's own `samples` reads all; returns their numbers, in order."""
+    n = len(dataset[split])
+    numbers = sorted(random.Random(seed).sample(range(n), n if limit is None else min(limit, n)))
+    dataset[split] = dataset[split].select(numbers)
+    return numbers
 
 
 def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:

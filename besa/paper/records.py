@@ -446,5 +446,5 @@ class Run:
     def save_figure(self, figure: Figure, suffix: str = "") -> None:
         """Save a figure under the run's name, as PNG and SVG; one without a title gets model and profile."""
         if not figure.get_suptitle():
-            figure.suptitle(f"{self.model}, profile {self.profile.name}", fontsize=10)
+            figure.suptitle(f"{self.model}, profile {self.profile.name}")
         tables.save_figure(figure, self.folder, self.stem + suffix)
