@@ -1,5 +1,6 @@
 """Sweeps: every cell runs, a failing one takes no other along, and finished ones are not run again."""
 
+import json
 import runpy
 import signal
 import subprocess
@@ -41,9 +42,11 @@ def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short
     second = sweep(folder, models, "--methods", "wanda")
     assert "finished before: table1-tiny-wanda" in second.stdout and second.returncode == 1
     assert record.stat().st_mtime_ns == before
-    (folder / "table1-tiny-wanda.ipynb").write_text("{")  # a kill while papermill wrote it
-    third = sweep(folder, str(tiny_folder), "--methods", "wanda")
-    assert third.returncode == 0 and "finished before" not in third.stdout
+    executed = folder / "table1-tiny-wanda.ipynb"
+    parameters = json.loads(executed.read_text())["metadata"]["papermill"]["parameters"]
+    assert script["is_finished"](executed, parameters) and not script["is_finished"](executed, parameters | {"x": 1})
+    executed.write_text("{")  # a kill while papermill wrote it
+    assert not script["is_finished"](executed, parameters)
 
 
 def test_an_unknown_notebook_is_refused_before_any_job(tmp_path):
