@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas
 import papermill
 import pytest
@@ -146,7 +147,7 @@ def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):
     folder = tmp_path / "table3"
     run("table3.ipynb", folder, model=str(tiny_folder), methods=["dense", "joint-wanda"], datasets=["wiki"])
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
-    run("table3.ipynb", folder, model=str(tiny_folder), datasets=["wiki"])
+    run("table3.ipynb", folder, model=str(tiny_folder), datasets=["wiki"], seeds=[0, 1])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
     rows = ["dense", "quantized", "joint-wanda", "joint-clipping", "joint-besa"]
@@ -202,7 +203,7 @@ def written(folder):
 
 
 def test_granularity_runs_a_missing_row_again_and_tells_targets_from_granularity(tiny_folder, tmp_path):
-    folder, options = tmp_path / "out", {"row_groups": ["row", "layer", 4], "dense_row_groups": ["layer", 4, "row"]}
+    folder, options = tmp_path / "out", {"row_groups": ["row", "layer", 8, 4], "dense_row_groups": [4, "layer", "row"]}
     options |= {"model": str(tiny_folder)}
     run("granularity.ipynb", folder, **options)  # smoke takes every third row
     before = written(folder)
@@ -211,8 +212,10 @@ def test_granularity_runs_a_missing_row_again_and_tells_targets_from_granularity
     run("granularity.ipynb", folder, **options)
     assert {name for name, time in written(folder).items() if before[name] != time} == {gone}
     table = pandas.read_csv(folder / "tiny-smoke.csv", index_col="method")
-    assert list(table.index) == ["dense", "besa-row-wise", "besa-4-pruned", "besa-row-dense"]
-    assert table.loc["besa-4-pruned", "sparsity"] == table.loc["besa-row-dense", "sparsity"] == 0.5
+    assert list(table.index) == ["wanda", "besa-row-pruned", "besa-4-pruned", "besa-row-dense"]
+    assert (table["sparsity"] == 0.5).all()
+    judged = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
+    assert list(judged["against"]) == ["besa-4-pruned", "besa-row-pruned", "wanda"]
     crossed = pandas.read_csv(folder / "tiny-smoke-targets.csv", index_col="row_group")
     assert crossed.loc["4", "wiki, pruned targets"] == table.loc["besa-4-pruned", "wiki"]
     assert crossed.loc["row", "wiki, dense targets"] == table.loc["besa-row-dense", "wiki"]
@@ -260,7 +263,7 @@ def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
         sparsities=[0.5, 0.75],
     )
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
-    assert len(before) == 1 + 1 + 2 * 2
+    assert len(before) == 1 + 1 + 2 * 2  # no BESA, so none with its zeros
     run("figure1.ipynb", folder, model=str(tiny_folder), sparsities=[0.75, 0.5, 0.6, 0.7])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     kinds = pandas.read_csv(folder / "tiny-smoke-kinds.csv", index_col="method")
@@ -269,7 +272,13 @@ def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
     shares = {"q_proj": 256, "o_proj": 256, "down_proj": 512}  # of the 2560 weights of a block
     assert kinds.loc["down_proj-0.75", "sparsity"] == 0.75 * shares["down_proj"] / 2560
     blocks = pandas.read_csv(folder / "tiny-smoke-blocks.csv")
-    assert list(blocks["method"].unique()) == ["wanda", "sparsegpt", "besa-row-wise"]
+    plain = ["wanda", "sparsegpt", "besa-row-wise"]
+    assert list(blocks["method"].unique()) == [*plain, "wanda-matched", "sparsegpt-matched"]
+    judged = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
+    assert list(judged["hidden states"]) == 4 * ["error first block", "error last block"]
+    last = blocks.query("method == 'wanda' and block == 1")["error"].item()
+    with np.load(next((folder / "samples").glob("tiny-smoke-wanda-????????????.npz"))) as samples:
+        assert np.exp(samples["error last block"]) == pytest.approx([last])  # by segment, of which smoke has one
     assert (blocks.groupby("method")["block"].count() == 2).all() and (blocks["error"] > 0).all()
     for stem in ("tiny-smoke", "tiny-smoke-kinds", "tiny-smoke-blocks"):
         assert "SMOKE RUN" in (folder / f"{stem}.md").read_text() and (folder / f"{stem}.tex").stat().st_size > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.checkpoint.format import find_checkpoint, precision_of
-from besa.checkpoint.plan import bytes_for, n_streams
+from besa.checkpoint.plan import bytes_for, gib, n_streams
 from besa.checkpoint.run import prune_checkpoint
 from besa.decoder import Span, find_blocks
 from besa.inputs.models import load_shapes, weight_bytes
@@ -47,9 +47,10 @@ def prune_if_large(
     """
     if method is None:
         return name, None
-    needed = lambda: _bytes_needed(load_shapes(name), windows, dtype, device, method, reconstruct)
-    if not work.exists() and needed() <= _room(device):
-        return name, None
+    if not work.exists():
+        needed = _bytes_needed(load_shapes(name), windows, dtype, device, method, reconstruct)
+        if needed <= _room(device):
+            return name, None
     _check_stored(name, precision_of(find_checkpoint(name)), dtype, device)
     return str(work), prune_checkpoint(name, work, windows, method, device=str(device), reconstruct=reconstruct)
 
@@ -123,6 +124,6 @@ def _check_disk(name: str, needed: int, folder: Path, device: torch.device) -> N
     free += sum(path.stat().st_size for path in folder.glob(".*/*.safetensors"))  # of interrupted rows
     if needed > USABLE * free:
         raise ValueError(
-            f"{name} is too large for the memory of {device}; pruned it takes {needed / 1e9:.0f} GB of disk, and "
-            f"{free / 1e9:.0f} GB are free in {folder}; name another results folder"
+            f"{name} is too large for the memory of {device}; pruned it takes {gib(needed)} of disk, and "
+            f"{gib(free)} are free in {folder}; name another results folder"
         )

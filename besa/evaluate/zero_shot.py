@@ -105,7 +105,9 @@ def zero_shot(
     state = StateFile(_of_rank(checkpoint), "zero_shot", lambda: asked | _identity(model))
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
-    numbers = {name: _keep_asked(task.dataset, TASKS[name].split, limit, seed) for name, task in loaded.items()}
+    numbers = {}
+    for name, task in loaded.items():
+        numbers[name] = _keep_asked(task.dataset, TASKS[name].split, limit, seed)
     training = model.training
     try:
         lm = SharedContexts(model, tokenizer, batch_size, progress, state)

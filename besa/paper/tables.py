@@ -15,7 +15,10 @@ from besa.baselines import named_method
 from besa.machine.files import read_note, replacing, write_text
 from besa.machine.provenance import ROOT
 
-matplotlib.rcParams |= {"axes.titlesize": 10, "figure.titlesize": 10, "legend.fontsize": 8, "legend.title_fontsize": 8}
+# Here, because every notebook imports it: one size of type in all figures.
+matplotlib.rcParams.update(
+    {"axes.titlesize": 10, "figure.titlesize": 10, "legend.fontsize": 8, "legend.title_fontsize": 8}
+)
 
 Record = dict[str, Any]
 """What `besa.paper.records.Run.save` wrote of a row."""

@@ -37,9 +37,9 @@ def judge(
 
     Args:
         records: of all draws, which `seed` tells apart.
-        metric: accuracy_percent (more is better; differences are in points), or perplexity or cycles (less is better;
-            differences are factors).
-        over: text, task or projection: the column's name.
+        metric: accuracy_percent (more is better; differences are in points), or perplexity, cycles or error (less is
+            better; differences are factors).
+        over: text, task, projection or hidden states: the column's name.
     """
     by_factor = metric != "accuracy_percent"
     draws: dict[str, dict[int, Record]] = {}
