@@ -89,7 +89,7 @@ def by_setting(frame: pd.DataFrame, references: pd.DataFrame | None = None) -> F
             ax.set_xlabel(panel)
         row[0].set_ylabel(f"perplexity on {text}")
     labels = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
