@@ -204,6 +204,17 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
     assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005
 
 
+def test_the_readmes_granularities_are_the_reference_run():
+    judged = pd.read_csv(ROOT / "results" / "reference" / "granularity" / "smollm2-135m-quick-verdicts.csv")
+    verdicts = judged.set_index(["row", "against"])["verdict"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "with equal zeros, rows are ahead where blocks reproduce the dense model's hidden states" in text
+    assert verdicts["besa-row-dense", "besa-layer-dense"] == "holds"
+    assert "cannot be told from whole projections and are behind groups of 8 rows" in text
+    assert verdicts["besa-row-pruned", "besa-layer-pruned"] == "undecided"
+    assert verdicts["besa-row-pruned", "besa-8-pruned"] == "does not hold"
+
+
 def test_the_readmes_zero_shot_answers_are_the_reference_run():
     table = pd.read_csv(ROOT / "results" / "reference" / "fidelity" / "smollm2-135m-quick-zero-shot.csv")
     table, text = table.set_index("precision"), " ".join((ROOT / "README.md").read_text().split())
