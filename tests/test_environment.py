@@ -208,9 +208,9 @@ def test_the_readmes_granularities_are_the_reference_run():
     judged = pd.read_csv(ROOT / "results" / "reference" / "granularity" / "smollm2-135m-quick-verdicts.csv")
     verdicts = judged.set_index(["row", "against"])["verdict"]
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "with equal zeros, rows are ahead where blocks reproduce the dense model's hidden states" in text
+    assert "rows are ahead of whole projections where blocks reproduce the dense model's hidden states" in text
     assert verdicts["besa-row-dense", "besa-layer-dense"] == "holds"
-    assert "cannot be told from whole projections and are behind groups of 8 rows" in text
+    assert "on pruned inputs they cannot be told from whole projections and are behind groups of 8 rows" in text
     assert verdicts["besa-row-pruned", "besa-layer-pruned"] == "undecided"
     assert verdicts["besa-row-pruned", "besa-8-pruned"] == "does not hold"
 

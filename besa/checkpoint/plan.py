@@ -144,5 +144,5 @@ def _power_of_2(n: int) -> int:
 
 
 def gib(n: int | float) -> str:
-    """Bytes to read, in GiB, or in MiB below a quarter of one."""
+    """A number of bytes as a person reads it: in GiB, below a quarter of one in MiB."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.0f} MiB"
