@@ -13,7 +13,8 @@ venv: .venv/installed
 # locked for CUDA is not installed.
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint requirements.lock --editable '.[notebooks,dev,docs]'
+	.venv/bin/pip install --quiet --no-compile --constraint requirements.lock --editable '.[notebooks,dev,docs]'
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # on all cores, where pip takes one; a few do not parse
 	touch $@
 
 # The newest versions that pyproject.toml admits, instead of the locked ones.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from besa.kernels import Ranking, bucket_sums, masked_rows
 from besa.machine.device import deterministic
-from besa.masks import slices
+from besa.masks import order_of_rows, slices
 
 
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
@@ -72,7 +72,7 @@ def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "
     place = torch.arange(columns, dtype=dtype, device=importance.device)
     table = bucket_of_rank.to(importance.device, torch.uint8)
     for scores, rank, bucket in zip(*map(slices, (importance, ranks, buckets)), strict=True):
-        order = scores.sort(dim=1, stable=True).indices
+        order = order_of_rows(scores)
         with deterministic(False):  # a row's places are all different; torch would sort them
             rank.scatter_(1, order, place.expand_as(order))
             bucket.scatter_(1, order, table.expand_as(order))

@@ -11,10 +11,11 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from besa.machine.files import replacing
+from besa.machine.threads import sort_rows
 
 
 def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
@@ -22,7 +23,7 @@ def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool
     n_pruned = int(sparsity * scores.shape[1])
     if n_pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = _nth_lowest(scores, n_pruned)
+    threshold = sorted_rows(scores)[:, n_pruned - 1 : n_pruned]
     lower, equal = scores < threshold, scores == threshold
     n_equal = n_pruned - lower.sum(dim=1, keepdim=True)  # that go; at least one does
     return ~(lower | equal & (equal.cumsum(dim=1, dtype=torch.int32) <= n_equal))
@@ -60,12 +61,21 @@ def places(scores: Float[Tensor, "rows columns"], m: int) -> UInt8[Tensor, "rows
     return place.T.reshape(scores.shape)
 
 
-def _nth_lowest(scores: Float[Tensor, "rows columns"], n: int) -> Float[Tensor, "rows 1"]:
-    """Of each row, counted from 1."""
-    if scores.device.type == "cpu":
-        return scores.kthvalue(n, dim=1, keepdim=True).values
-    # On one long row sorting is 20 times as fast as kthvalue (pytorch #75599); it takes 30 bytes a score.
-    return torch.cat([part.sort(dim=1).values[:, n - 1 : n] for part in slices(scores)])
+def sorted_rows(scores: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Each row from low to high."""
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        return torch.from_numpy(sort_rows(scores.numpy().copy()))
+    return torch.cat([part.sort(dim=1).values for part in slices(scores)])
+
+
+def order_of_rows(scores: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
+    """Where each row's lowest score stands, then the next; of equals, the first goes first."""
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        bits = (scores + 0.0).view(torch.int32)  # -0.0 became 0.0
+        bits ^= (bits >> 31) & 0x7FFFFFFF  # as integers in the order of the scores
+        keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(scores.shape[1]))
+        return torch.from_numpy(sort_rows(keys.numpy())).bitwise_and_(0xFFFFFFFF)
+    return scores.sort(dim=1, stable=True).indices
 
 
 def slices(matrix: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, "part columns"], ...]:

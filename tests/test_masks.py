@@ -6,8 +6,23 @@ import pytest
 import safetensors.torch
 import torch
 
-from besa.masks import KeepMasks, pack_bits, unpack_bits
+from besa.masks import KeepMasks, order_of_rows, pack_bits, sorted_rows, unpack_bits
 from besa.quantize import Quantize, QuantizedFiles, save_quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_rows_are_ordered_as_torch_orders_them_stably(dtype, n_threads):
+    scores = torch.randn(400, 333, generator=torch.Generator().manual_seed(0)).mul(20).round().div(20).to(dtype)
+    scores[0, :9] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, torch.inf, -torch.inf, -0.0, 0.0, -0.05])
+    before, own = torch.get_num_threads(), scores.clone()
+    torch.set_num_threads(n_threads)
+    try:
+        order, ordered = order_of_rows(scores), sorted_rows(scores)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(order, scores.sort(dim=1, stable=True).indices) and torch.equal(scores, own)
+    assert torch.equal(ordered, scores.gather(1, order))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 8), (5, 64), (0, 4)])

@@ -1,4 +1,4 @@
-"""Compiled kernels on several threads at once: torch's own, which numba's functions enter without Python."""
+"""Several threads at once: torch's own for compiled kernels, which numba's functions enter without Python."""
 
 import ctypes
 import functools
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import no_type_check
 
+import numpy as np
 import torch
 
 try:
@@ -41,6 +42,13 @@ def over_rows(kernel: Callable, rows: int, *args, work: int) -> None:
         failed = any(list(_pool().map(lambda edge: kernel((0, 0, 0), 1, *edge, args), edges)))
     if failed:
         raise MemoryError(f"no room for a pass over {rows} rows")
+
+
+def sort_rows(matrix: np.ndarray) -> np.ndarray:
+    """Each row from low to high, in place: numpy's sort of plain numbers takes a fourth of torch's time, or less."""
+    parts = np.array_split(matrix, min(torch.get_num_threads(), 1 + matrix.size // THREAD))
+    list(_pool().map(lambda part: part.sort(axis=1), parts))
+    return matrix
 
 
 @functools.cache
