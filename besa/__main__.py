@@ -95,7 +95,7 @@ def prune(
         Literal["auto", "device", "host", "file"], typer.Option(help="where the hidden states lie")
     ] = "auto",
     trust_remote_code: RemoteCode = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, try the first block, show the plan, stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show memory and disk, stop")] = False,
 ) -> None:
     """Prune the checkpoint SOURCE into OUTPUT, one block in memory at a time.
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -443,8 +443,9 @@ class Run:
             return f"The repository holds no reference run of these rows ({self.model}, profile {self.profile.name})."
         return self.write_table(comparison, f"Ours beside results/reference/{self.item}", "-reference")
 
-    def save_figure(self, figure: Figure, suffix: str = "") -> None:
-        """Save a figure under the run's name, as PNG and SVG; one without a title gets model and profile."""
+    def save_figure(self, figure: Figure, suffix: str = "", seeds: Sequence[int] = ()) -> None:
+        """Save a figure under the run's name, as PNG and SVG; one without a title gets model, profile and draws."""
         if not figure.get_suptitle():
-            figure.suptitle(f"{self.model}, profile {self.profile.name}")
+            drawn = [f"mean of {len(seeds)} draws"] if len(seeds) > 1 else [f"seed {seed}" for seed in seeds]
+            figure.suptitle(", ".join([self.model, f"profile {self.profile.name}", *drawn]))
         tables.save_figure(figure, self.folder, self.stem + suffix)
