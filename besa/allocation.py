@@ -23,7 +23,7 @@ from torch import Tensor
 
 from besa.kernels import Ranking, bucket_sums, masked_rows
 from besa.machine.device import deterministic
-from besa.masks import order_of_rows, slices
+from besa.masks import ranks_of_rows, slices
 
 
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
@@ -64,18 +64,12 @@ def reachable_sparsity(n: int, smooth: bool) -> tuple[float, float]:
 
 def rank_rows(importance: Float[Tensor, "rows columns"], counts: Int64[Tensor, "n"]) -> Ranking:
     """Rank every row by importance (stable) and look up the candidate buckets of the ranks."""
-    rows, columns = importance.shape
+    columns = importance.shape[1]
     dtype = torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
     bucket_of_rank = (counts[None, :] > torch.arange(columns, device=counts.device)[:, None]).sum(1).sub_(1)
-    ranks = torch.empty(rows, columns, dtype=dtype, device=importance.device)
-    buckets = torch.empty(rows, columns, dtype=torch.uint8, device=importance.device)
-    place = torch.arange(columns, dtype=dtype, device=importance.device)
     table = bucket_of_rank.to(importance.device, torch.uint8)
-    for scores, rank, bucket in zip(*map(slices, (importance, ranks, buckets)), strict=True):
-        order = order_of_rows(scores)
-        with deterministic(False):  # a row's places are all different; torch would sort them
-            rank.scatter_(1, order, place.expand_as(order))
-            bucket.scatter_(1, order, table.expand_as(order))
+    ranks = ranks_of_rows(importance, dtype)
+    buckets = torch.cat([table[part.int()] for part in slices(ranks)])
     return Ranking(ranks, buckets, table)
 
 

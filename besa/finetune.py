@@ -37,7 +37,7 @@ from besa.decoder import (
 from besa.machine.fields import Count, Positive, Seed, check_fields, checked, documented
 from besa.machine.files import tensor_sha256
 from besa.machine.memory import measure
-from besa.machine.state import StateFile, sum_of
+from besa.machine.state import StateFile, sum_of, sum_of_weights
 from besa.masks import pack_bits
 from besa.packed import PackedLinear
 from besa.report import Masks
@@ -278,8 +278,8 @@ def _identity(
         "config": config.config(),
         "windows": tensor_sha256(windows),
         "masks": sum_of(pack_bits(pruned[key][1]) for key in sorted(pruned)),
-        "weights": sum_of(model.state_dict().values()),
-        "dense model": sum_of(dense.state_dict().values()) if dense is not None else None,
+        "weights": sum_of_weights(model),
+        "dense model": sum_of_weights(dense) if dense is not None else None,
         "device": model.device.type,
     }
 

@@ -11,9 +11,10 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Int64, Shaped, UInt8
 from torch import Tensor
 
+from besa.machine.device import deterministic
 from besa.machine.files import replacing
 from besa.machine.threads import sort_rows
 
@@ -64,18 +65,29 @@ def places(scores: Float[Tensor, "rows columns"], m: int) -> UInt8[Tensor, "rows
 def sorted_rows(scores: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """Each row from low to high."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        return torch.from_numpy(sort_rows(scores.numpy().copy()))
+        return torch.from_numpy(sort_rows(scores.detach().numpy().copy()))
     return torch.cat([part.sort(dim=1).values for part in slices(scores)])
 
 
 def order_of_rows(scores: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
     """Where each row's lowest score stands, then the next; of equals, the first goes first."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        bits = (scores + 0.0).view(torch.int32)  # -0.0 became 0.0
+        bits = (scores.detach() + 0.0).view(torch.int32)  # -0.0 became 0.0
         bits ^= (bits >> 31) & 0x7FFFFFFF  # as integers in the order of the scores
         keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(scores.shape[1]))
         return torch.from_numpy(sort_rows(keys.numpy())).bitwise_and_(0xFFFFFFFF)
     return scores.sort(dim=1, stable=True).indices
+
+
+def ranks_of_rows(scores: Float[Tensor, "rows columns"], dtype: torch.dtype) -> Int[Tensor, "rows columns"]:
+    """Where each score stands in its row, 0 for the lowest; of equals, the first is lower."""
+    ranks = torch.empty(scores.shape, dtype=dtype, device=scores.device)
+    place = torch.arange(scores.shape[1], dtype=dtype, device=scores.device)
+    for part, rank in zip(slices(scores), slices(ranks), strict=True):
+        order = order_of_rows(part)
+        with deterministic(False):  # a row's places are all different; torch would sort them
+            rank.scatter_(1, order, place.expand_as(order))
+    return ranks
 
 
 def slices(matrix: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, "part columns"], ...]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from besa.budget import BAND, BUCKETS
-from besa.masks import order_of_rows, places, sorted_rows
+from besa.masks import places, ranks_of_rows, sorted_rows
 
 SCORE_LR = 3.0
 """How much faster scores, in units of log importance, learn than sparsities."""
@@ -137,13 +137,11 @@ class Scored:
         """M: False for as many of each row; past the last whole step, those of the next that rank lowest."""
         ranked, pruned = self.ranked(scores), counts // self.step
         if self.m is None:
-            order, place = order_of_rows(ranked), torch.empty_like(ranked, dtype=torch.int64)
-            place.scatter_(1, order, torch.arange(ranked.shape[1], device=ranked.device).expand_as(order))
-            return place >= counts[:, None]
+            return ranks_of_rows(ranked, torch.int32) >= counts.to(torch.int32)[:, None]
         place = places(ranked, self.m)
         keep_mask = place >= pruned.to(torch.uint8)[:, None]
         for row in (counts % self.step).nonzero().flatten().tolist():
             following = (place[row] == pruned[row]).nonzero().flatten()
-            lowest = ranked[row, following].argsort()[: int(counts[row]) % self.step]
+            lowest = ranked[row, following].argsort(stable=True)[: int(counts[row]) % self.step]
             keep_mask[row, following[lowest]] = False
         return keep_mask

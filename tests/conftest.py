@@ -5,7 +5,7 @@ import jaxtyping
 import pytest
 import torch
 from nbval.plugin import IPyNbCell
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("BESA_PROFILE", "smoke")
 # nbval waits 5 seconds for a cell's outputs behind its end: too few on a busy machine.
@@ -32,6 +32,15 @@ def tiny_llama():
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def spread(tiny_llama, tmp_path):
+    """The tiny model as one that is larger than the GPU is loaded: two blocks and the head stay in their file."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    parts |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=parts)
 
 
 @pytest.fixture

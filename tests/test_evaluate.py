@@ -4,7 +4,6 @@ import math
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import besa
 from besa.decoder import projections, weight_of
@@ -124,15 +123,6 @@ def test_ranks_sum_to_one_process_even_where_there_are_more_than_segments(tiny_l
         monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
         shares.append(math.log(besa.perplexity(tiny_llama, tokens, 24, progress=False)))
     assert sum(shares) == pytest.approx(math.log(whole)) and shares[3] == 0
-
-
-@pytest.fixture
-def spread(tiny_llama, tmp_path):
-    """The tiny model as one that is larger than the GPU is loaded: two blocks and the head stay in their file."""
-    tiny_llama.save_pretrained(tmp_path / "model")
-    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    parts |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=parts)
 
 
 def test_a_spread_model_is_measured_as_a_whole_one(tiny_llama, spread, windows):

@@ -241,6 +241,15 @@ def test_distillation_moves_towards_the_dense_model(tiny_llama, text):
     assert all(parameter.grad is None for parameter in dense.parameters())
 
 
+def test_a_teacher_larger_than_the_gpu_teaches_what_one_that_fits_does(tiny_llama, spread, text, tmp_path):
+    dense, config, rows = copy.deepcopy(tiny_llama), FineTune("full", **FAST | {"epochs": 1}, distill=1.0), []
+    report = besa.prune(tiny_llama, text, besa.Wanda(), progress=False)
+    for number, teacher in enumerate((dense, spread)):
+        options = {"dense": teacher, "checkpoint": tmp_path / f"{number}.pt", "progress": False}
+        rows.append(besa.finetune(copy.deepcopy(tiny_llama), text, report, config, **options).held_out)
+    assert rows[0][-1]["held_out"] == pytest.approx(rows[1][-1]["held_out"], rel=1e-5)
+
+
 def test_training_that_does_not_help_leaves_the_model_and_stops_early(pruned, text, windows):
     """What was learned from a text is only lost on random tokens."""
     model, report = pruned

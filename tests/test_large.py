@@ -92,6 +92,21 @@ def test_a_large_model_gets_new_values_too_but_is_not_measured_as_a_whole(source
     for method in (besa.Besa(budget="exact", scope="model"), Owl()):
         with pytest.raises(ValueError, match=f"{method.name} with these options measures a model that is in memory"):
             large.prune_if_large(source, windows, method, tmp_path / "other", torch.float32, cpu)
+        with pytest.raises(ValueError, match=f"{method.name} with these options measures a model that is in memory"):
+            large.precision_that_fits(source, windows, [besa.Wanda(), method], tmp_path, None, cpu)
+
+
+def test_what_new_values_take_counts_before_a_row_begins(source, windows, tmp_path, monkeypatch):
+    asked = source, windows, [besa.Wanda()], tmp_path, torch.bfloat16, CPU
+    shapes = large.load_shapes(source)
+    alone, new = (
+        large._bytes_needed(shapes, windows, torch.bfloat16, CPU, besa.Wanda(), each)
+        for each in (None, besa.Reconstruct("block"))
+    )
+    monkeypatch.setattr(large, "free_device", lambda _: (alone + new) / 2 / large.USABLE)
+    assert alone < new and large.precision_that_fits(*asked) == torch.bfloat16
+    with pytest.raises(ValueError, match="too large to be converted"):
+        large.precision_that_fits(*asked, besa.Reconstruct("block"))
 
 
 def test_methods_that_do_not_fit_the_model_are_refused(source, windows, tmp_path):

@@ -195,8 +195,9 @@ def test_an_unknown_model_names_the_known_ones(monkeypatch, tmp_path):
 def test_bad_dtype_and_device_are_refused():
     with pytest.raises(ValueError, match="dtype 'int8' is not one of bfloat16, float16, float32"):
         besa.load_model("smollm2-135m", dtype="int8")
-    with pytest.raises(ValueError, match="device 'tpu' cannot be used here"):
-        besa.load_model("smollm2-135m", device="tpu")
+    for device in ("tpu", "meta"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+            besa.load_model("smollm2-135m", device=device)
 
 
 @pytest.mark.parametrize("native, on_cpu, on_gpu", [(True, "bfloat16", "bfloat16"), (False, "float32", "float16")])

@@ -202,6 +202,7 @@ def test_codes_that_another_run_left_are_not_this_ones(source, tmp_path, windows
     codes.parent.mkdir(parents=True)
     codes.write_bytes(b"of a run that was killed before it noted its first block")
     assert not prune(source, tmp_path / "out", windows, METHODS["wanda"]).quantized
+    assert not codes.exists()  # for `pack` takes what lies there
     report = prune(source, tmp_path / "four", windows, METHODS["besa in 4 bits"])
     assert [block for block, _ in report.quantized] == [0] * 7 + [1] * 7 + [2] * 7
 

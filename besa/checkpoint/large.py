@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from besa.checkpoint.format import find_checkpoint, precision_of
 from besa.checkpoint.plan import bytes_for, gib, n_streams
-from besa.checkpoint.run import prune_checkpoint
+from besa.checkpoint.run import check_measures_blocks, prune_checkpoint
 from besa.decoder import Span, find_blocks
 from besa.inputs.models import load_shapes, weight_bytes
 from besa.machine.device import resolve_dtype
@@ -62,6 +62,7 @@ def precision_that_fits(
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device,
+    reconstruct: Reconstruct | None = None,
 ) -> torch.dtype:
     """Refuse what `prune` and `prune_if_large` could not finish, before any weight is read.
 
@@ -69,20 +70,23 @@ def precision_that_fits(
         methods: None stands for the dense model.
         folder: where pruned checkpoints would lie, in folders of their own.
         dtype: None takes what the device computes in, or what the model is stored in if it is too large for memory.
+        reconstruct: what takes most of the new values that follow a method.
 
     Returns:
         The precision to compute in.
 
     Raises:
-        ValueError: a method does not fit the model; or the model is too large for memory, and is stored in another
-            precision than the one that was named, or pruned has no room on the disk.
+        ValueError: a method does not fit the model; or the model is too large for memory, and a method must see it
+            whole, it is stored in another precision than the one that was named, or pruned has no room on the disk.
     """
     shapes, pruning = load_shapes(name), [method for method in methods if method]
     precision = dtype or resolve_dtype(None, device)
-    needed = [_bytes_needed(shapes, windows, precision, device, method) for method in pruning]
+    needed = [_bytes_needed(shapes, windows, precision, device, method, reconstruct) for method in pruning]
     if max(needed, default=0) > _room(device):
         stored = shapes.config.dtype or precision_of(find_checkpoint(name))
         precision = dtype or stored
+        for method in pruning:
+            check_measures_blocks(method)
         _check_stored(name, stored, precision, device)
         _check_disk(name, weight_bytes(shapes, precision), folder, device)
     for method in pruning:

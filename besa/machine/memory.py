@@ -86,9 +86,8 @@ def _reset_peak_resident() -> None:
 
 
 def _peak_resident() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+    if peak := _status("VmHWM"):
+        return peak
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # not on Windows
@@ -116,10 +115,14 @@ def _watch_anonymous(cost: Cost) -> Iterator[None]:
 
 def anonymous_bytes() -> int:
     """Host memory of this process that no file backs: what cannot be dropped and read again (Linux only, else 0)."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("RssAnon"))
-    return 0
+    return _status("RssAnon")
+
+
+def _status(field: str) -> int:
+    """A line of /proc/self/status, in bytes; 0 where there is none: not Linux, or a sandbox that says less."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def prefer_large_pages(tensor: Tensor) -> None:

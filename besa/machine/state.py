@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from besa.machine.files import replacing, tensor_sha256
 
@@ -64,6 +64,11 @@ class StateFile:
         with replacing(self.path) as temporary, temporary.open("wb") as file:  # by a path, torch hides the disk's error
             torch.save({"identity": self.identity, **state}, file)
         self._written = time.monotonic()
+
+
+def sum_of_weights(model: nn.Module) -> str:
+    """Of what is in memory: a model that is too large for a GPU has weights elsewhere."""
+    return sum_of(value for value in model.state_dict().values() if not value.is_meta)
 
 
 def sum_of(tensors: Iterable[Tensor]) -> str:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from besa.baselines import Wanda
 from besa.decoder import find_blocks, projections, weight_of
 from besa.importance import InputStatistics, collect_statistics, wanda
-from besa.masks import keep_largest
+from besa.masks import sorted_rows
 from besa.prune import Method
 from besa.quantize import QuantizedFiles, QuantizedWeight, save_quantized
 from besa.walk import Block, PrunedBlock
@@ -35,6 +35,7 @@ class WandaOneKind(Method):
     name: ClassVar[str] = "wanda-one-kind"
 
     def check(self, model: PreTrainedModel) -> None:
+        super().check(model)
         kinds = [name.rpartition(".")[2] for name in projections(find_blocks(model)[0])]
         if self.kind not in kinds:
             raise ValueError(f"unknown kind of projection {self.kind!r}; this model has {', '.join(kinds)}")
@@ -42,8 +43,9 @@ class WandaOneKind(Method):
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics()
         for name, projection in block.projections.items():
-            sparsity = self.sparsity if name.rpartition(".")[2] == self.kind else 0.0
-            pruned.keep_masks[name] = keep_largest(wanda(projection.weight, statistics[name]), sparsity)
+            scores = wanda(projection.weight, statistics[name])
+            chosen = name.rpartition(".")[2] == self.kind
+            pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block)) if chosen else scores >= 0
             pruned.weights[name] = projection.weight * pruned.keep_masks[name]
         return pruned
 
@@ -193,7 +195,7 @@ def importance_features(
 def _features(weight: Float[Tensor, "rows columns"], importance: Float[Tensor, "rows columns"]) -> pd.DataFrame:
     total = importance.sum(1)
     z = (importance - importance.mean(1, keepdim=True)) / importance.std(1, keepdim=True, correction=0)
-    half = importance.sort(dim=1).values[:, : importance.shape[1] // 2].sum(1)
+    half = sorted_rows(importance)[:, : importance.shape[1] // 2].sum(1)
     features = {
         "row norm": weight.float().norm(dim=1),
         "importance": total,
