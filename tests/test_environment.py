@@ -10,6 +10,7 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+from besa.allocation import reachable_sparsity
 from besa.paper.tables import load_record
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +144,8 @@ def test_the_readme_says_where_the_recipe_ends():
     assert {at for at, verdicts in found.items() if verdicts == ["holds"]} == {"0.4", "0.5", "0.6"}
     assert {at for at, verdicts in found.items() if verdicts == ["does not hold"]} == {"0.3", "0.7", "0.8"}
     text = (ROOT / "README.md").read_text()
-    assert "`besa.Besa()`, from 40 to 60 %: at 30, 70 and 80 % Wanda and SparseGPT were ahead" in text
+    assert "`besa.Besa()`, from 40 to 60 %: beyond {:.3f} to {:.3f}".format(*reachable_sparsity(101, True)) in text
+    assert "it wants `smooth=False`, and at 30, 70 and 80 % Wanda and SparseGPT were ahead" in text
 
 
 def test_the_readmes_packed_models_are_the_reference_run():
