@@ -69,7 +69,7 @@ def sorted_rows(scores: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows co
     return torch.cat([part.sort(dim=1).values for part in slices(scores)])
 
 
-def order_of_rows(scores: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
+def _order_of_rows(scores: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows columns"]:
     """Where each row's lowest score stands, then the next; of equals, the first goes first."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         bits = (scores.detach() + 0.0).view(torch.int32)  # -0.0 became 0.0
@@ -84,7 +84,7 @@ def ranks_of_rows(scores: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
     ranks = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     place = torch.arange(scores.shape[1], dtype=dtype, device=scores.device)
     for part, rank in zip(slices(scores), slices(ranks), strict=True):
-        order = order_of_rows(part)
+        order = _order_of_rows(part)
         with deterministic(False):  # a row's places are all different; torch would sort them
             rank.scatter_(1, order, place.expand_as(order))
     return ranks

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from besa.masks import KeepMasks, order_of_rows, pack_bits, sorted_rows, unpack_bits
+from besa.masks import KeepMasks, pack_bits, ranks_of_rows, sorted_rows, unpack_bits
 from besa.quantize import Quantize, QuantizedFiles, save_quantized
 
 
@@ -18,10 +18,11 @@ def test_rows_are_ordered_as_torch_orders_them_stably(dtype, n_threads):
     before, own = torch.get_num_threads(), scores.clone()
     torch.set_num_threads(n_threads)
     try:
-        order, ordered = order_of_rows(scores), sorted_rows(scores)
+        ranks, ordered = ranks_of_rows(scores, torch.int16), sorted_rows(scores)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(order, scores.sort(dim=1, stable=True).indices) and torch.equal(scores, own)
+    order = scores.sort(dim=1, stable=True).indices
+    assert torch.equal(ranks.long(), order.argsort(dim=1)) and torch.equal(scores, own)
     assert torch.equal(ordered, scores.gather(1, order))
 
 

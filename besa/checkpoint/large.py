@@ -70,7 +70,7 @@ def precision_that_fits(
         methods: None stands for the dense model.
         folder: where pruned checkpoints would lie, in folders of their own.
         dtype: None takes what the device computes in, or what the model is stored in if it is too large for memory.
-        reconstruct: what takes most of the new values that follow a method.
+        reconstruct: what gives kept weights new values; of several, the one that takes most memory.
 
     Returns:
         The precision to compute in.

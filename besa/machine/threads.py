@@ -45,7 +45,7 @@ def over_rows(kernel: Callable, rows: int, *args, work: int) -> None:
 
 
 def sort_rows(matrix: np.ndarray) -> np.ndarray:
-    """Each row from low to high, in place: numpy's sort of plain numbers takes a fourth of torch's time, or less."""
+    """Each row from low to high, in place: with AVX-512, numpy takes a ninth to half of torch's time."""
     parts = np.array_split(matrix, min(torch.get_num_threads(), 1 + matrix.size // THREAD))
     list(_pool().map(lambda part: part.sort(axis=1), parts))
     return matrix

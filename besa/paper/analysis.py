@@ -43,10 +43,11 @@ class WandaOneKind(Method):
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics()
         for name, projection in block.projections.items():
-            scores = wanda(projection.weight, statistics[name])
-            chosen = name.rpartition(".")[2] == self.kind
-            pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block)) if chosen else scores >= 0
-            pruned.weights[name] = projection.weight * pruned.keep_masks[name]
+            keep_mask = torch.ones_like(projection.weight, dtype=torch.bool)
+            if name.rpartition(".")[2] == self.kind:
+                keep_mask = self.keep_mask(wanda(projection.weight, statistics[name]), self.sparsity_of(block))
+            pruned.keep_masks[name] = keep_mask
+            pruned.weights[name] = projection.weight * keep_mask
         return pruned
 
 
