@@ -136,7 +136,7 @@ def pack(
     from besa.checkpoint.plan import gib
 
     before, after = pack_checkpoint(source, output, trust_remote_code)
-    _say(f"wrote {output}: {gib(after)} of weights, {after / before:.3f} of the {gib(before)} before")
+    _say(f"wrote {output}: {after / before:.3f} of the {gib(before)} of weights in {source}")
 
 
 @app.command()

@@ -38,7 +38,7 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
         trust_remote_code: run the Python code that comes with the source.
 
     Returns:
-        Bytes of weights in the source, and in the output.
+        Bytes of the source's files of weights, and of the output's.
 
     Raises:
         ValueError: source and output do not go together, masks or codes are of other weights, or nothing would shrink.
@@ -49,7 +49,6 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
     carried(folder)
     marks = {path: mark_of(path) for path in shard_paths(folder)}
     model = open_checkpoint(folder, trust_remote_code)
-    before = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(output) as temporary:
         shards, packed = _write_shards(model, folder / STATE, temporary, marks)
         if not packed:
@@ -58,7 +57,8 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
         config = json.loads((folder / "config.json").read_text()) | {"quantization_config": described(packed).to_dict()}
         write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
         write_index(shards, temporary)
-        return before, sum(path.stat().st_size for path in shards)
+        before, after = (sum(path.stat().st_size for path in paths) for paths in (marks, shards))
+        return before, after
 
 
 def _write_shards(
