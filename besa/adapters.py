@@ -19,6 +19,28 @@ from transformers import PreTrainedModel
 from besa.finetune import Masks, masked_projections
 
 
+class _WhereKept(torch.autograd.Function):
+    """torch.where(keep_mask, values, -0.0), which by itself took a fourth of a training step on a CPU."""
+
+    @staticmethod
+    def forward(ctx, keep_mask, values):
+        ctx.save_for_backward(keep_mask)
+        return _where_by_bits(keep_mask, values, -0.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (keep_mask,) = ctx.saved_tensors
+        return None, _where_by_bits(keep_mask, grad, 0.0)
+
+
+def _where_by_bits(keep_mask: Tensor, values: Tensor, pruned: float) -> Tensor:
+    """Each number's bits ANDed with all ones or none: torch has vector code for that, not for its `where`."""
+    integer = torch.int32 if values.dtype == torch.float32 else torch.int16
+    bits, other = values.view(integer), torch.tensor(pruned, dtype=values.dtype, device=values.device).view(integer)
+    kept = keep_mask.to(integer).neg_()  # all bits, or none
+    return kept.bitwise_and_(bits ^ other).bitwise_xor_(other).view(values.dtype)
+
+
 class MaskedLora(lora.Linear):
     """A projection whose adapters change kept weights only; without a keep-mask, all."""
 
@@ -29,7 +51,7 @@ class MaskedLora(lora.Linear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """(B A) * keep_mask * (alpha / r), in the weight's own precision; merging adds the same."""
         delta = super().get_delta_weight(adapter).to(self.base_layer.weight.dtype)
-        return delta if self.keep_mask is None else torch.where(self.keep_mask, delta, -0.0)  # 0 + -0 is 0, -0 + -0 -0
+        return delta if self.keep_mask is None else _WhereKept.apply(self.keep_mask, delta)  # 0 + -0 is 0, -0 + -0 -0
 
     def forward(self, x: Tensor) -> Tensor:
         """With the weight as it will be once merged."""

@@ -145,6 +145,22 @@ def test_adapters_compute_what_they_merge_into_to_the_bit(pruned, text):
     assert torch.equal(adapted.merge_and_unload()(text[:2]).logits, logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adapters_are_masked_as_torch_where_masks_to_the_bit(dtype):
+    from besa.adapters import _WhereKept
+
+    generator = torch.Generator().manual_seed(0)
+    keep_mask = torch.rand(64, 48, generator=generator) < 0.5
+    delta, gradient = (torch.randn(64, 48, generator=generator).to(dtype) for _ in range(2))
+    delta[::7] = torch.tensor([torch.nan, torch.inf, 0.0, -0.0], dtype=dtype).repeat(12)
+    ours, wanted = (delta.clone().requires_grad_() for _ in range(2))
+    masked, expected = _WhereKept.apply(keep_mask, ours), torch.where(keep_mask, wanted, -0.0)
+    masked.backward(gradient)
+    expected.backward(gradient)
+    assert masked.dtype == dtype and torch.equal(masked.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(ours.grad.view(torch.uint8), wanted.grad.view(torch.uint8))
+
+
 PLAIN_BUT = [{"use_dora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}, {"use_rslora": True}]
 PLAIN_BUT += [{"target_parameters": ["mlp.up_proj.weight"]}, {"modules_to_save": ["down_proj"]}]
 PLAIN_BUT += [{"modules_to_save": ["lm_head", "0.mlp"]}]
