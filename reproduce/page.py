@@ -6,6 +6,7 @@ runs are left out. A record or table that cannot be read is skipped, and named i
 it looks is in reproduce/templates; `make book` makes a site of it and of what it leads to.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -68,7 +69,8 @@ class Item:
 
     def judged(self, run: str) -> pd.DataFrame:
         """The verdicts of a run, but for those on a row that has a partner of as many zeros ("-matched")."""
-        table = self.tables.get(f"{run}-verdicts", pd.DataFrame())
+        tables = [self.tables.get(f"{run}-{of}", pd.DataFrame()) for of in ("verdicts", "zero-shot-verdicts")]
+        table = pd.concat(tables)
         if "verdict" not in table:
             return pd.DataFrame()
         against = table.get("against", pd.Series("", index=table.index))
@@ -102,11 +104,11 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
     said: dict[str, list[dict[str, str]]] = {verdict: [] for verdict in ("holds", "does not hold", "undecided")}
     runs = [(item, run) for item in items for run in item.runs]
     least = least_certain([item.judged(run) for item, run in runs])
-    for item, run in runs:
+    for (item, run), over in itertools.product(runs, QUANTITIES):
         judged = item.judged(run)
-        over = next((name for name in QUANTITIES if name in judged), "text")
         if not {"row", "against", over, "verdict", DIFFERENCE, "rests on"} <= set(judged):
             continue
+        judged = judged.dropna(subset=over)
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
             line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": quantity(part, over)}

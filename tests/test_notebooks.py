@@ -335,9 +335,11 @@ def test_beyond_judges_paired_rows_counts_equal_zeros_and_continues(tiny_folder,
     besa_rows = [row for row in parts.index if row[1].startswith("besa") and row[0] == "0.6" and "paper" not in row[1]]
     assert len(besa_rows) == 8 and parts.loc[besa_rows, "sparsity"].nunique() == 1  # to the weight, fine-tuned too
     assert (parts.loc["2:4", "sparsity"] == 0.5).all()
-    assert (
-        len(pandas.read_csv(folder / "tiny-smoke-zero-shot.csv")) == 4
-    )  # dense and what is judged, at the first target
+    accuracy = pandas.read_csv(folder / "tiny-smoke-zero-shot.csv")
+    assert list(accuracy["row"]) == ["dense", "sparsegpt-2of4", "wanda-block-2of4", "besa-block-2of4"]
+    answered = pandas.read_csv(folder / "tiny-smoke-zero-shot-verdicts.csv")
+    assert list(answered["against"]) == 2 * ["sparsegpt-2of4"] + 2 * ["wanda-block-2of4"]
+    assert list(answered["task"]) == 2 * ["piqa", "average"] and set(answered["rests on"]) == {"4 questions, 2 draws"}
     assert (folder / "tiny-smoke.png").is_file()
 
 

@@ -209,6 +209,12 @@ def test_verdicts_that_do_not_say_of_which_rows_are_counted(folders):
     pd.DataFrame(judged).to_csv(path)
     line = "| wanda | dense | perplexity | c4 -3.0% ± 1.0% | 1 draw | Table 1, llama-7b, quick |"
     assert line in report_of(folders)[0]
+    answered = {name: 2 * values for name, values in judged.items() if name != "text"} | {"task": ["piqa", "average"]}
+    answered |= {"difference ± standard error": ["+1.00 ± 0.40", "+2.00 ± 0.30"]}
+    pd.DataFrame(answered).to_csv(path.with_name("llama-7b-quick-zero-shot-verdicts.csv"))
+    text = report_of(folders)[0]
+    assert "claims: holds 3 of 3" in text and line in text
+    assert "| wanda | dense | accuracy, points | average +2.00 ± 0.30 | 1 draw | Table 1, llama-7b, quick |" in text
 
 
 def test_claims_stand_by_verdict_once_for_all_texts_and_at_equal_zeros(folders):
