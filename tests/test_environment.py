@@ -11,7 +11,9 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 from besa.allocation import reachable_sparsity
+from besa.paper.records import Run
 from besa.paper.tables import load_record
+from besa.paper.verdicts import judge
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +84,23 @@ def test_the_readmes_full_protocol_is_the_reference_run():
     judged = judged.loc["besa-row-wise"]
     assert set(judged.loc["wanda-matched"]) == {"holds"}
     assert list(judged.loc["sparsegpt-matched"][["wiki", "sotu"]]) == ["holds", "does not hold"]
+
+
+def test_the_readmes_zero_shot_answers_to_all_questions_are_the_reference_run():
+    folder = ROOT / "results" / "reference" / "table2"
+    records = map(load_record, sorted(folder.glob("records/smollm2-135m-paper-*.json")))
+    rows = {record["config"]["row"]: record for record in records}
+    dense, ours, *others = (rows[row] for row in ("dense", "besa-row-wise", "sparsegpt-matched", "wanda-matched"))
+    average = [f"{record['metrics']['average']:.2f} %" for record in (dense, ours, *others)]
+    said = "dense {}, row-wise BESA {}, with BESA's zeros SparseGPT {} and Wanda {}, neither of which can be told"
+    assert said.format(*average) in " ".join((ROOT / "README.md").read_text().split())
+    samples = Run("table2", model="smollm2-135m", profile="paper", results=str(folder)).samples
+    claims = [("besa-row-wise", other["config"]["row"]) for other in others]
+    judged = judge([ours, *others], claims, samples, "accuracy_percent", "task")
+    averages = judged[judged["task"] == "average"]
+    assert set(averages["rests on"]) == {"19965 questions, 1 draw"} and set(averages["verdict"]) == {"undecided"}
+    quick = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["against", "task"])["verdict"]
+    assert quick["wanda-matched", "average"] == "holds"
 
 
 def test_the_readme_says_what_table_1_judged():
