@@ -139,8 +139,13 @@ def test_the_report_says_by_how_much_draws_differ():
 def test_the_readme_says_what_new_values_cost_in_accuracy():
     table = pd.read_csv(ROOT / "results" / "reference" / "beyond" / "smollm2-135m-quick-zero-shot.csv").set_index("row")
     text = (ROOT / "README.md").read_text()
-    averages = [f"{table.loc[row, 'mean']:.1f} %" for row in ("sparsegpt-0.5", "besa-block-0.5")]
-    assert "SparseGPT has {} on average and this {}".format(*averages) in text
+    averages = [f"{table.loc[f'{row}-0.5', 'average']:.1f} %" for row in ("besa-block", "sparsegpt", "wanda-block")]
+    said = "it cannot be told from either: {} on average, SparseGPT {}, Wanda with the same {} |"
+    assert said.format(*averages) in text
+    judged = pd.read_csv(ROOT / "results/reference/beyond/smollm2-135m-quick-zero-shot-verdicts.csv")
+    averages = judged[judged["task"] == "average"]
+    assert set(averages["verdict"]) == {"undecided"}
+    assert set(averages["rests on"]) == {"1200 questions, 3 draws"} and len(averages) == 2
 
 
 def test_the_readme_says_what_new_values_gain():
