@@ -594,10 +594,10 @@ def test_what_is_packed_loads_and_saves_without_its_head(tiny_llama, windows, tm
     for folder in ("whole", "base"):
         base = AutoModel.from_pretrained(tmp_path / folder)
         assert isinstance(base.layers[0].mlp.up_proj, PackedLinear)
-        assert torch.equal(base(windows).last_hidden_state, states)
+        torch.testing.assert_close(base(windows).last_hidden_state, states)  # the product that is fastest here and now
     base.save_pretrained(tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(model.model(windows).last_hidden_state, states)
+    torch.testing.assert_close(model.model(windows).last_hidden_state, states)
     unpack(tiny_llama)
     tiny_llama.model.save_pretrained(tmp_path / "dense")
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "dense")(windows).last_hidden_state, states)
