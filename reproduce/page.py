@@ -70,7 +70,7 @@ class Item:
     def judged(self, run: str) -> pd.DataFrame:
         """The verdicts of a run, but for those on a row that has a partner of as many zeros ("-matched")."""
         tables = [self.tables.get(f"{run}-{of}", pd.DataFrame()) for of in ("verdicts", "zero-shot-verdicts")]
-        table = pd.concat(tables)
+        table = pd.concat(tables, ignore_index=True)
         if "verdict" not in table:
             return pd.DataFrame()
         against = table.get("against", pd.Series("", index=table.index))

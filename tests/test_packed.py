@@ -585,7 +585,8 @@ def test_a_packed_model_saves_itself_and_an_unpacked_one_as_any_other(tiny_llama
 
 
 @torch.no_grad()
-def test_what_is_packed_loads_and_saves_without_its_head(tiny_llama, windows, tmp_path):
+def test_what_is_packed_loads_and_saves_without_its_head(tiny_llama, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed_module, "_fastest", lambda *_: "dense")  # measured, another may win on a busy machine
     prune_half(tiny_llama)
     states = tiny_llama.model(windows).last_hidden_state
     pack(tiny_llama)
@@ -594,10 +595,10 @@ def test_what_is_packed_loads_and_saves_without_its_head(tiny_llama, windows, tm
     for folder in ("whole", "base"):
         base = AutoModel.from_pretrained(tmp_path / folder)
         assert isinstance(base.layers[0].mlp.up_proj, PackedLinear)
-        torch.testing.assert_close(base(windows).last_hidden_state, states)  # the product that is fastest here and now
+        assert torch.equal(base(windows).last_hidden_state, states)
     base.save_pretrained(tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    torch.testing.assert_close(model.model(windows).last_hidden_state, states)
+    assert torch.equal(model.model(windows).last_hidden_state, states)
     unpack(tiny_llama)
     tiny_llama.model.save_pretrained(tmp_path / "dense")
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "dense")(windows).last_hidden_state, states)
