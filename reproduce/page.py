@@ -27,7 +27,13 @@ from besa.paper.tables import REFERENCE, load_record, slug
 from besa.paper.verdicts import MATCHED, SURE
 
 DIFFERENCE = "difference ± standard error"
-QUANTITIES = {"text": "perplexity", "task": "accuracy, points", "projection": "cycles", "hidden states": "error"}
+QUANTITIES = {
+    "text": "perplexity",
+    "task": "accuracy, points",
+    "projection": "cycles",
+    "hidden states": "error",
+    "model": "seconds",
+}
 """What a table of verdicts is of, by the column that names what each row was measured on."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
@@ -111,7 +117,7 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
         judged = judged.dropna(subset=over)
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
-            line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": quantity(part, over)}
+            line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": QUANTITIES[over]}
             mark = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
             line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))}
             said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
@@ -130,11 +136,6 @@ def uneven(judged: pd.DataFrame) -> pd.Series:
     nothing = pd.Series("", index=judged.index)
     why = (judged["verdict"] == "undecided") & (judged.get("p", nothing + "nan").astype(float) < SURE)
     return (" (zeros " + judged.get("zeros", nothing) + ")").where(why, "")
-
-
-def quantity(judged: pd.DataFrame, over: str) -> str:
-    """What the differences are of."""
-    return "seconds" if judged["rests on"].str.contains("round").any() else QUANTITIES[over]
 
 
 def read_notebook(path: Path) -> Item:

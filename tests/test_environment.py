@@ -195,7 +195,7 @@ def test_the_readmes_packed_models_are_the_reference_run():
     flat = " ".join(text.split())
     assert "at {} tokens/s dense in bfloat16, where torch has {} and packed bfloat16 {},".format(*dense) in flat
     assert "at {} tokens/s in `Q4_0`, where joint 4 bits have {},".format(*four) in flat
-    judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").query("text == 'smollm2-135m'").set_index("row")
+    judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").query("model == 'smollm2-135m'").set_index("row")
     assert list(judged.index[judged["verdict"] != "holds"]) == ["joint 4 bits at 0.7"]
     assert "(joint 4 bits at 70 %, the 1.1, cannot be told from dense)" in flat
     assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in text
