@@ -35,6 +35,8 @@ QUANTITIES = {
     "model": "seconds",
 }
 """What a table of verdicts is of, by the column that names what each row was measured on."""
+RECIPES = "besa-row-wise", "joint-besa"
+"""The rows that the paper proposes, alone and with 4 bits."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
 
@@ -102,12 +104,12 @@ def counts(table: pd.DataFrame) -> str:
     return ", ".join(f"{word} {n} of {len(table)}" for word, n in table["verdict"].value_counts().items())
 
 
-def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
-    """What was judged, by verdict: a line for each item, run and pair of rows, with the difference on every text.
+def claims(items: list[Item]) -> list[dict[str, str]]:
+    """What was judged: a line for each item, run, pair of rows and verdict, with the difference on every text.
 
     Of tasks their average stands for all. A † is behind what is decided by itself, and not among all.
     """
-    said: dict[str, list[dict[str, str]]] = {verdict: [] for verdict in ("holds", "does not hold", "undecided")}
+    lines = []
     runs = [(item, run) for item in items for run in item.runs]
     least = least_certain([item.judged(run) for item, run in runs])
     for (item, run), over in itertools.product(runs, QUANTITIES):
@@ -117,11 +119,25 @@ def claims(items: list[Item]) -> dict[str, list[dict[str, str]]]:
         judged = judged.dropna(subset=over)
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
-            line = {"row": row, "against": against, "rests_on": part["rests on"].iloc[0], "of": QUANTITIES[over]}
+            line = {"verdict": verdict, "row": row, "against": against, "of": QUANTITIES[over]}
+            line |= {
+                "rests_on": part["rests on"].iloc[0],
+                "where": f"{item.title.partition(':')[0]}, {item.title_of(run)}",
+            }
             mark = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
-            line |= {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))}
-            said[verdict].append(line | {"where": f"{item.title.partition(':')[0]}, {item.title_of(run)}"})
-    return said
+            lines.append(line | {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))})
+    return lines
+
+
+def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """In what the paper's recipes are better or worse than rows of as many zeros, in the fullest run of each item."""
+    runs, found = {line["where"] for line in lines}, {}
+    for line in lines:
+        is_fullest = not line["where"].endswith("quick") or line["where"].removesuffix("quick") + "paper" not in runs
+        if is_fullest and line["row"] in RECIPES and line["against"].endswith(MATCHED):
+            about = {name: line[name] for name in ("where", "of", "row", "against")}
+            found.setdefault(tuple(about.values()), about)[line["verdict"]] = line["difference"]
+    return list(found.values())
 
 
 def least_certain(judged: list[pd.DataFrame]) -> float:
@@ -205,7 +221,12 @@ def build(reproduce: Path, results: Path, path: Path) -> tuple[str, list[str]]:
     ran = {model for run in runs for model in run.dropna(subset="metrics")["model"]}  # random weights have none
     loader = jinja2.FileSystemLoader(ROOT / "reproduce" / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    known = {"claims": claims(items), "unknown": [name for name in published["model"].unique() if name not in ran]}
+    judged = claims(items)
+    known = {
+        "claims": judged,
+        "in_short": in_short(judged),
+        "unknown": [name for name in published["model"].unique() if name not in ran],
+    }
     known["unjudged"] = [item for item in items if item.runs and not any(map(item.verdicts, item.runs))]
     where = os.path.relpath(results, path.parent)
     text = environment.get_template("README.md").render(items=items, results=where, **known)

@@ -235,6 +235,21 @@ def test_claims_stand_by_verdict_once_for_all_texts_and_at_equal_zeros(folders):
     assert "| wanda |" not in found and "llama-13b" in unknown and " llama-7b" not in unknown
 
 
+def test_the_papers_recipes_stand_first_in_their_fullest_run(folders):
+    columns = "row,against,text,difference ± standard error,verdict,rests on"
+    pairs = {"besa-row-wise,wanda-matched,c4": "holds", "besa-row-wise,wanda-matched,ptb": "does not hold"}
+    pairs |= {"besa-row-wise,wanda,c4": "holds", "besa-layer-wise,wanda-matched,c4": "holds"}
+    for profile, difference in (("quick", "-9% ± 1%"), ("paper", "-7% ± 1%")):
+        run(folders, "llama-7b", profile, wanda=7.3)
+        lines = [f"{pair},{difference},{verdict},1 draw" for pair, verdict in pairs.items()]
+        path = folders[1] / "table1" / f"llama-7b-{profile}-verdicts.csv"
+        path.write_text("\n".join([columns, *lines]))
+    text, _ = report_of(folders)
+    short = re.search(r"\*\*In short\*\*.*\n\n.*\n.*\n((?:\|.*\n)+)", text)[1].splitlines()
+    where = "Table 1, llama-7b, paper: perplexity"
+    assert short == [f"| {where} | besa-row-wise | wanda-matched | c4 -7% ± 1% | ptb -7% ± 1% |  |"]
+
+
 def test_what_is_decided_alone_and_not_among_all_is_marked(folders):
     run(folders, "llama-7b", "quick", wanda=7.3)
     p = [0.001, 0.02, 0.04, *[0.5] * 7]  # among ten, 0.001 is below its share of 5 %, 0.02 and 0.04 are not
