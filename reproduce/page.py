@@ -130,9 +130,13 @@ def claims(items: list[Item]) -> list[dict[str, str]]:
 
 
 def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """In what the paper's recipes are better or worse than rows of as many zeros, in the fullest run of each item."""
-    runs, found = {line["where"] for line in lines}, {}
-    for line in lines:
+    """In what the paper's recipes are better or worse than rows of as many zeros, in the fullest run of each item.
+
+    Of runs whose error is known.
+    """
+    judged = [line for line in lines if "?" not in line["difference"]]
+    runs, found = {line["where"] for line in judged}, {}
+    for line in judged:
         is_fullest = not line["where"].endswith("quick") or line["where"].removesuffix("quick") + "paper" not in runs
         if is_fullest and line["row"] in RECIPES and line["against"].endswith(MATCHED):
             about = {name: line[name] for name in ("where", "of", "row", "against")}
