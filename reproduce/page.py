@@ -113,34 +113,32 @@ def claims(items: list[Item]) -> list[dict[str, str]]:
     runs = [(item, run) for item in items for run in item.runs]
     least = least_certain([item.judged(run) for item, run in runs])
     for (item, run), over in itertools.product(runs, QUANTITIES):
-        judged = item.judged(run)
+        judged, where = item.judged(run), f"{item.title.partition(':')[0]}, {item.title_of(run)}"
         if not {"row", "against", over, "verdict", DIFFERENCE, "rests on"} <= set(judged):
             continue
         judged = judged.dropna(subset=over)
         judged = judged[judged[over] == "average"] if "average" in set(judged[over]) else judged
         for (verdict, row, against), part in judged.groupby(["verdict", "row", "against"], sort=False):
-            line = {"verdict": verdict, "row": row, "against": against, "of": QUANTITIES[over]}
-            line |= {
-                "rests_on": part["rests on"].iloc[0],
-                "where": f"{item.title.partition(':')[0]}, {item.title_of(run)}",
-            }
             mark = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
-            lines.append(line | {"difference": ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))})
+            line = {"verdict": verdict, "row": row, "against": against, "of": QUANTITIES[over], "where": where}
+            line["difference"] = ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))
+            lines.append(line | {"rests_on": part["rests on"].iloc[0]})
     return lines
 
 
 def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """In what the paper's recipes are better or worse than rows of as many zeros, in the fullest run of each item.
+    """In what the paper's recipes are better or worse than rows of as many zeros: a line for each item and pair.
 
-    Of runs whose error is known.
+    Of the runs whose error is known, profile paper stands for quick.
     """
-    judged = [line for line in lines if "?" not in line["difference"]]
-    runs, found = {line["where"] for line in judged}, {}
-    for line in judged:
-        is_fullest = not line["where"].endswith("quick") or line["where"].removesuffix("quick") + "paper" not in runs
-        if is_fullest and line["row"] in RECIPES and line["against"].endswith(MATCHED):
-            about = {name: line[name] for name in ("where", "of", "row", "against")}
-            found.setdefault(tuple(about.values()), about)[line["verdict"]] = line["difference"]
+    known = [line for line in lines if line["row"] in RECIPES and line["against"].endswith(MATCHED)]
+    known = [line for line in known if "± ?" not in line["difference"]]
+    pair = lambda line: tuple(line[name] for name in ("where", "of", "row", "against"))
+    pairs, found = {pair(line) for line in known}, {}
+    for line in known:
+        where, *rest = pair(line)
+        if not where.endswith(", quick") or (where.removesuffix("quick") + "paper", *rest) not in pairs:
+            found.setdefault((where, *rest), dict(line))[line["verdict"]] = line["difference"]
     return list(found.values())
 
 
