@@ -144,6 +144,7 @@ def test_the_report_says_what_was_judged(tmp_path):
     write_table(frame, tmp_path, "m-quick-verdicts", "Claims")
     item.tables["m-quick-verdicts"] = pd.read_csv(tmp_path / "m-quick-verdicts.csv")
     line = {
+        "verdict": "holds",
         "row": "a",
         "against": "b",
         "difference": "t -14.2% ± 2.4%",
@@ -151,7 +152,7 @@ def test_the_report_says_what_was_judged(tmp_path):
         "of": "perplexity",
         "where": "Table, m, quick",
     }
-    assert page["claims"]([item]) == {"holds": [line], "does not hold": [], "undecided": []}
+    assert page["claims"]([item]) == [line]
     assert item.verdict("m-quick") == "m, quick: claims: holds 1 of 1"
 
 
