@@ -254,17 +254,10 @@ def test_allocation_keeps_steps_and_correlations_in_the_record(tiny_folder, tmp_
 
 def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
     folder = tmp_path / "out"
-    run(
-        "figure1.ipynb",
-        folder,
-        model=str(tiny_folder),
-        methods=["wanda"],
-        kinds=["q_proj", "down_proj"],
-        sparsities=[0.5, 0.75],
-    )
+    run("figure1.ipynb", folder, model=str(tiny_folder), methods=["wanda"], sparsities=[0.5, 0.75])
     before = {path: path.stat().st_mtime_ns for path in (folder / "records").iterdir()}
     assert len(before) == 1 + 1 + 2 * 2  # no BESA, so none with its zeros
-    run("figure1.ipynb", folder, model=str(tiny_folder), sparsities=[0.75, 0.5, 0.6, 0.7])
+    run("figure1.ipynb", folder, model=str(tiny_folder), sparsities=[0.75, 0.5, 0.6, 0.7], seeds=[0, 1])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     kinds = pandas.read_csv(folder / "tiny-smoke-kinds.csv", index_col="method")
     reduced = [f"{kind}-{value}" for kind in ("q_proj", "down_proj") for value in (0.5, 0.75)]
@@ -277,8 +270,9 @@ def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
     judged = pandas.read_csv(folder / "tiny-smoke-verdicts.csv")
     assert list(judged["hidden states"]) == 4 * ["error first block", "error last block"]
     last = blocks.query("method == 'wanda' and block == 1")["error"].item()
-    with np.load(next((folder / "samples").glob("tiny-smoke-wanda-????????????.npz"))) as samples:
-        assert np.exp(samples["error last block"]) == pytest.approx([last])  # by segment, of which smoke has one
+    draws = [np.load(path) for path in (folder / "samples").glob("tiny-smoke-wanda-????????????.npz")]
+    by_draw = [np.exp(draw["error last block"].item()) for draw in draws]  # by segment, of which smoke has one
+    assert len(draws) == 2 and np.mean(by_draw) == pytest.approx(last)
     assert (blocks.groupby("method")["block"].count() == 2).all() and (blocks["error"] > 0).all()
     for stem in ("tiny-smoke", "tiny-smoke-kinds", "tiny-smoke-blocks"):
         assert "SMOKE RUN" in (folder / f"{stem}.md").read_text() and (folder / f"{stem}.tex").stat().st_size > 0
@@ -391,7 +385,7 @@ def test_packed_measures_three_forms_and_continues(tiny_tokenizer, tmp_path):
         ("granularity.ipynb", {"row_groups": "row,5"}, "16 rows do not divide into groups of 5"),
         ("ablations.ipynb", {"grid": {"candidates": [300]}}, "candidates 300 is not an integer >= 2 and <= 256"),
         ("ablations.ipynb", {"grid": {"epoch": [3]}}, "'Besa' object has no attribute 'epoch'"),
-        ("figure1.ipynb", {"kinds": "q_proj,qkv"}, "unknown kind of projection 'qkv'; this model has q_proj"),
+        ("figure1.ipynb", {"sparsities": "0.5,1.2"}, "sparsity 1.2 is not a finite number >= 0 and < 1"),
         ("sparsity.ipynb", {"sparsities": "0.5,1.2"}, "sparsity 1.2 is not a finite number >= 0 and < 1"),
         ("packed.ipynb", {"shape": "llama-8b"}, "unknown shape 'llama-8b'; known: smollm2-135m, llama-7b"),
         ("packed.ipynb", {"sparsities": "0.5,1.2"}, "sparsity 1.2 is not a finite number >= 0 and < 1"),
