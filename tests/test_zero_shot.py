@@ -1,9 +1,11 @@
+import copy
 import json
 import math
 import os
 
 import lm_eval
 import pytest
+import tokenizers
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
@@ -156,6 +158,18 @@ def test_shared_contexts_give_lm_evals_log_likelihoods(tokenizer, architecture):
             answers = lm._loglikelihood_tokens(requests)
         assert [loglik for loglik, _ in answers] == pytest.approx([loglik for loglik, _ in expected], rel=1e-4)
         assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
+
+
+def test_gemma_reads_every_question_behind_its_bos(tokenizer):
+    bos, opening = tokenizer.bos_token_id, copy.deepcopy(tokenizer)
+    template = {"single": f"{tokenizer.bos_token} $A", "special_tokens": [(tokenizer.bos_token, bos)]}
+    opening.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**template)  # as Gemma's has
+    plain = tokenizer("Is it so?", add_special_tokens=False)["input_ids"]
+    for architecture, expected in {"Gemma3": [bos, *plain], "Llama": plain}.items():
+        lm = SharedContexts(build(architecture), opening, 1, progress=False)
+        assert lm.tok_encode("Is it so?") == expected
+        context, continuation = lm._encode_pair("Is it so?", " yes")
+        assert context == expected and continuation == tokenizer(" yes", add_special_tokens=False)["input_ids"]
 
 
 def test_greedy_choices_are_recognized(model, tokenizer):

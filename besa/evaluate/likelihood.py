@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from besa.decoder import run_blocks
 from besa.evaluate.perplexity import logits_in_parts
 from besa.evaluate.tasks import quiet
+from besa.inputs.text import opens_with_bos
 from besa.machine.processes import from_all, n_ranks, rank
 from besa.machine.state import StateFile
 
@@ -49,10 +50,11 @@ class SharedContexts(HFLM):
         progress: bool,
         state: StateFile | None = None,
     ):
-        with quiet():  # a copy, because lm-eval may give the tokenizer a padding token
-            super().__init__(model, tokenizer=copy.deepcopy(tokenizer), add_bos_token=False, batch_size=batch_size)
-        self._progress, self._state = progress, state or StateFile(None, "", dict)
         self._text_config = model.config.get_text_config()
+        begins = opens_with_bos(self._text_config.model_type)
+        with quiet():  # a copy, because lm-eval may give the tokenizer a padding token
+            super().__init__(model, tokenizer=copy.deepcopy(tokenizer), add_bos_token=begins, batch_size=batch_size)
+        self._progress, self._state = progress, state or StateFile(None, "", dict)
         kinds = [getattr(self._text_config, name, None) or () for name in ("layer_types", "attention_layers")]
         self._kinds = set().union(*kinds)
         # A model that takes no mask and positions of ours runs each choice with its context in a row of its own.

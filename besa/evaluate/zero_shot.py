@@ -81,7 +81,7 @@ def zero_shot(
     """How often the right choice is the likeliest continuation of its question: lm-eval's `acc`, no examples.
 
     acc = mean over questions of [argmax_c sum log p(tokens of choice c | question) = the right c]: log-probabilities in
-    float32, not divided by the choice's length (`acc_norm` is), and no token before the question (no `add_bos_token`).
+    float32, not divided by the choice's length (`acc_norm` is), and no token before the question but Gemma's <bos>.
 
     Args:
         tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.

