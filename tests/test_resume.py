@@ -1,11 +1,14 @@
 """What a run's identity depends on: the code that decides the bytes, and no other."""
 
+import importlib
 import shutil
 from pathlib import Path
 
 import pytest
 
-from besa.checkpoint.resume import code_hash
+import besa
+from besa.checkpoint.resume import classes_of, code_hash
+from besa.paper.analysis import WandaOneKind
 
 PACKAGE = Path(__file__).parents[1] / "besa"
 
@@ -44,3 +47,26 @@ def test_a_new_room_counts(copied):
     (copied / "new").mkdir()
     (copied / "new" / "code.py").write_text("x = 1\n")
     assert code_hash(copied) != before
+
+
+MINE = """
+from besa.baselines import Wanda
+
+class Mine(Wanda):
+    "{}"
+    def prune_block(self, block):
+        return {}
+"""
+
+
+def test_a_method_of_ones_own_counts_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for name, words in {"a": ("a word", 1), "b": ("another", 1), "c": ("a word", 2)}.items():
+        (tmp_path / f"mine_{name}.py").write_text(MINE.format(*words))
+        found.append(classes_of(importlib.import_module(f"mine_{name}").Mine())["Mine"])
+    assert None not in found and found[0] == found[1] != found[2]
+    assert classes_of(besa.Besa()) == {} and list(classes_of(WandaOneKind(kind="q_proj"))) == ["WandaOneKind"]
+    names = {}
+    exec(MINE.format("", 1), names)
+    assert classes_of(names["Mine"]()) == {"Mine": None}
