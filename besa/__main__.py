@@ -82,7 +82,13 @@ def prune(
     seq_len: SeqLen = 2048,
     sampler: Annotated[Literal["crop", "pack"], typer.Option(help="how windows are cut")] = "crop",
     seed: Annotated[int, typer.Option(help="of the sampler")] = 0,
-    d_coef: Annotated[float | None, typer.Option(help="Prodigy's step size factor (BESA)")] = None,
+    d_coef: Annotated[
+        float | None,
+        typer.Option(
+            help="Prodigy's step size factor (BESA): 5, published also 10 (llama-30b) and 50 (llama-65b, llama2-70b); "
+            "layer-wise 0.5, published 0.05 to 50"
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the windows (BESA)")] = None,
     batch_size: Annotated[
         int | None,

@@ -128,7 +128,8 @@ def named_method(name: str, sparsity: float = DEFAULT_SPARSITY, **fields) -> Met
     if name == "besa-row-wise":
         return Besa(sparsity=sparsity, row_group="row", **fields)
     if name == "besa-layer-wise":
-        return Besa(sparsity=sparsity, row_group="layer", targets="dense", **fields)
+        own = {"d_coef": 0.5} | fields  # published: 0.05, 0.5 or, for LLaMA-7B, 50
+        return Besa(sparsity=sparsity, row_group="layer", targets="dense", **own)
     methods = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}, besa-layer-wise, besa-row-wise")

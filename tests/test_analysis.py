@@ -135,7 +135,7 @@ def test_one_kind_prunes_that_kind_as_wanda_would_and_leaves_the_rest(tiny_llama
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     report = besa.prune(tiny_llama, windows, analysis.WandaOneKind(kind="down_proj", sparsity=0.75), progress=False)
     rows = report.to_frame()
-    assert (rows["sparsity"] == (rows["projection"] == "mlp.down_proj") * 0.75).all()
+    assert (rows["sparsity"] == (rows["projection"] == "mlp.down_proj") * 0.75).all() and not rows["note"].any()
     for key, value in tiny_llama.state_dict().items():
         assert torch.equal(value, before[key]) == ("down_proj" not in key)
     with pytest.raises(ValueError, match=r"unknown kind of projection 'mlp'; this model has q_proj, .*, down_proj"):

@@ -22,6 +22,7 @@ from besa.importance import InputStatistics, collect_statistics, wanda
 from besa.masks import sorted_rows
 from besa.prune import Method
 from besa.quantize import QuantizedFiles, QuantizedWeight, save_quantized
+from besa.report import Report
 from besa.walk import Block, PrunedBlock
 
 
@@ -39,6 +40,9 @@ class WandaOneKind(Method):
         kinds = [name.rpartition(".")[2] for name in projections(find_blocks(model)[0])]
         if self.kind not in kinds:
             raise ValueError(f"unknown kind of projection {self.kind!r}; this model has {', '.join(kinds)}")
+
+    def noted(self, block: Block, report: Report) -> Report:
+        return report  # the block as a whole is meant to miss the kind's sparsity
 
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics()

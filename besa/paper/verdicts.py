@@ -17,9 +17,9 @@ SURE = 2 * float(scipy.stats.norm.sf(2))
 """p below which a difference is not 0: of the normal distribution beyond two standard errors, 4.6 %."""
 SAME_ZEROS = 1e-5
 """Fractions of zeros that are taken for equal: SparseGPT, at another row's count, misses it by 7e-6."""
-MATCHED, ROUNDED = "-matched", 2e-3
-"""What ends the name of a row that was pruned to another's zeros, and what equal means there: Wanda takes whole numbers
-of each row, and so misses them by less than one weight a row."""
+MATCHED = "-matched"
+"""What ends the name of a row that was pruned to another's zeros: Wanda takes whole numbers of each row, and so misses
+them by less than one weight a row."""
 
 
 def judge(
@@ -52,7 +52,9 @@ def judge(
         for name in pairs[0][0]["metrics"] if pairs else ():
             differences = _differences(pairs, name, samples, by_factor)
             about = {"row": ours, "against": other, over: name}
-            same = ROUNDED if other.endswith(MATCHED) else SAME_ZEROS
+            same = SAME_ZEROS
+            if other.endswith(MATCHED):
+                same = 1 / min(row["columns"] for _, record in pairs for row in record["projections"])
             lines.append(about | _verdict(pairs, differences, by_factor, same))
     return pd.DataFrame(lines).set_index("row") if lines else pd.DataFrame()
 
