@@ -35,8 +35,10 @@ QUANTITIES = {
     "model": "seconds",
 }
 """What a table of verdicts is of, by the column that names what each row was measured on."""
-RECIPES = "besa-row-wise", "joint-besa"
-"""The rows that the paper proposes, alone and with 4 bits."""
+RECIPES = "besa-row-wise", "besa-layer-wise", "joint-besa"
+"""What the rows that the paper proposes start with: alone, and with 4 bits."""
+TARGET = re.compile(r"-(0\.\d+)(?=-|$)")
+"""Of a sweep, in the name of a row."""
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 
 
@@ -122,23 +124,23 @@ def claims(items: list[Item]) -> list[dict[str, str]]:
             mark = (part["p"] > least).map({True: " †", False: ""}) if "p" in part and verdict != "undecided" else ""
             line = {"verdict": verdict, "row": row, "against": against, "of": QUANTITIES[over], "where": where}
             line["difference"] = ", ".join(part[over] + " " + part[DIFFERENCE] + mark + uneven(part))
-            lines.append(line | {"rests_on": part["rests on"].iloc[0]})
+            lines.append(line | {"rests_on": "; ".join(part["rests on"].unique())})
     return lines
 
 
 def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """In what the paper's recipes are better or worse than rows of as many zeros: a line for each item and pair.
+    """In what the paper's recipes are better or worse than rows of as many zeros, where the error is known.
 
-    Of the runs whose error is known, profile paper stands for quick.
+    A line for each item, run and pair of rows, the targets of a sweep together.
     """
-    known = [line for line in lines if line["row"] in RECIPES and line["against"].endswith(MATCHED)]
-    known = [line for line in known if "± ?" not in line["difference"]]
-    pair = lambda line: tuple(line[name] for name in ("where", "of", "row", "against"))
-    pairs, found = {pair(line) for line in known}, {}
-    for line in known:
-        where, *rest = pair(line)
-        if not where.endswith(", quick") or (where.removesuffix("quick") + "paper", *rest) not in pairs:
-            found.setdefault((where, *rest), dict(line))[line["verdict"]] = line["difference"]
+    known = [line for line in lines if line["row"].startswith(RECIPES) and line["against"].endswith(MATCHED)]
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for line in (line for line in known if "± ?" not in line["difference"]):
+        row, against = (TARGET.sub("", line[name]) for name in ("row", "against"))
+        named = line | {"row": row, "against": against, "draws": line["rests_on"].rpartition(", ")[2]}
+        short = found.setdefault((line["where"], line["of"], row, against), named)
+        difference = "".join(f"at {target} " for target in TARGET.findall(line["row"])) + line["difference"]
+        short[line["verdict"]] = ", ".join([*filter(None, [short.get(line["verdict"])]), difference])
     return list(found.values())
 
 
