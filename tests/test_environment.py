@@ -86,16 +86,32 @@ def test_the_readmes_full_protocol_is_the_reference_run():
 
 def test_the_readmes_zero_shot_answers_to_all_questions_are_the_reference_run():
     folder = ROOT / "results" / "reference" / "table2"
-    averages = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")["average"]
+    table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")
     others = "sparsegpt-matched", "wanda-matched"
-    shown = [f"{averages[row]:.2f} %" for row in ("dense", "besa-row-wise", *others)]
-    said = "dense {}, row-wise BESA {}, with BESA's zeros SparseGPT {} and Wanda {}, neither of which can be told"
-    assert said.format(*shown) in " ".join((ROOT / "README.md").read_text().split())
+    rows = table.loc[["dense", "besa-row-wise", *others]]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = (
+        "dense {} %, row-wise BESA {} %, with BESA's zeros SparseGPT {} % and Wanda {} %, neither of which can be told"
+    )
+    assert said.format(*rows["average"].map("{:.2f}".format)) in text
+    rest = rows[["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]].mean(axis=1)
+    said = "the other five average {} % dense, and {}, {} and {} % in the same order, again not to be told apart"
+    assert said.format(*rest.map("{:.2f}".format)) in text
+    assert f"from {rows.loc['dense', 'boolq']:.2f} %, which is below guessing, to 54 % and more" in text
+    assert 54 < rows["boolq"].iloc[1:].min() < 55
     judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["task", "against"])
     judged = judged.loc[[("average", row) for row in others]]
     assert set(judged["rests on"]) == {"19965 questions, 1 draw"} and set(judged["verdict"]) == {"undecided"}
-    quick = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["against", "task"])["verdict"]
-    assert quick["wanda-matched", "average"] == "holds"
+    quick = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["against", "task"])
+    found = quick.loc[("wanda-matched", "average")]
+    assert found["verdict"] == "holds" and found["difference ± standard error"].startswith("+2.42 ")
+    report = (ROOT / "reproduce" / "README.md").read_text()
+    assert f"average {found['difference ± standard error']} †" in report  # not among all
+    assert "BESA was 2.42 points ahead of Wanda, a verdict that does not stand among all" in text
+    left_out = [pd.read_csv(folder / f"smollm2-135m-{profile}-left-out.csv") for profile in ("paper", "quick")]
+    assert {verdict for each in left_out for verdict in each[each["task"] == "without boolq"]["verdict"]} == {
+        "undecided"
+    }
 
 
 def test_the_readme_says_what_table_1_judged():
@@ -111,7 +127,11 @@ def test_the_readme_says_what_table_1_judged():
         "row-wise BESA is ahead of Wanda on both texts and of SparseGPT on `wiki`, and behind SparseGPT on `sotu`"
         in text
     )
-    assert "behind the row-wise on both, and cannot be told from Wanda or SparseGPT on `wiki`" in text
+    assert [layer_wise.loc[f"{row}-matched"]["sotu"] for row in ("wanda", "sparsegpt")] == ["holds", "does not hold"]
+    said = (
+        "behind the row-wise on both, cannot be told from Wanda or SparseGPT on `wiki`, and on `sotu` is ahead of Wanda"
+    )
+    assert f"{said} and behind SparseGPT" in text
 
 
 def test_the_report_says_by_how_much_draws_differ():
@@ -203,6 +223,8 @@ def test_the_readmes_packed_models_are_the_reference_run():
     assert f"{speed.min():.1f} to {speed.max():.1f} x on one sequence" in flat
     assert f"prompts take {seconds.min():.1f} to {seconds.max():.1f} times the dense model's seconds" in flat
     packed, joint = (8 * products.loc[("11008 x 4096", 0.5, form), "bytes/weight"] for form in forms)
+    lost = models["perplexity"].loc["smollm2-135m", 0.5]
+    assert f"perplexity {lost['joint 4 bits']:.2f} where bfloat16 has {lost['packed']:.2f})" in flat
     shown = f"takes {packed:.0f} bits, a jointly quantized one (`besa.Quantize(bits=4)`) about {joint:.0f};"
     assert shown in flat
 
@@ -227,20 +249,22 @@ def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
 
 def test_the_readmes_granularities_are_the_reference_run():
     judged = pd.read_csv(ROOT / "results" / "reference" / "granularity" / "smollm2-135m-quick-verdicts.csv")
-    verdicts = judged.set_index(["row", "against"])["verdict"]
+    judged = judged.set_index(["row", "against"])
+    verdicts, by = judged["verdict"], judged["difference ± standard error"].str.extract(r"(\d+\.\d+)%")[0]
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "rows are ahead of whole projections where blocks reproduce the dense model's hidden states" in text
-    assert verdicts["besa-row-dense", "besa-layer-dense"] == "holds"
-    assert "on pruned inputs they cannot be told from whole projections and are behind groups of 8 rows" in text
+    pairs = [("besa-row-dense", "besa-layer-dense"), ("besa-row-pruned", "besa-8-pruned")]
+    assert f"each row is {by[pairs[0]]} % ahead of one for each projection where blocks reproduce the dense" in text
+    assert f"the two cannot be told apart, and groups of 8 rows are ahead of single ones by {by[pairs[1]]} %" in text
+    assert [verdicts[pair] for pair in pairs] == ["holds", "does not hold"]
     assert verdicts["besa-row-pruned", "besa-layer-pruned"] == "undecided"
-    assert verdicts["besa-row-pruned", "besa-8-pruned"] == "does not hold"
 
 
 def test_the_readmes_zero_shot_answers_are_the_reference_run():
     table = pd.read_csv(ROOT / "results" / "reference" / "fidelity" / "smollm2-135m-quick-zero-shot.csv")
     table, text = table.set_index("precision"), " ".join((ROOT / "README.md").read_text().split())
-    n, other = table.loc["float32", ["questions", "other answers"]]
-    assert f"Zero-shot answers are lm-eval's own, {n - other:.0f} of {n:.0f} in float32, in about the time" in text
+    n, other = table["questions"], table["other answers"]
+    said = f"{n['float32'] - other['float32']:.0f} of {n['float32']:.0f} in float32 and"
+    assert f"lm-eval's own, {said} {n['bfloat16'] - other['bfloat16']:.0f} in bfloat16 (the precision of" in text
     assert table["seconds of besa / windows"].between(0.9, 1.1).all()
 
 
