@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le
@@ -26,6 +26,10 @@ from besa.walk import Block, PrunedBlock, reconstruction_error, token_error
 
 SENSITIVITY_WINDOWS, SENSITIVITY_TOKENS = 8, 512
 """Calibration windows, and tokens of each, on which a block's sensitivity is measured."""
+
+
+class _Unsaid(str):
+    """Targets that nobody gave: another budget takes its own, also through `dataclasses.replace`."""
 
 
 @documented
@@ -85,11 +89,9 @@ class Besa(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.targets is None:
+        if self.targets is None or isinstance(self.targets, _Unsaid):
             whole = self._is_beyond and not isinstance(self.reconstruct, str)
-            object.__setattr__(self, "targets", "dense" if whole else "pruned")
-        if self.scores is None:
-            object.__setattr__(self, "scores", self._is_beyond)
+            object.__setattr__(self, "targets", _Unsaid("dense" if whole else "pruned"))
         self._check_together()
         self._check_reach()
 
@@ -98,9 +100,16 @@ class Besa(Method):
         """Whether it is asked for what the paper has not."""
         return self.budget == "exact" or self.pattern is not None
 
+    @property
+    def _learns_scores(self) -> bool:
+        return self._is_beyond if self.scores is None else self.scores
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | ({"scores": True} if self._learns_scores else {})
+
     def _check_together(self) -> None:
         """Refuse fields that do not go together."""
-        if self.scores != self._is_beyond and (self.scores or self.pattern):
+        if self._learns_scores != self._is_beyond and (self.scores or self.pattern):
             raise ValueError(
                 f"scores {self.scores} with budget {self.budget!r} and pattern {self.pattern!r}: scores are learned "
                 "with budget 'exact' or a pattern, which has nothing else to learn"
@@ -210,7 +219,7 @@ class Besa(Method):
 
     def _learner(self, block: Block, part: Block, name: str, statistics: dict[str, InputStatistics]) -> Learner:
         """Of a part of the block; under a budget, what is not ignored makes up for what is."""
-        kind = ScoreLearner if self.scores else BudgetLearner if self.budget == "exact" else Learner
+        kind = ScoreLearner if self._learns_scores else BudgetLearner if self.budget == "exact" else Learner
         some = sum(linear.weight.numel() for linear in block.projections.values())
         whole = sum(linear.weight.numel() for linear in projections(block.module).values())
         return kind(self, part, name, statistics, Fraction(whole, some) if self._has_budget else Fraction(1))

@@ -1,6 +1,7 @@
 """Exact budgets: any target, met to the weight, and a gradient that says which rows should give more."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -154,3 +155,12 @@ def test_blocks_that_cost_more_keep_more(sparsity):
     assert spread[0] > spread[2] > spread[1]
     assert sum(round(s * n) for s, n in zip(spread, sizes, strict=True)) == round(sparsity * 4000)
     assert max(abs(s - sparsity) for s in spread) < 0.101
+
+
+def test_what_nobody_gave_follows_the_budget_through_replace():
+    exact, penalty = besa.Besa(budget="exact"), besa.Besa()
+    assert dataclasses.replace(penalty, budget="exact").config() == exact.config() != penalty.config()
+    assert dataclasses.replace(exact, budget="penalty").config() == penalty.config()
+    assert exact.config()["scores"] and "scores" not in penalty.config()
+    given = dataclasses.replace(besa.Besa(targets="pruned"), budget="exact", scores=False)
+    assert given.targets == "pruned" and "scores" not in dataclasses.replace(given, sparsity=0.6).config()
