@@ -101,15 +101,16 @@ class Besa(Method):
         return self.budget == "exact" or self.pattern is not None
 
     @property
-    def _learns_scores(self) -> bool:
+    def learns_scores(self) -> bool:
+        """Whether which weights stay is learned too, not their number alone."""
         return self._is_beyond if self.scores is None else self.scores
 
     def config(self) -> dict[str, Any]:
-        return super().config() | ({"scores": True} if self._learns_scores else {})
+        return super().config() | ({"scores": True} if self.learns_scores else {})
 
     def _check_together(self) -> None:
         """Refuse fields that do not go together."""
-        if self._learns_scores != self._is_beyond and (self.scores or self.pattern):
+        if self.learns_scores != self._is_beyond and (self.scores or self.pattern):
             raise ValueError(
                 f"scores {self.scores} with budget {self.budget!r} and pattern {self.pattern!r}: scores are learned "
                 "with budget 'exact' or a pattern, which has nothing else to learn"
@@ -219,7 +220,7 @@ class Besa(Method):
 
     def _learner(self, block: Block, part: Block, name: str, statistics: dict[str, InputStatistics]) -> Learner:
         """Of a part of the block; under a budget, what is not ignored makes up for what is."""
-        kind = ScoreLearner if self._learns_scores else BudgetLearner if self.budget == "exact" else Learner
+        kind = ScoreLearner if self.learns_scores else BudgetLearner if self.budget == "exact" else Learner
         some = sum(linear.weight.numel() for linear in block.projections.values())
         whole = sum(linear.weight.numel() for linear in projections(block.module).values())
         return kind(self, part, name, statistics, Fraction(whole, some) if self._has_budget else Fraction(1))

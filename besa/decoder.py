@@ -6,6 +6,7 @@ Nothing here names an argument of a block: the calls that the model makes are re
 import contextlib
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 
@@ -130,7 +131,7 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
     owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
         for name, module in block.named_modules():
-            wrapper = _wrapper(module)
+            wrapper = _wrapper(module) or _no_linear(module)
             if wrapper:
                 raise ValueError(f"block {index}, {name}: {wrapper}")
         for name, linear in projections(block).items():
@@ -146,10 +147,7 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
             if problem:
                 raise ValueError(f"block {index}, {name}: {problem}")
         if not projections(block):
-            raise ValueError(
-                f"block {index} has no torch.nn.Linear to prune; a packed model becomes dense by besa.unpack(model) or "
-                "besa.load_model(..., packed=False)"
-            )
+            raise ValueError(f"block {index} has no torch.nn.Linear to prune")
 
 
 def _is_peft(module: nn.Module) -> bool:
@@ -171,6 +169,14 @@ def _wrapper(module: nn.Module) -> str | None:
             "or torch.nn.utils.remove_weight_norm(module)"
         )
     return None
+
+
+def _no_linear(module: nn.Module) -> str | None:
+    """What keeps a projection in another form than a `torch.nn.Linear`, which would be passed over, and the way out."""
+    if isinstance(module, nn.Linear) or not hasattr(module, "in_features"):
+        return None
+    way_out = "a packed model becomes dense by besa.unpack(model) or besa.load_model(..., packed=False)"
+    return f"a {type(module).__name__} is not a torch.nn.Linear and cannot be pruned; {way_out}"
 
 
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
@@ -223,7 +229,7 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
     """How the model calls each of its blocks for windows; it depends on their number and length, not on their tokens.
 
     Raises:
-        ValueError: the model did not call every block once.
+        ValueError: the model did not call every block once, or calls them otherwise for other tokens.
     """
     blocks = find_blocks(model)
     calls: list[BlockCall] = []
@@ -235,11 +241,28 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
         calls.append(BlockCall(args, kwargs, in_tuple))
         return calls[-1].answer(hidden)
 
+    others = (windows + 1) % model.get_input_embeddings().num_embeddings
     with _stubbed(blocks, stub):
-        model.base_model(windows.to(model.device), use_cache=False)
-    if len(calls) != len(blocks):
-        raise ValueError(f"{type(model).__name__} made {len(calls)} calls to its {len(blocks)} blocks: not supported")
+        for tokens in (windows, others):
+            model.base_model(tokens.to(model.device), use_cache=False)
+    if len(calls) != 2 * len(blocks):
+        made = f"{len(calls) / 2:g} calls to its {len(blocks)} blocks"
+        raise ValueError(f"{type(model).__name__} made {made}: not supported")
+    calls, again = calls[: len(blocks)], calls[len(blocks) :]
+    if not all(itertools.starmap(_same, zip(calls, again, strict=True))):
+        raise ValueError(
+            f"{type(model).__name__} hands its blocks more than hidden states of the tokens: not supported"
+        )
     return calls
+
+
+def _same(call: BlockCall, other: BlockCall) -> bool:
+    """Whether two calls are the same but for the hidden states; what blocks would write into never is."""
+    leaves = [tree_leaves((each.args, each.kwargs)) for each in (call, other)]
+    if any(isinstance(leaf, dict) for leaf in leaves[0]):
+        return False
+    tensors = [[leaf for leaf in of if isinstance(leaf, Tensor)] for of in leaves]
+    return all(itertools.starmap(torch.equal, zip(*tensors, strict=True)))
 
 
 class _Entered(Exception):
@@ -466,6 +489,8 @@ def record_part(
     finally:
         handle.remove()
     inputs, calls, outputs = zip(*seen, strict=True)
+    if not all(_same(calls[0], other) for other in calls):
+        raise ValueError(f"{part} takes more than hidden states of each window: take reconstruct=1, the whole block")
     # some families flatten windows and tokens inside a block
     stack = lambda parts: torch.stack([part.view(hidden.shape[1], -1) for part in parts])
     return stack(inputs), calls[0], stack(outputs)

@@ -95,6 +95,35 @@ def test_refuses_mixture_of_experts_by_name():
         check_model(transformers.MixtralForCausalLM(config))
 
 
+@pytest.mark.parametrize("shared", [0, 2])
+def test_refuses_blocks_that_take_more_than_hidden_states_of_the_tokens(shared):
+    """Gemma 4: per-layer inputs made of the tokens, keys and values that later blocks share."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shape = SMALL | {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 8, "global_head_dim": 8}
+    shape |= {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    more = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": shared}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma4TextConfig(**shape | more)).eval()
+    windows = torch.randint(1, 97, (3, 24))
+    for work in (
+        lambda: besa.perplexity(model, windows.flatten(), 24, progress=False),
+        lambda: besa.prune(model, windows, besa.Wanda(), progress=False),
+    ):
+        with pytest.raises(ValueError, match="hands its blocks more than hidden states of the tokens: not supported"):
+            work()
+    plain = transformers.AutoModelForCausalLM.from_config(transformers.Gemma4TextConfig(**shape))
+    assert len(record_calls(plain.eval(), windows[:1])) == 4
+
+
+def test_refuses_parts_that_take_more_than_hidden_states_of_each_window(windows):
+    """BLOOM's attention and MLP add the residual themselves."""
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+    model = transformers.BloomForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="takes more than hidden states of each window: take reconstruct=1"):
+        besa.prune(model, windows, besa.Besa(reconstruct="sublayer"), progress=False)
+    assert besa.prune(model, windows, besa.Besa(), progress=False).sparsity > 0.4
+
+
 def test_refuses_meta_weights(tiny_llama):
     with pytest.raises(ValueError, match=r"block 0, .*meta"):
         check_model(tiny_llama.to("meta"))

@@ -329,6 +329,20 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_new_folder_goes_where_a_link_leads_and_onto_no_mount_point(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with checkpoint.new_folder(tmp_path / "link") as temporary:
+        (temporary / "file").write_text("1")
+    assert (tmp_path / "there" / "file").read_text() == "1" and (tmp_path / "link").is_symlink()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
+    with (
+        pytest.raises(ValueError, match=r"volume' is a mount point.*; name a folder in it"),
+        checkpoint.new_folder(tmp_path / "volume"),
+    ):
+        pass
+
+
 def test_a_real_limit_of_size_is_named_by_every_writer(tmp_path):
     tensor = {"a": torch.zeros(1000)}
     with pytest.raises(OSError, match=r"text was not written \(File too large") as error, small_files():

@@ -678,7 +678,11 @@ def test_a_packed_folder_is_no_source_but_told_how_to_become_dense(pruned_folder
 def test_a_packed_model_is_not_pruned_but_told_how_to_become_dense(tiny_llama, windows):
     prune_half(tiny_llama)
     pack(tiny_llama)
-    with pytest.raises(ValueError, match="a packed model becomes dense"):
+    told = "block 0, self_attn.q_proj: a PackedLinear is not a torch.nn.Linear .*; a packed model becomes dense"
+    with pytest.raises(ValueError, match=told):
+        besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    find_blocks(tiny_llama)[0].mlp.down_proj = torch.nn.Linear(48, 32, bias=False)  # what was too dense to pack
+    with pytest.raises(ValueError, match=told):
         besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
 
 

@@ -451,6 +451,28 @@ def test_host_memory_is_what_the_tightest_control_group_leaves(tmp_path, monkeyp
         (tmp_path / name / "memory.stat").write_text("anon 700\ninactive_file 200\nactive_file 100\n")
     monkeypatch.setattr(memory, "_control_groups", lambda: [tmp_path / "job" / "step", tmp_path / "job", tmp_path])
     assert memory.free_host() == 3000 - 1000 + 300
+    older = {"limit_in_bytes": 2500, "usage_in_bytes": 1000, "stat": "total_inactive_file 90\ntotal_active_file 10"}
+    for name, value in older.items():  # of version 1
+        (tmp_path / f"memory.{name}").write_text(f"{value}\n")
+    assert memory.free_host() == 2500 - 1000 + 100
+
+
+def test_scores_count_in_the_memory_that_is_planned_whether_named_or_not(tiny_llama):
+    block, device = tiny_llama.model.layers[0], torch.device("cpu")
+    for fields in ({"budget": "exact"}, {"pattern": "2:4"}):
+        plain, named = (
+            plan.bytes_for(block, besa.Besa(**fields, scores=scores), device, 64) for scores in (None, True)
+        )
+        assert plain == named > plan.bytes_for(block, besa.Besa(), device, 64)
+
+
+def test_processes_that_were_not_joined_are_told_so(tiny_llama, windows, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match=r"torchrun started 8 processes that are not joined; first torch\.distributed"):
+        besa.prune(tiny_llama, windows, besa.Besa(), progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
 
 
 def test_the_disk_that_is_planned_holds_the_codes_too(source, tmp_path, windows):

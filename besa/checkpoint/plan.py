@@ -72,7 +72,7 @@ def bytes_for(
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
     per_weight = 2 * itemsize + 3 + itemsize * (device.type == "cuda") + 24 * (method.quantize is not None)
     per_weight += 20 * (reconstruct is not None and reconstruct.kind == "block")
-    per_weight += 20 * bool(getattr(method, "scores", False))
+    per_weight += 20 * getattr(method, "learns_scores", False)
     total = n_weights * per_weight + BESIDE
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]

@@ -33,11 +33,14 @@ def free_host() -> int:
     """Host memory that can be had, in bytes, within the limits of the control groups around this process."""
     free = psutil.virtual_memory().available
     for group in _control_groups():
-        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-        if limit != "max":
-            used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cached = int(used["inactive_file"]) + int(used["active_file"])  # files that were read: dropped at need
-            free = min(free, int(limit) - int((group / "memory.current").read_text()) + cached)
+        for most, current, before in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+            path = group / f"memory.{most}"
+            limit = path.read_text().strip() if path.is_file() else "max"
+            if limit != "max":
+                used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # files that were read: dropped at need
+                cached = int(used[f"{before}inactive_file"]) + int(used[f"{before}active_file"])
+                free = min(free, int(limit) - int((group / f"memory.{current}").read_text()) + cached)
     return free
 
 
@@ -47,11 +50,14 @@ def neighbours() -> int:
 
 
 def _control_groups() -> list[Path]:
-    """This process's (version 2) and those around it, any of which may have a limit."""
-    own, top = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-    names = [line.split("::/", 1)[1] for line in own.read_text().split("\n") if "::/" in line] if own.is_file() else []
-    innermost = top / names[0] if names else top
-    return [group for group in (innermost, *innermost.parents) if group == top or top in group.parents]
+    """This process's and those around it, of version 2 and of version 1; any may have a limit."""
+    own, groups = Path("/proc/self/cgroup"), []
+    named = dict(line.split(":", 2)[1:] for line in own.read_text().splitlines()) if own.is_file() else {}
+    for controller in ("", "memory"):
+        top = Path("/sys/fs/cgroup", controller)
+        innermost = top / named.get(controller, "").lstrip("/")
+        groups += [group for group in (innermost, *innermost.parents) if group == top or top in group.parents]
+    return groups
 
 
 @dataclass

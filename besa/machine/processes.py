@@ -37,8 +37,19 @@ def joined() -> Iterator[None]:
 
 
 def n_ranks() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes there are.
+
+    Raises:
+        ValueError: torchrun started several, which do not know of each other.
+    """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes that are not joined; first "
+            "torch.distributed.init_process_group('cpu:gloo,cuda:nccl'), or 'gloo' without GPUs"
+        )
+    return 1
 
 
 def rank() -> int:
