@@ -76,7 +76,8 @@ def test_the_readmes_full_protocol_is_the_reference_run():
     table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")
     shown = {row: f"{table.loc[row, 'wiki']:.2f} / {table.loc[row, 'sotu']:.2f}" for row in table.index}
     others = [f"{shown[row]} and with BESA's zeros {shown[f'{row}-matched']}" for row in ("wanda", "sparsegpt")]
-    said = f"dense {shown['dense']}, Wanda {others[0]}, SparseGPT {others[1]}, row-wise BESA {shown['besa-row-wise']}"
+    others.append(f"layer-wise BESA {shown['besa-layer-wise']}, row-wise BESA {shown['besa-row-wise']}")
+    said = "dense {}, Wanda {}, SparseGPT {}, {}".format(shown["dense"], *others)
     assert f"{said}: as above" in text
     judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against", "text"])["verdict"]
     judged = judged.loc["besa-row-wise"]
