@@ -6,7 +6,6 @@ Nothing here names an argument of a block: the calls that the model makes are re
 import contextlib
 import functools
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -249,7 +248,7 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
         made = f"{len(calls) / 2:g} calls to its {len(blocks)} blocks"
         raise ValueError(f"{type(model).__name__} made {made}: not supported")
     calls, again = calls[: len(blocks)], calls[len(blocks) :]
-    if not all(itertools.starmap(_same, zip(calls, again, strict=True))):
+    if not all(map(_same, calls, again)):
         raise ValueError(
             f"{type(model).__name__} hands its blocks more than hidden states of the tokens: not supported"
         )
@@ -261,8 +260,8 @@ def _same(call: BlockCall, other: BlockCall) -> bool:
     leaves = [tree_leaves((each.args, each.kwargs)) for each in (call, other)]
     if any(isinstance(leaf, dict) for leaf in leaves[0]):
         return False
-    tensors = [[leaf for leaf in of if isinstance(leaf, Tensor)] for of in leaves]
-    return all(itertools.starmap(torch.equal, zip(*tensors, strict=True)))
+    mine, theirs = ([leaf for leaf in of if isinstance(leaf, Tensor)] for of in leaves)
+    return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
 
 class _Entered(Exception):

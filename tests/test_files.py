@@ -336,11 +336,11 @@ def test_a_new_folder_goes_where_a_link_leads_and_onto_no_mount_point(tmp_path, 
         (temporary / "file").write_text("1")
     assert (tmp_path / "there" / "file").read_text() == "1" and (tmp_path / "link").is_symlink()
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
-    with (
-        pytest.raises(ValueError, match=r"volume' is a mount point.*; name a folder in it"),
-        checkpoint.new_folder(tmp_path / "volume"),
-    ):
-        pass
+    (tmp_path / "to volume").symlink_to(tmp_path / "volume")
+    for name in ("volume", "to volume"):
+        told = r"volume' is a mount point.*; name a folder in it"
+        with pytest.raises(ValueError, match=told), checkpoint.new_folder(tmp_path / name):
+            pass
 
 
 def test_a_real_limit_of_size_is_named_by_every_writer(tmp_path):

@@ -265,9 +265,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     _check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
+    folder = folder.resolve()  # where a link leads
     if os.path.ismount(folder):
         raise ValueError(f"{str(folder)!r} is a mount point, which nothing can be renamed to; name a folder in it")
-    folder = folder.resolve()  # where a link leads
     about = {"prefix": HALF_WRITTEN, "dir": folder.parent, "ignore_cleanup_errors": True}
     with writing(folder, "nothing is left of it"):
         folder.parent.mkdir(parents=True, exist_ok=True)
