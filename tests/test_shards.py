@@ -457,13 +457,13 @@ def test_host_memory_is_what_the_tightest_control_group_leaves(tmp_path, monkeyp
     assert memory.free_host() == 2500 - 1000 + 100
 
 
-def test_scores_count_in_the_memory_that_is_planned_whether_named_or_not(tiny_llama):
+def test_scores_count_in_the_memory_that_is_planned_whether_named_or_not(tiny_llama, windows):
     block, device = tiny_llama.model.layers[0], torch.device("cpu")
     for fields in ({"budget": "exact"}, {"pattern": "2:4"}):
         plain, named = (
-            plan.bytes_for(block, besa.Besa(**fields, scores=scores), device, 64) for scores in (None, True)
+            plan.bytes_for(block, besa.Besa(**fields, scores=scores), device, windows) for scores in (None, True)
         )
-        assert plain == named > plan.bytes_for(block, besa.Besa(), device, 64)
+        assert plain == named > plan.bytes_for(block, besa.Besa(), device, windows)
 
 
 def test_processes_that_were_not_joined_are_told_so(tiny_llama, windows, monkeypatch):
@@ -489,7 +489,8 @@ def test_the_plan_names_memory_and_disk_and_prunes_nothing(source, tmp_path, win
     tensors = safetensors.torch.load_file(source / "model.safetensors")
     masks = sum(tensor.numel() / 8 for name, tensor in tensors.items() if "_proj" in name)
     assert found.disk_bytes == sum(tensor.nbytes for tensor in tensors.values()) + masks
-    assert found.block_bytes == 11 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 80 * 32) + 2**30 and found.n_blocks == 3
+    weights, features = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 80 * 32, 2 * (32 + 32) + 2 * (16 + 32) + 3 * (80 + 32)
+    assert found.block_bytes == 11 * weights + windows.shape[1] * 4 * features + 2**30 and found.n_blocks == 3
     by_projection = besa.plan_checkpoint(
         source, tmp_path / "out", windows, besa.Besa(reconstruct="projection"), device="cpu"
     )

@@ -110,7 +110,7 @@ def _bytes_needed(
     """To prune a model as a whole: its weights, the hidden states of all windows, and what a block takes meanwhile."""
     hidden_states = windows.numel() * shapes.config.get_text_config().hidden_size * dtype.itemsize
     block = Span(find_blocks(shapes)[: method.span]).to(dtype)
-    working = bytes_for(block, method, device, windows.numel(), reconstruct)
+    working = bytes_for(block, method, device, windows, reconstruct)
     return weight_bytes(shapes, dtype) + n_streams(reconstruct) * hidden_states + working
 
 

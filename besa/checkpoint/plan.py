@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from besa.decoder import projections
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
@@ -17,7 +17,7 @@ from besa.reconstruct import Reconstruct
 HiddenStates = Literal["device", "host", "file"]
 
 BESIDE = 2**30
-"""Bytes for everything that is not counted: activations, libraries, fragmentation."""
+"""Bytes for everything that is not counted: libraries, fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _PLACES = {"device": "the memory where it computes", "host": "pinned host memory
 
 
 def bytes_for(
-    block: nn.Module, method: Method, device: torch.device, n_tokens: int, reconstruct: Reconstruct | None = None
+    block: nn.Module, method: Method, device: torch.device, windows: Tensor, reconstruct: Reconstruct | None = None
 ) -> int:
     """Memory of the device that computes while a block, or a span of blocks, is pruned.
 
@@ -62,11 +62,11 @@ def bytes_for(
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
     takes a matrix of columns x columns in float32 for each projection's inputs, four more while one is factorized;
     reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight. Scores that BESA
-    learns take as much. Of parts that are learned by themselves the inputs and outputs of all windows are there,
-    too, and twice while they are gathered.
+    learns take as much. What enters and leaves each projection is kept for one window, to learn from; of parts that are
+    learned by themselves the inputs and outputs of all windows are there, too, and twice while they are gathered.
 
     Args:
-        n_tokens: of this rank's windows.
+        windows: this rank's.
     """
     weights = [projection.weight for projection in projections(block).values()]
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
@@ -74,11 +74,12 @@ def bytes_for(
     per_weight += 20 * (reconstruct is not None and reconstruct.kind == "block")
     per_weight += 20 * getattr(method, "learns_scores", False)
     total = n_weights * per_weight + BESIDE
+    total += windows.shape[1] * itemsize * sum(sum(weight.shape) for weight in weights)
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
         total += sum(squares) + (6 if reconstruct else 4) * max(squares)
     if isinstance(getattr(method, "reconstruct", None), str):
-        total += 2 * n_tokens * itemsize * max(sum(weight.shape) for weight in weights)
+        total += 2 * windows.numel() * itemsize * max(sum(weight.shape) for weight in weights)
     return total
 
 

@@ -262,7 +262,7 @@ class Shards:
         rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
         block, windows = Span(blocks[: self.method.span]), self.windows[rank() :: n_ranks()]
         return make_plan(
-            block_bytes=bytes_for(block, self.method, self.device, windows.numel(), self.reconstruct),
+            block_bytes=bytes_for(block, self.method, self.device, windows, self.reconstruct),
             streams=n_streams(self.reconstruct),
             n_windows=len(windows),
             window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
