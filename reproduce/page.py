@@ -131,7 +131,8 @@ def claims(items: list[Item]) -> list[dict[str, str]]:
 def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
     """In what the paper's recipes are better or worse than rows of as many zeros, where the error is known.
 
-    A line for each item, run and pair of rows, the targets of a sweep together.
+    A line for each item, run and pair of rows, the targets of a sweep together. The quick profile is left out where the
+    published size has as many draws.
     """
     known = [line for line in lines if line["row"].startswith(RECIPES) and line["against"].endswith(MATCHED)]
     found: dict[tuple[str, ...], dict[str, str]] = {}
@@ -141,7 +142,10 @@ def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
         short = found.setdefault((line["where"], line["of"], row, against), named)
         difference = "".join(f"at {target} " for target in TARGET.findall(line["row"])) + line["difference"]
         short[line["verdict"]] = ", ".join([*filter(None, [short.get(line["verdict"])]), difference])
-    return list(found.values())
+    at_full = {key: found.get((re.sub("quick$", "paper", key[0]), *key[1:])) for key in found}
+    n_draws = lambda line: int(line["draws"].split()[0])
+    stands_for = lambda full, line: full and full is not line and n_draws(full) >= n_draws(line)
+    return [line for key, line in found.items() if not stands_for(at_full[key], line)]
 
 
 def least_certain(judged: list[pd.DataFrame]) -> float:

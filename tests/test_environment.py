@@ -76,11 +76,14 @@ def test_the_readmes_full_protocol_is_the_reference_run():
     table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")
     shown = {row: f"{table.loc[row, 'wiki']:.2f} / {table.loc[row, 'sotu']:.2f}" for row in table.index}
     others = [f"{shown[row]} and with BESA's zeros {shown[f'{row}-matched']}" for row in ("wanda", "sparsegpt")]
-    others.append(f"layer-wise BESA {shown['besa-layer-wise']}, row-wise BESA {shown['besa-row-wise']}")
-    said = "dense {}, Wanda {}, SparseGPT {}, {}".format(shown["dense"], *others)
-    assert f"{said}: as above" in text
-    judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against", "text"])["verdict"]
-    judged = judged.loc["besa-row-wise"]
+    said = "dense {}, Wanda {}, SparseGPT {}, row-wise BESA {}".format(shown["dense"], *others, shown["besa-row-wise"])
+    assert f"the mean of three draws: {said}: as above" in text
+    (layer_wise,) = folder.glob("records/smollm2-135m-paper-besa-layer-wise-*.json")
+    metrics = load_record(layer_wise)["metrics"]
+    assert f"layer-wise BESA on one draw {metrics['wiki']:.2f} / {metrics['sotu']:.2f}." in text
+    judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against", "text"])
+    assert set(judged["rests on"]) == {"218 segments, 3 draws", "205 segments, 3 draws"}
+    judged = judged["verdict"].loc["besa-row-wise"]
     assert set(judged.loc["wanda-matched"]) == {"holds"}
     assert list(judged.loc["sparsegpt-matched"][["wiki", "sotu"]]) == ["holds", "does not hold"]
 

@@ -258,6 +258,22 @@ def test_the_papers_recipes_stand_first_where_an_error_is_known_and_a_sweeps_tar
     ]
 
 
+def test_the_published_size_stands_for_the_quick_profile_where_it_has_as_many_draws(folders):
+    header = "row,against,text,difference ± standard error,verdict,rests on\n"
+    draws = {"quick": {"besa-row-wise": 3, "besa-layer-wise": 3}, "paper": {"besa-row-wise": 3, "besa-layer-wise": 1}}
+    for profile, rows in draws.items():
+        run(folders, "llama-7b", profile, wanda=7.3)
+        lines = [f"{row},wanda-matched,c4,-7% ± 1%,holds,{n} draws\n" for row, n in rows.items()]
+        (folders[1] / "table1" / f"llama-7b-{profile}-verdicts.csv").write_text(header + "".join(lines))
+    text, _ = report_of(folders)
+    found = re.findall(r"Table 1, llama-7b, (\w+): perplexity \| (\S+) \| wanda-matched \| (\d)", text)
+    assert sorted(found) == [
+        ("paper", "besa-layer-wise", "1"),
+        ("paper", "besa-row-wise", "3"),
+        ("quick", "besa-layer-wise", "3"),
+    ]
+
+
 def test_what_is_decided_alone_and_not_among_all_is_marked(folders):
     run(folders, "llama-7b", "quick", wanda=7.3)
     p = [0.001, 0.02, 0.04, *[0.5] * 7]  # among ten, 0.001 is below its share of 5 %, 0.02 and 0.04 are not
