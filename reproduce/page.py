@@ -142,10 +142,9 @@ def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
         short = found.setdefault((line["where"], line["of"], row, against), named)
         difference = "".join(f"at {target} " for target in TARGET.findall(line["row"])) + line["difference"]
         short[line["verdict"]] = ", ".join([*filter(None, [short.get(line["verdict"])]), difference])
-    at_full = {key: found.get((re.sub("quick$", "paper", key[0]), *key[1:])) for key in found}
-    n_draws = lambda line: int(line["draws"].split()[0])
-    stands_for = lambda full, line: full and full is not line and n_draws(full) >= n_draws(line)
-    return [line for key, line in found.items() if not stands_for(at_full[key], line)]
+    at_full = lambda key: (re.sub("quick$", "paper", key[0]), *key[1:])
+    has_as_many = lambda key: found.get(at_full(key), {}).get("draws") == found[key]["draws"]
+    return [line for key, line in found.items() if at_full(key) == key or not has_as_many(key)]
 
 
 def least_certain(judged: list[pd.DataFrame]) -> float:
