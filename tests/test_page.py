@@ -68,6 +68,16 @@ def test_every_run_has_its_table_figure_and_verdict(folders):
         assert f"](../results/table1/{stem})" in readme
 
 
+def test_a_run_that_is_not_finished_says_how_many_rows_it_has(folders):
+    run(folders, "smollm2-135m", "paper", dense=20.0, wanda=50.123)
+    for path in (folders[1] / "table1").glob("smollm2-135m-paper*"):
+        path.unlink()
+    run(folders, "smollm2-135m", "quick", wanda=60.0)
+    readme, skipped = report_of(folders)
+    assert not skipped and readme.count("no table yet") == 1
+    assert "smollm2-135m, paper: 2 rows so far, no table yet" in readme
+
+
 def test_all_links_lead_to_files(folders):
     run(folders, "org/my model #1", "quick", wanda=7.3)
     for name in ("my run", "table1"):
