@@ -145,6 +145,27 @@ def test_the_readme_says_what_table_1_judged():
     assert verdicts["paper", ours[1], "wanda-matched"] == ["undecided", "undecided"]
 
 
+def test_the_readme_says_what_table_3_judged():
+    folder, ours, texts = ROOT / "results" / "reference" / "table3", "joint-besa", ["wiki", "sotu"]
+    verdicts, by = {}, []
+    for size, draws in zip(SIZES, ("3 draws", "1 draw"), strict=True):
+        judged = pd.read_csv(folder / f"smollm2-135m-{size}-verdicts.csv").set_index(["row", "against", "text"])
+        assert judged["rests on"].str.endswith(f", {draws}").all()
+        for other in ("joint-wanda-matched", "joint-clipping-matched"):
+            found = judged.loc[[(ours, other, text) for text in texts]]
+            verdicts[size, other] = list(found["verdict"])
+            by += list(found["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0]) if size == "paper" else []
+    assert verdicts.pop(("quick", "joint-clipping-matched")) == ["holds", "undecided"]
+    assert list(verdicts.values()) == 3 * [["holds", "holds"]]
+    said = (
+        "are ahead of Wanda on both texts (by {} and {} %), and of learned clipping alone ({} and {} %; on `sotu` three"
+    )
+    assert said.format(*by) in PROSE
+    table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method").loc[[ours, "quantized"], texts]
+    said = "{:.2f} and {:.2f} where the quantized model has {:.2f} and {:.2f}"
+    assert said.format(*table.to_numpy().ravel()) in PROSE
+
+
 @pytest.mark.parametrize(
     "profile, n_pairs, said",
     [
