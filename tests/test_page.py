@@ -75,7 +75,7 @@ def test_a_run_that_is_not_finished_says_how_many_rows_it_has(folders):
     run(folders, "smollm2-135m", "quick", wanda=60.0)
     readme, skipped = report_of(folders)
     assert not skipped and readme.count("no table yet") == 1
-    assert "smollm2-135m, paper: 2 rows so far, no table yet" in readme
+    assert "smollm2-135m, paper: rows so far: 2, no table yet" in readme
 
 
 def test_all_links_lead_to_files(folders):
