@@ -13,6 +13,7 @@ import pytest
 import typer
 from matplotlib.figure import Figure
 
+import besa
 from besa.machine.provenance import ROOT
 from besa.paper import records, tables
 
@@ -38,11 +39,13 @@ def write_notebook(path, text):
 def run(folders, model, profile, caption="Perplexity", **perplexities):
     """What a notebook leaves: a record per row, a table, the comparison and a figure."""
     folder = records.open_folder("table1", str(folders[1] / "table1"))
-    config = {"item": "table1", "model": model, "profile": profile, "sparsity": 0.5}
+    config = {"item": "table1", "model": model, "profile": profile, "sparsity": 0.5, "dtype": "torch.float16"}
+    config |= {"calibration": "c4", "sampler": "crop", "seed": 0, "n_samples": 128, "seq_len": 2048}
+    methods = {"wanda": besa.Wanda().config(), "besa-row-wise": besa.Besa().config()}
     outcome = {"sparsity": 0.5, "seconds": 1.0, "peak_bytes": 2**30}
     rows = {row.replace("_", "-"): {"wikitext2": value} for row, value in perplexities.items()}
     written = [
-        records.save_record(folder, config | {"row": row}, outcome | {"metrics": metrics})
+        records.save_record(folder, config | {"row": row, "method": methods.get(row)}, outcome | {"metrics": metrics})
         for row, metrics in rows.items()
     ]
     stem = f"{tables.slug(model)}-{profile}"

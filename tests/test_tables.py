@@ -18,6 +18,9 @@ from besa.paper.records import open_folder, resolve_recipe, save_record
 page = runpy.run_path(str(ROOT / "reproduce" / "page.py"))
 
 CONFIG = {"item": "table1", "model": "llama-7b", "row": "wanda", "profile": "paper", "sparsity": 0.5}
+CONFIG |= {"calibration": "c4", "sampler": "crop", "seed": 0, "n_samples": 128, "seq_len": 2048}
+CONFIG |= {"dtype": "torch.float16", "method": besa.Wanda().config()}
+BESA = {"row": "besa-row-wise", "method": besa.Besa().config()}
 OUTCOME = {"metrics": {"wikitext2": 7.3, "c4": 9.0, "ptb": 80.14}, "sparsity": 0.5, "seconds": 3.0, "peak_bytes": 2**30}
 
 
@@ -48,11 +51,15 @@ def test_comparison_finds_the_published_value_and_judges_within_two_percent(reco
 
 
 def test_comparison_judges_accuracies_by_the_higher_one_and_only_on_all_questions(record):
-    config = {"item": "table2", "row": "besa-row-wise", "limit": None}
-    outcome = {"metrics": {"piqa": 79.0, "boolq": 70.0, "average": 63.0}}  # published: 76.66, 72.17, 63.13
-    frame = compared(record(outcome, **config), "table2", "accuracy_percent", over="task")
-    assert dict(frame["verdict"]) == {"piqa": "better", "boolq": "worse", "average": "reproduced"}
-    part = record(outcome, **config | {"limit": 100})
+    config = BESA | {"item": "table2", "limit": None}
+    metrics = {"piqa": 79.0, "boolq": 70.0, "average": 63.0}  # published: 76.66, 72.17, 63.13
+    others = dict.fromkeys(("hellaswag", "winogrande", "arc_easy", "arc_challenge"), 1.0)
+    frame = compared(record({"metrics": metrics | others}, **config), "table2", "accuracy_percent", over="task")
+    judged = dict(frame["verdict"])
+    assert {task: judged[task] for task in metrics} == {"piqa": "better", "boolq": "worse", "average": "reproduced"}
+    two = compared(record({"metrics": metrics}, **config), "table2", "accuracy_percent", over="task")
+    assert dict(two["verdict"]) == {"piqa": "better", "boolq": "worse", "average": "not judged: other tasks"}
+    part = record({"metrics": metrics | others}, **config | {"limit": 100})
     assert set(compared(part, "table2", "accuracy_percent")["verdict"]) == {"not judged: other limit"}
 
 
@@ -67,18 +74,20 @@ def test_comparison_judges_accuracies_by_the_higher_one_and_only_on_all_question
         {"method.d_coef": 10.0},
         {"method.penalty": 1.0, "method.epochs": 3},
         {"method.budget": "exact"},
+        {"method.pattern": "2:4"},
+        {"sampler": None, "seed": None},
     ],
 )
-def test_runs_that_differ_in_any_published_value_are_not_judged_and_name_it(record, others):
+def test_runs_that_differ_in_any_published_value_or_do_not_name_it_are_not_judged(record, others):
     """The published d_coef of LLaMA-30B is 10, of LLaMA-13B 5."""
-    own = {"row": "besa-row-wise", "method": besa.Besa(d_coef=5.0).config(), "seed": 0, "dtype": "torch.float16"}
-    same = record(**own, model="llama-13b", sampler="crop")
+    own = {"row": "besa-row-wise", "method": besa.Besa(d_coef=5.0).config()}
+    same = record(**own, model="llama-13b")
     assert set(compared(same, "table1")["verdict"]) <= {"reproduced", "better", "worse"}
     for name, value in others.items():
         part = own["method"] if name.startswith("method.") else own
         part[name.removeprefix("method.")] = value
     names = [name.removeprefix("method.") for name in others]
-    other = record(**{"sampler": "crop"} | own, model="llama-13b")
+    other = record(**own, model="llama-13b")
     assert set(compared(other, "table1")["verdict"]) == {f"not judged: other {', '.join(names)}"}
 
 
@@ -89,7 +98,7 @@ def test_other_models_have_other_published_steps_and_some_no_published_numbers(r
 
 
 def test_comparison_takes_the_values_of_the_named_metric_and_judges_no_impossible_ones(record):
-    own = record({"metrics": {"q_proj": 2232.31, "down_proj": 7200.0}}, item="table4", row="besa-row-wise")
+    own = record({"metrics": {"q_proj": 2232.31, "down_proj": 7200.0}}, item="table4", **BESA)
     frame = compared(own, "table4", "cycles")  # beside sparsity and speed-up of q_proj
     assert frame["published"].to_dict() == {"q_proj": 2232.31, "down_proj": 6850.03}
     assert frame["verdict"].to_dict() == {"q_proj": "reproduced", "down_proj": "worse"}

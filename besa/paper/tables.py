@@ -121,7 +121,7 @@ def compare(
 
     The verdict is "reproduced" within 2 %, else "better" (higher for accuracy, else lower) or "worse"; runs that differ
     from the published one in any value that is known of it (profile, calibration, sampler, seed, precision, a field of
-    the method, ...) are shown and not judged: the verdict names the values.
+    the method, the tasks of an average, ...), or do not name it, are shown and not judged: the verdict names them.
 
     Args:
         records: `metrics` holds our values by what `over` says.
@@ -140,7 +140,8 @@ def compare(
         for text, ours in record["metrics"].items():
             for _, row in own[own["task"] == text].drop_duplicates("value").iterrows():
                 skip = "the printed number is not possible" if (text, row["method"]) in impossible else None
-                skip = f"other {', '.join(others)}" if others else skip
+                part = ["tasks"] if text == "average" and set(own["task"]) != set(record["metrics"]) else []
+                skip = f"other {', '.join(others + part)}" if others + part else skip
                 verdict = f"not judged: {skip}" if skip else _verdict(ours, row["value"], metric == "accuracy_percent")
                 entry = _difference(config["row"], over, text, ours, "published", row["value"])
                 rows.append(entry | {"verdict": verdict, "source": row["source"]})
@@ -158,21 +159,23 @@ def _verdict(ours: float, published: float, higher_is_better: bool) -> str:
 
 
 def _departures(config: dict[str, Any], steps: pd.Series) -> list[str]:
-    """In which values a run differs from what the paper ran; what it does not name counts as the published value.
+    """In which values a run differs from what the paper ran, or does not name them.
 
     Args:
         steps: the published `d_coef` by model and row.
     """
-    published = {"profile": "paper", "limit": None, "bits": 4, "group_size": None, "dtype": "torch.float16"}
-    published |= {"calibration": "c4", "sampler": "crop", "seed": 0, "n_samples": 128, "seq_len": 2048}
-    found = [name for name, value in published.items() if config.get(name, value) != value]
+    published = {"profile": "paper", "dtype": "torch.float16", "calibration": "c4", "sampler": "crop", "seed": 0}
+    published |= {"n_samples": 128, "seq_len": 2048}
+    published |= {"table2": {"limit": None}, "table3": {"bits": 4, "group_size": None}}.get(config["item"], {})
     row = {"joint-wanda": "wanda", "joint-besa": "besa-row-wise"}.get(config["row"], config["row"])
+    found = [name for name, value in published.items() if config.get(name, "unknown") != value]
     if row == "dense":
         return found
     step = {"d_coef": float(steps[key])} if (key := (config["model"], row)) in steps else {}
     method = named_method(row, 0.5, **step).config()
     own = (config.get("method") or {}) | {"sparsity": config["sparsity"]}
-    return found + [name for name, value in method.items() if name != "quantize" and own.get(name, value) != value]
+    names = [name for name in method | own if name != "quantize"]
+    return found + [name for name in names if own.get(name, "unknown") != method.get(name, "unknown")]
 
 
 def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:
