@@ -1,0 +1,432 @@
+"""Numbers in prose come from records: README, the report and the notebooks say what the reference runs found."""
+
+import csv
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from besa.allocation import reachable_sparsity
+from besa.paper.tables import load_record
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "results" / "reference"
+README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())  # wherever its lines break
+SIZES = "quick", "paper"
+
+
+def test_the_readmes_table_is_the_reference_runs():
+    """Numbers in prose come from records."""
+    folder, texts = REFERENCE / "table1", ("wiki", "sotu")
+    quick, paper = (pd.read_csv(folder / f"smollm2-135m-{profile}.csv").set_index("method") for profile in SIZES)
+    assert list(quick.index) == list(paper.index)
+    for name in quick.index:
+        shown = [name]
+        for row in (quick.loc[name], paper.loc[name]):
+            spread = {text: "" if pd.isna(row[f"± {text}"]) else f" ± {row[f'± {text}']:.2f}" for text in texts}
+            shown += [f"{row['sparsity']:.4f}", *(f"{row[text]:.2f}{spread[text]}" for text in texts)]
+        assert f"| {' | '.join(shown)} |\n" in README
+    assert README.count("| besa-") + README.count("| wanda |") + README.count("| dense |") == 4  # and no other
+
+
+def test_the_readmes_zero_shot_answers_to_all_questions_are_the_reference_run():
+    folder = REFERENCE / "table2"
+    table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")
+    others = "sparsegpt-matched", "wanda-matched"
+    rows = table.loc[["dense", "besa-row-wise", *others]]
+    said = (
+        "dense {} %, row-wise BESA {} %, with BESA's zeros SparseGPT {} % and Wanda {} %, neither of which can be told"
+    )
+    assert said.format(*rows["average"].map("{:.2f}".format)) in PROSE
+    rest = rows[["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]].mean(axis=1)
+    said = "the other five average {} % dense, and {}, {} and {} % in the same order, again not to be told apart"
+    assert said.format(*rest.map("{:.2f}".format)) in PROSE
+    assert f"from {rows.loc['dense', 'boolq']:.2f} %, which is below guessing, to 54 % and more" in PROSE
+    assert 54 < rows["boolq"].iloc[1:].min() < 55
+    judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["task", "against"])
+    judged = judged.loc[[("average", row) for row in others]]
+    assert set(judged["rests on"]) == {"19965 questions, 1 draw"} and set(judged["verdict"]) == {"undecided"}
+    quick = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["against", "task"])
+    found = quick.loc[("wanda-matched", "average")]
+    assert found["verdict"] == "holds" and found["difference ± standard error"].startswith("+2.42 ")
+    report = (ROOT / "reproduce" / "README.md").read_text()
+    assert f"average {found['difference ± standard error']} †" in report  # not among all
+    assert "BESA was 2.42 points ahead of Wanda, which does not survive correction" in PROSE
+    left_out = [pd.read_csv(folder / f"smollm2-135m-{profile}-left-out.csv") for profile in ("paper", "quick")]
+    assert {verdict for each in left_out for verdict in each[each["task"] == "without boolq"]["verdict"]} == {
+        "undecided"
+    }
+
+
+def test_the_readme_says_what_table_1_judged():
+    verdicts, by = {}, {}
+    for size in SIZES:
+        judged = pd.read_csv(REFERENCE / "table1" / f"smollm2-135m-{size}-verdicts.csv")
+        n_segments = {"quick": {"32"}, "paper": {"218", "205"}}[size]
+        assert set(judged["rests on"]) == {f"{n} segments, 3 draws" for n in n_segments}
+        judged = judged.set_index(["row", "against", "text"]).sort_index()
+        difference = judged["difference ± standard error"].str.extract(r"^(\S+)%")[0].astype(float)
+        for row, against, _ in judged.index:
+            verdicts[size, row, against] = [judged.loc[(row, against, text), "verdict"] for text in ("wiki", "sotu")]
+            by[size, row, against] = [difference[row, against, text] for text in ("wiki", "sotu")]
+    ours, ahead = ("besa-row-wise", "besa-layer-wise"), lambda *pair: [-difference for difference in by[pair]]
+    for size in SIZES:
+        assert verdicts[size, ours[0], "wanda-matched"] == ["holds", "holds"]
+        assert verdicts[size, ours[0], "sparsegpt-matched"] == ["holds", "does not hold"]
+    wanda, sparsegpt = (ahead("paper", ours[0], f"{row}-matched") for row in ("wanda", "sparsegpt"))
+    said = "at both sizes: the paper's row-wise BESA is ahead of Wanda on both texts (at the published size by {} % on"
+    assert said.format(wanda[0]) in PROSE
+    assert f"on `wiki` and {wanda[1]} % on `sotu`), and of SparseGPT on `wiki` ({sparsegpt[0]} %)." in PROSE
+    said = (
+        "at both sizes: on `sotu`, text of the calibration's kind, it is behind SparseGPT ({} %, at `make table1`'s "
+        "size {} %)"
+    )
+    assert said.format(-sparsegpt[1], by["quick", ours[0], "sparsegpt-matched"][1]) in PROSE
+    assert verdicts["quick", *ours] == ["holds", "holds"] and verdicts["paper", *ours] == ["undecided", "undecided"]
+    assert verdicts["quick", ours[1], "wanda-matched"] == ["undecided", "holds"]
+    assert verdicts["quick", ours[1], "sparsegpt-matched"] == ["undecided", "does not hold"]
+    said = (
+        "at `make table1`'s size the row-wise is ahead of it on both texts (by {} and {} %), it cannot be told from "
+        "Wanda or SparseGPT on `wiki`, and on `sotu` is ahead of Wanda and behind SparseGPT. At the published size it "
+        "is behind SparseGPT on both texts. It is {} and {} % behind the matched Wanda there, and the row-wise {} and "
+        "{} % ahead of it, but both have fewer zeros"
+    )
+    behind = by["paper", ours[1], "wanda-matched"]
+    assert said.format(*ahead("quick", *ours), *behind, *ahead("paper", *ours)) in PROSE
+    assert verdicts["paper", ours[1], "sparsegpt-matched"] == ["does not hold", "does not hold"]
+    assert verdicts["paper", ours[1], "wanda-matched"] == ["undecided", "undecided"]
+
+
+def test_the_readme_says_what_table_3_judged():
+    folder, ours, texts = REFERENCE / "table3", "joint-besa", ["wiki", "sotu"]
+    verdicts, ahead = {}, {}
+    for size, draws in zip(SIZES, ("3 draws", "1 draw"), strict=True):
+        judged = pd.read_csv(folder / f"smollm2-135m-{size}-verdicts.csv").set_index(["row", "against", "text"])
+        assert judged["rests on"].str.endswith(f", {draws}").all()
+        for other in ("joint-wanda-matched", "joint-clipping-matched"):
+            found = judged.loc[[(ours, other, text) for text in texts]]
+            verdicts[size, other] = list(found["verdict"])
+            ahead[size, other] = list(found["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0])
+    assert verdicts.pop(("quick", "joint-clipping-matched")) == ["holds", "undecided"]
+    assert list(verdicts.values()) == 3 * [["holds", "holds"]]
+    said = (
+        "are ahead of Wanda on both texts (by {} and {} %), and of learned clipping alone ({} and {} %; on `sotu` three"
+    )
+    assert said.format(*ahead["paper", "joint-wanda-matched"], *ahead["paper", "joint-clipping-matched"]) in PROSE
+    table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method").loc[[ours, "quantized"], texts]
+    said = "{:.2f} and {:.2f} where the quantized model has {:.2f} and {:.2f}"
+    assert said.format(*table.to_numpy().ravel()) in PROSE
+
+
+@pytest.mark.parametrize(
+    "profile, n_pairs, said",
+    [
+        ("quick", 10, "differences vary by {:.1f} to {:.1f} % (standard deviation)"),
+        ("paper", 10, "(standard deviation), at the published size by {:.1f} to {:.1f} %."),
+    ],
+)
+def test_the_report_says_by_how_much_draws_differ(profile, n_pairs, said):
+    perplexities = {}
+    for path in (REFERENCE / "table1" / "records").glob(f"*-{profile}-*.json"):
+        record = load_record(path)
+        perplexities.setdefault(record["config"]["row"], {})[record["config"]["seed"]] = record["metrics"]
+    logs = {
+        row: np.log([list(draw.values()) for _, draw in sorted(draws.items())])
+        for row, draws in perplexities.items()
+        if len(draws) == 3
+    }
+    pairs = [(ours, other) for ours in logs for other in logs if ours.startswith("besa") and ours != other]
+    spread = [(logs[ours] - logs[other]).std(axis=0, ddof=1) for ours, other in pairs]
+    text = " ".join((ROOT / "reproduce" / "README.md").read_text().split())
+    low, high = 100 * np.min(spread), 100 * np.max(spread)
+    assert len(pairs) == n_pairs and said.format(low, high) in text
+
+
+def test_the_readme_says_what_new_values_cost_in_accuracy():
+    table = pd.read_csv(REFERENCE / "beyond" / "smollm2-135m-quick-zero-shot.csv").set_index("row")
+    averages = [f"{table.loc[f'{row}-0.5', 'average']:.1f} %" for row in ("besa-block", "sparsegpt", "wanda-block")]
+    said = "the third row cannot be told from either: {} on average, SparseGPT {}, Wanda with the same {}."
+    assert said.format(*averages) in PROSE
+    judged = pd.read_csv(REFERENCE / "beyond/smollm2-135m-quick-zero-shot-verdicts.csv")
+    averages = judged[judged["task"] == "average"]
+    assert set(averages["verdict"]) == {"undecided"}
+    assert set(averages["rests on"]) == {"1200 questions, 3 draws"} and len(averages) == 2
+
+
+def test_the_readme_says_what_new_values_gain():
+    folder, found = REFERENCE / "beyond", {}
+    for model in ("smollm2-135m", "gemma3-270m"):
+        judged = pd.read_csv(folder / f"{model}-quick-verdicts.csv")
+        other = judged["against"].str.rpartition("-")[0]
+        found |= {(model, name): set(verdicts) for name, verdicts in judged["verdict"].groupby(other)}
+    undecided = ("gemma3-270m", "wanda-block")
+    assert found.pop(undecided) == {"undecided"} and len(found) == 3 and set.union(*found.values()) == {"holds"}
+    assert "is ahead of SparseGPT, and on SmolLM2 of `besa.Wanda()` with the same" in PROSE
+    assert "which on Gemma 3 270M cannot be told apart" in PROSE
+
+
+def test_the_readme_says_where_the_recipe_ends():
+    folder = REFERENCE / "sparsity"
+    judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv")
+    assert set(judged["rests on"]) == {"32 segments, 3 draws"}
+    verdicts = judged.set_index(["row", "against"])["verdict"]
+    at = lambda target: [
+        verdicts[f"besa-row-wise-{target}", f"{row}-{target}-matched"] for row in ("wanda", "sparsegpt")
+    ]
+    assert {target: set(at(target)) for target in (0.4, 0.5, 0.6)} == {
+        0.4: {"undecided"},
+        0.5: {"holds"},
+        0.6: {"holds"},
+    }
+    said = "`besa.Besa()` is ahead of Wanda and SparseGPT at 50 and 60 % (SmolLM2, `wiki`); at 40 % they cannot be told"
+    assert said in PROSE
+    assert at(0.3)[0] == "does not hold" and "with which it is behind Wanda at 30 %" in PROSE
+    assert "Outside {:.3f} to {:.3f} it needs `smooth=False`".format(*reachable_sparsity(101, True)) in PROSE
+    factors = []
+    for target in (0.7, 0.8):
+        draws = [load_record(path) for path in (folder / "records").glob(f"*-besa-row-wise-{target}-*.json")]
+        perplexities = [draw["metrics"]["wiki"] for draw in draws]
+        factors.append(f"{float(f'{max(perplexities) / min(perplexities):.1g}'):.0f}")
+    said = "at 70 and 80 % its perplexity differs between draws by factors of {} and {}"
+    assert len(draws) == 3 and said.format(*factors) in PROSE
+
+
+def test_the_readmes_packed_models_are_the_reference_run():
+    folder = REFERENCE / "packed"
+    products = (
+        pd.read_csv(folder / "smollm2-135m-quick-projections.csv")
+        .set_index(["size", "sparsity", "product"])
+        .sort_index()
+    )
+    models = pd.read_csv(folder / "smollm2-135m-quick.csv").set_index(["model", "sparsity", "form"]).sort_index()
+    rows = {"50 %, bfloat16": (0.5, "packed"), "70 %, bfloat16": (0.7, "packed")}
+    for label, (sparsity, form) in (rows | {"50 %, joint 4 bits": (0.5, "joint 4 bits")}).items():
+        product, here = products.loc["11008 x 4096", sparsity, form], models.loc["llama-7b 8 blocks", sparsity]
+        ratios = (here.loc[form] / here.loc["dense"])[["tokens/s, 1", "tokens/s, 4", "tokens/s, 16"]].tolist()
+        ratios.append(here.loc["dense", "prompt of 512, s"] / here.loc[form, "prompt of 512, s"])
+        shown = [f"{product['bytes/weight'] / 2:.2f}", f"{product['x torch dense']:.1f}"]
+        (line,) = (line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        assert re.findall(r"\d+\.\d+", line) == shown + [f"{ratio:.2f}" for ratio in ratios]
+    beside = pd.read_csv(folder / "smollm2-135m-quick-llama-cpp.csv").set_index("form")
+    speed, size = beside["tokens/s, 1"], beside["GiB"]
+    dense = [f"{speed[form]:.1f}" for form in ("llama.cpp, BF16", "dense", "packed")]
+    four = [f"{speed[form]:.1f}" for form in ("llama.cpp, Q4_0", "joint 4 bits")]
+    assert "at {} tokens/s dense in bfloat16, where torch has {} and packed bfloat16 {}: nearly".format(*dense) in PROSE
+    assert speed["llama.cpp, BF16"] / speed["packed"] > 0.95
+    assert "In `Q4_0` it has {} tokens/s, where joint 4 bits have {},".format(*four) in PROSE
+    judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").query("model == 'smollm2-135m'").set_index("row")
+    assert list(judged.index[judged["verdict"] != "holds"]) == ["joint 4 bits at 0.7"]
+    holds = (ROOT / "reproduce" / "README.md").read_text().partition("**Does not hold**")[0]
+    marks = re.findall(r"\| seconds \| smollm2-135m [^,]*?%( †)?,", holds)
+    said = "(joint 4 bits at 70 %, the 1.1, cannot be told from dense, and three of the other five do not survive"
+    assert said in PROSE and len(marks) == 5 and marks.count(" †") == 3
+    assert f"from {size['llama.cpp, Q4_0'] / size['joint 4 bits']:.2f} x the bytes" in PROSE
+    prompts = beside["prompt of 512, s"]
+    longer = [prompts["llama.cpp, BF16"] / prompts["dense"], prompts["llama.cpp, Q4_0"] / prompts["joint 4 bits"]]
+    assert sorted(map(round, longer)) == [2, 4] and "For the prompt it takes two to four times as long" in PROSE
+    small, forms = models.loc["smollm2-135m"].unstack("form"), ("packed", "joint 4 bits")
+    of_dense = lambda column: pd.concat([small[column, form] / small[column, "dense"] for form in forms])
+    speed, seconds = of_dense("tokens/s, 1"), pd.concat([1 / of_dense("tokens/s, 16"), of_dense("prompt of 512, s")])
+    assert f"{speed.min():.1f} to {speed.max():.1f} x on one sequence" in PROSE
+    assert f"prompts take {seconds.min():.1f} to {seconds.max():.1f} times the dense model's seconds" in PROSE
+    packed, joint = (8 * products.loc[("11008 x 4096", 0.5, form), "bytes/weight"] for form in forms)
+    lost = models["perplexity"].loc["smollm2-135m", 0.5]
+    assert f"perplexity {lost['joint 4 bits']:.2f} where bfloat16 has {lost['packed']:.2f})" in PROSE
+    shown = f"takes {packed:.0f} bits, a jointly quantized one (`besa.Quantize(bits=4)`) about {joint:.0f};"
+    assert shown in PROSE
+
+
+def test_the_readmes_equality_with_the_released_code_is_the_reference_run():
+    found = pd.read_csv(REFERENCE / "fidelity" / "smollm2-135m-quick-released.csv").set_index("what")
+    apart = found["largest difference"]
+    assert "within 0.5 %, perplexities of the pruned model on the same tokens within 1 %" in PROSE
+    assert (found["verdict"] == "reproduced").all()
+    records = [load_record(path) for path in (REFERENCE / "fidelity" / "records").glob("*.json")]
+    rows = {record["config"]["row"]: record for record in records if "c4" in record.get("metrics", {})}
+    ours, other = (
+        f"{rows[row]['metrics']['c4']:.2f} at {rows[row]['sparsity']:.4f}" for row in ("besa-row-wise", "sparsegpt")
+    )
+    assert f"BESA has {ours} zeros and SparseGPT {other} ([fidelity]" in PROSE
+    perplexities = [name for name in apart.index if name.startswith("perplexity of ")]
+    assert len(perplexities) == 10 and apart[perplexities].max() < 0.01
+    assert apart[[name for name in apart.index if name.endswith(" of each step")]].max() < 0.005
+
+
+def test_the_readmes_granularities_are_the_reference_run():
+    judged = pd.read_csv(REFERENCE / "granularity" / "smollm2-135m-quick-verdicts.csv")
+    judged = judged.set_index(["row", "against"])
+    verdicts, by = judged["verdict"], judged["difference ± standard error"].str.extract(r"(\d+\.\d+)%")[0]
+    pairs = [("besa-row-dense", "besa-layer-dense"), ("besa-row-pruned", "besa-8-pruned")]
+    assert f"each row is {by[pairs[0]]} % ahead of one for each projection where blocks reproduce the dense" in PROSE
+    assert f"the two cannot be told apart, and single rows are behind groups of 8 by {by[pairs[1]]} %" in PROSE
+    assert [verdicts[pair] for pair in pairs] == ["holds", "does not hold"]
+    assert verdicts["besa-row-pruned", "besa-layer-pruned"] == "undecided"
+
+
+def test_the_readmes_zero_shot_answers_are_the_reference_run():
+    table = pd.read_csv(REFERENCE / "fidelity" / "smollm2-135m-quick-zero-shot.csv")
+    table = table.set_index("precision")
+    n, other = table["questions"], table["other answers"]
+    said = f"{n['float32'] - other['float32']:.0f} of {n['float32']:.0f} in float32 and"
+    assert f"lm-eval's own model, {said} {n['bfloat16'] - other['bfloat16']:.0f} in bfloat16 (the precision of" in PROSE
+    assert table["seconds of besa / windows"].between(0.9, 1.1).all()
+
+
+@pytest.mark.parametrize(
+    "item, behind, said",
+    [
+        ("table1", {("llama2-70b", "ptb", "sparsegpt")}, ["41 of the 42", "22.67", "22.87"]),
+        ("table2", 16, ["84", "in 67", "in 16", "in one", "63.13", "63.12"]),
+        ("table4", {("llama-7b", "o_proj", "wanda")}, ["six of the seven", "2698.53", "2461.59"]),
+    ],
+)
+def test_notebooks_state_where_the_printed_numbers_part_from_the_claim(item, behind, said):
+    metric = {"table1": "perplexity", "table2": "accuracy_percent", "table4": "cycles"}[item]
+    values = {}
+    with open(ROOT / "besa" / "paper" / "published.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            if (line["item"], line["metric"]) == (item, metric):
+                values[line["model"], line["task"], line["method"]] = float(line["value"])
+    others = [key for key in values if key[2] in ("wanda", "sparsegpt") and key[1] != "average"]
+    sign = 1 if item == "table2" else -1  # more accuracy, less of the others
+    ahead = {key: sign * (values[*key[:2], "besa"] - values[key]) for key in others}
+    found = {key for key, difference in ahead.items() if difference < 0}
+    assert found == behind or len(found) == behind
+    if item == "table2":
+        assert len(others) == 84 and sum(difference > 0 for difference in ahead.values()) == 67
+        averages = [key for key in values if key[1] == "average" and key[2] in ("wanda", "sparsegpt")]
+        assert len(averages) == 14 and all(values[*key[:2], "besa"] > values[key] for key in averages)
+    claim = nbformat.read(ROOT / "reproduce" / f"{item}.ipynb", as_version=4).cells[0].source
+    assert all(number in claim for number in said)
+
+
+def said(item, folder="reproduce"):
+    """A notebook's prose, wherever its lines break."""
+    cells = nbformat.read(ROOT / folder / f"{item}.ipynb", as_version=4).cells
+    return " ".join(" ".join(cell.source for cell in cells if cell.cell_type == "markdown").split())
+
+
+def records_of(item, profile="quick", **config):
+    found = map(load_record, (REFERENCE / item / "records").glob(f"smollm2-135m-{profile}-*.json"))
+    return [record for record in found if config.items() <= record["config"].items()]
+
+
+def printed(item, metric):
+    """Of published.csv, by model, task and method."""
+    published = pd.read_csv(ROOT / "besa" / "paper" / "published.csv").query("item == @item and metric == @metric")
+    return published.set_index(["model", "task", "method"])["value"]
+
+
+def test_notebooks_say_what_the_recipe_reaches():
+    low, high = reachable_sparsity(101, True)
+    for item in ("table1", "ablations"):
+        assert f"{low:.3f}" in said(item) and f"{high:.3f}" in said(item)
+    assert f"{100 * low:.1f} to {100 * high:.1f} % only" in said("sparsity")
+    few, many = reachable_sparsity(11, True)
+    assert f"with 101 candidates, {few:.3f} to {many:.3f} with 11" in said("ablations")
+
+
+def test_notebooks_say_how_many_errors_decide():
+    """Two-sided at the confidence of two standard errors, with a degree of freedom less than draws or rounds."""
+    errors = lambda n: f"{stats.t.ppf(stats.norm.cdf(2), n - 1):.1f}"
+    assert f"({errors(3)} errors where there are three draws)" in said("table4")
+    assert f"{errors(3)} of three draws alone" in " ".join((ROOT / "reproduce" / "README.md").read_text().split())
+    assert f"takes {errors(5)} standard errors of five rounds" in said("packed")
+    chance = stats.t.ppf(0.975, 28)
+    assert f"(30 in SmolLM2): beyond about {chance / (28 + chance**2) ** 0.5:.2f}" in said("allocation")
+
+
+@pytest.mark.parametrize("item, low, high", [("table2", 25, 65), ("table3", 6, 28), ("table4", 24, 59)])
+def test_notebooks_say_how_long_the_published_size_took(item, low, high):
+    """Pruning alone, of the shortest and the longest row."""
+    rows = [record for record in records_of(item, "paper") if record["config"]["method"]]
+    minutes = sorted(record["seconds"] / 60 for record in rows)
+    assert low < minutes[0] and minutes[-1] < high
+    told = {"table2": "{:.0f} (Wanda) to {:.0f} minutes (BESA) of pruning", "table3": "{:.0f} to {:.0f} minutes of"}
+    assert told.get(item, "{:.0f} (Wanda) to {:.0f} minutes (BESA) a row").format(minutes[0], minutes[-1]) in said(item)
+
+
+def test_table_2_says_what_is_asked_and_how_answers_move():
+    record = records_of("table2", "paper", row="wanda")[0]
+    n_questions = {task["task"]: task["n"] for task in record["tasks"]}
+    assert f"all {sum(n_questions.values())} questions" in said("table2")
+    values = printed("table2", "accuracy_percent").drop("average", level="task")
+    broken = []
+    for (model, task, method), value in values.items():
+        right = round(value / 100 * n_questions[task])
+        broken += [(model, task, method, value)] if abs(100 * right / n_questions[task] - value) > 0.0051 else []
+    assert broken == [("llama-65b", "arc_challenge", "besa", 53.38)]
+    assert "no such number (53.38, BESA on ARC-Challenge of LLaMA-65B)" in said("table2")
+    table = pd.read_csv(REFERENCE / "fidelity" / "smollm2-135m-quick-zero-shot.csv").set_index("precision")
+    row = table.loc["bfloat16"]
+    moved = (
+        f"by up to {row['nats apart, at most']} nats, and {row['other answers']:.0f} of {row['questions']:.0f} answers"
+    )
+    assert moved in said("table2")
+
+
+def test_table_4_says_what_the_printed_numbers_leave_out():
+    cycles, percent = printed("table4", "cycles"), printed("table4", "sparsity_percent")
+    wide = {"gate_proj": 11008, "up_proj": 11008}  # weights / 4096
+    least = {name: n * (1 - percent["llama-7b", name, "besa"] / 100) for name, n in wide.items()}
+    missing = [f"{100 * (1 - cycles['llama-7b', name, 'besa'] / least[name]):.1f}" for name in wide]
+    assert "too small for the {} and {} % that are missing".format(*missing) in said("table4")
+    assert f"({100 - percent['llama-7b', 'o_proj', 'besa']:.2f} % kept)" in said("table4")
+    faster = printed("table4", "speedup").xs("besa", level="method")
+    assert f"{faster.min()} to {faster.max()} times fewer than dense" in said("table4")
+    besa = percent.xs("besa", level="method").droplevel("model").sort_values()
+    ends = f"from {besa.iloc[0]:.1f} % (`{besa.index[0]}`) to {besa.iloc[-1]:.1f} % (`{besa.index[-1]}`)"
+    assert ends in said("allocation")
+
+
+def test_table_3_and_granularity_say_what_is_printed():
+    values = printed("table3", "perplexity").unstack("method")
+    models = values.index.unique("model")
+    assert len(models) == 5 and (values["joint-besa"] < values["joint-wanda"]).all()
+    assert "on each of the five LLaMA models that it prints" in said("table3")
+    values = printed("readme_granularity", "perplexity").unstack("method")
+    assert len(values) == 7 and (values["besa-row-wise"] < values["besa-layer-wise"]).all()
+    row, layer = values.loc[("llama-7b", "wikitext2"), ["besa-row-wise", "besa-layer-wise"]]
+    assert f"each of seven LLaMA models, {row:.2f} against {layer:.2f} on LLaMA-7B" in said("granularity")
+
+
+def test_figure_1_says_behind_which_blocks_the_error_is_smaller():
+    blocks = pd.read_csv(REFERENCE / "figure1" / "smollm2-135m-quick-blocks.csv")
+    error = blocks.pivot(index="block", columns="method", values="error")
+    behind = (error["sparsegpt-matched"] < error["besa-row-wise"]).tolist()
+    assert behind == sorted(behind, reverse=True) and (error["besa-row-wise"] < error["wanda-matched"]).all()
+    first, last = sum(behind), len(behind) - sum(behind)
+    where = f"smallest behind the first {first} of the {len(behind)} blocks, BESA's behind the last {last}."
+    assert where in said("figure1")
+    (record,) = records_of("table1", row="besa-row-wise", seed=0)
+    size = {row["projection"]: row["rows"] * row["columns"] for row in record["projections"] if row["block"] == 0}
+    assert size["mlp.down_proj"] == 8 * size["self_attn.k_proj"]
+    assert "`k_proj` has an eighth of the weights of `down_proj`" in said("figure1")
+    rows = sum(row["rows"] for row in record["projections"] if row["block"] == 0)
+    assert f"row-wise {rows} sparsities" in said("fidelity")
+    assert f"{sum(size.values()) / 1e6:.1f} million weights" in said("fidelity")
+
+
+def test_the_sweep_and_beyond_say_how_often_they_prune_and_how_far_from_the_target():
+    rows = [record for record in records_of("sparsity", seed=0) if record["config"]["method"]]
+    assert f"prunes {len(rows)} times" in said("sparsity")
+    besa = {r["config"]["sparsity"]: r["sparsity"] for r in rows if r["config"]["row"].startswith("besa")}
+    apart = pd.Series({target: target - counted for target, counted in besa.items()})
+    assert set(apart.nlargest(2).index) == {0.7, 0.8} and apart.min() > 0
+    assert "furthest at 70 and 80 %" in said("sparsity")
+    rows = [record for record in records_of("beyond") if record["config"]["method"]]
+    assert f"prunes SmolLM2 {len(rows)} times" in said("beyond")
+    apart = {}
+    for record in rows:
+        blocks = pd.DataFrame(record["projections"]).assign(n=lambda each: each["rows"] * each["columns"])
+        shares = blocks.groupby("block")[["sparsity", "n"]].apply(
+            lambda each: np.average(each["sparsity"], weights=each["n"])
+        )
+        apart[record["config"]["row"]] = (shares - record["config"]["sparsity"]).abs().max()
+    far = [apart[f"{name}-0.5"] for name in ("besa-model", "owl-closed", "dlp-closed")]
+    assert "up to {:.1f}, {:.2f} and {:.2f} away from it".format(*far) in said("beyond")
