@@ -194,11 +194,12 @@ def export(
     name: Annotated[str, typer.Argument(help="smollm2-135m, llama-7b ..., or a hub id")],
     folder: Annotated[Path, typer.Argument(help="folder to make")],
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the source's by default")] = None,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Write a model, such as the embedded one, as an ordinary checkpoint."""
+    """Write a model, such as the embedded one, as an ordinary checkpoint; with --dtype all of it in memory."""
     from besa.checkpoint import format as checkpoint
 
-    checkpoint.export(name, folder, dtype)
+    checkpoint.export(name, folder, dtype, trust_remote_code)
     _say(f"wrote {folder}")
 
 

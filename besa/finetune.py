@@ -338,7 +338,8 @@ class _Adapters:
         from besa.adapters import masked_lora
 
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
+        here = [model.device] if model.device.type == "cuda" else []  # every other GPU would be woken
+        with torch.random.fork_rng(here):
             torch.manual_seed(config.seed)
             self.adapted = masked_lora(model, report, lora)
 

@@ -355,7 +355,7 @@ def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
 
     Raises:
         ValueError: a projection of the report is not in the model's memory, is packed already, or has other weights
-            there; the model is dense then.
+            there; in the last case the model is dense then, else as it was.
     """
     keep_masks = getattr(report, "keep_masks", report)
     quantized = getattr(report, "quantized", None) or {}

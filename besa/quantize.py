@@ -150,6 +150,8 @@ def _round(x: Tensor) -> Tensor:
 def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str | Path) -> float:
     """Write what `Report.quantized` holds as one safetensors file of packed bits; returns bits per weight.
 
+    `load_quantized` puts them back into a model.
+
     By projection (`3.self_attn.q_proj`): where something is pruned the keep-mask, a bit per weight; the codes of the
     kept weights, N bits each; scales and zero-points. Bits per weight counts all of them, as stored.
     """

@@ -102,14 +102,9 @@ class Reconstruct:
         Raises:
             ValueError: rho and damping are too small for this Hessian.
         """
-        damping = self.damping * hessian.diagonal().mean() + 1e-30
-        damp = damping * torch.eye(len(hessian), device=hessian.device)
-        hessian, toward = hessian + damp, toward + damp
-        scale = hessian.diagonal().sqrt()
-        hessian, toward = (moment / (scale[:, None] * scale) for moment in (hessian, toward))
+        hessian, toward, scale = self._scaled(hessian, toward)
         hessian.diagonal().add_(self.rho)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
+        inverse = _inverse(hessian)
         w, kept = weight.float() * scale, keep_mask.float()
         wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
         for _ in range(self.iterations):  # both = Z + U: Z is its kept part and U the rest, so that Z - U = sign * both
@@ -121,6 +116,16 @@ class Reconstruct:
                 "to 1 and 0.01"
             )
         return found
+
+    def _scaled(self, hessian: Tensor, toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both damped and divided by the roots of H's diagonal, and these."""
+        damping = self.damping * hessian.diagonal().mean() + 1e-30
+        damped = hessian.clone(), toward.clone()  # square as columns are, the largest that there is: none is to linger
+        for moment in damped:
+            moment.diagonal().add_(damping)
+        scale = damped[0].diagonal().sqrt()
+        between = scale[:, None] * scale
+        return damped[0].div_(between), damped[1].div_(between), scale
 
     def _n_held_out(self, n_samples: int) -> int:
         return max(1, round(self.held_out * n_samples))
@@ -163,3 +168,9 @@ class Reconstruct:
         errors = [token_error(block.run(number, weights), block.dense_output(number)) for number in numbers]
         error = float(mean_(torch.stack(errors).mean()))
         return error if math.isfinite(error) else math.inf  # never the best
+
+
+def _inverse(matrix: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+    """Of a symmetric positive matrix, or NaN."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))

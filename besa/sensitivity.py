@@ -59,9 +59,9 @@ def _loss_from(model: PreTrainedModel, start: int, hidden: Tensor, calls: list[B
     for block, call in zip(list(find_blocks(model))[start:], calls[start:], strict=True):
         hidden = run_block(block, hidden, call)
     labels, total = tokens[1:].to(hidden.device), 0.0
-    for part, targets in zip(hidden[:, :-1].split(512, dim=1), labels.split(512), strict=True):
+    for part, following in zip(hidden[:, :-1].split(512, dim=1), labels.split(512), strict=True):
         logits = run_head(model, part, calls[0])[0].float()
-        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        total += float(nn.functional.cross_entropy(logits, following, reduction="sum"))
     return total / len(labels)
 
 

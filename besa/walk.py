@@ -447,21 +447,30 @@ def _projection_errors(linear: dict[str, nn.Linear], weights: dict[str, Tensor])
 
 
 @contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout for a while; behind it every module is in the mode that it was in."""
+    training = [module.training for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in zip(model.modules(), training, strict=True):
+            module.training = was_training
+
+
+@contextlib.contextmanager
 def frozen(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
     """Evaluation mode without gradients; on a GPU, sums in the same order every time, as on a CPU they always are.
 
     Args:
         device: what computes; the model's own by default.
     """
-    training = [module.training for module in model.modules()]
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     on_gpu = (device or model.device).type == "cuda"
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        with torch.no_grad(), deterministic(True) if on_gpu else contextlib.nullcontext():
+        with evaluating(model), torch.no_grad(), deterministic(True) if on_gpu else contextlib.nullcontext():
             yield
     finally:
-        for module, was_training in zip(model.modules(), training, strict=True):
-            module.training = was_training
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)

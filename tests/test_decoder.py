@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune
 import besa
 from besa.decoder import check_model, embed, find_blocks, projections, record_calls, run_block, run_head
 from besa.importance import collect_statistics
+from besa.machine.device import deterministic
 
 SMALL = {
     "vocab_size": 97,
@@ -52,6 +53,24 @@ def test_blocks_chained_equal_the_whole_model(architecture):
     expected = model(window).logits
     torch.testing.assert_close(run_head(model, hidden, calls[0]), expected, rtol=0, atol=0)
     torch.testing.assert_close(model(window).logits, expected, rtol=0, atol=0)  # stubs are gone
+
+
+def test_around_its_blocks_a_model_may_sum_as_no_deterministic_algorithm_of_a_gpu_does(monkeypatch):
+    """OPT counts positions by torch.cumsum of floats, which on a GPU is an error where the run is to repeat."""
+    cumsum, summed = torch.cumsum, []
+
+    def on_a_gpu(*args, **options):
+        assert not torch.are_deterministic_algorithms_enabled()
+        summed.append(args)
+        return cumsum(*args, **options)
+
+    monkeypatch.setattr(torch, "cumsum", on_a_gpu)
+    model, window = build("OPT"), torch.randint(1, 97, (1, 24))
+    with deterministic(True):
+        calls, hidden = record_calls(model, window), embed(model, window)
+        run_head(model, hidden, calls[0])
+        assert torch.are_deterministic_algorithms_enabled()  # again, for the blocks
+    assert len(summed) == 4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

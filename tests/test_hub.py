@@ -262,6 +262,19 @@ def test_weights_are_fetched_once_the_output_is_known(hub, session):
     assert hub.asked and not [path for path in hub.asked if path.endswith(".safetensors")]
 
 
+def test_weights_are_fetched_once_they_are_known_to_fit(hub, session):
+    options = "--calibration wikitext2 --n-samples 2 --seq-len 16"
+    planned = session.besa(f"prune {LLAMA2} planned {options} --dry-run")[0]
+    assert "to write for 2 blocks" in planned and not (session.folder / "planned").exists()
+    errors = session.besa(f"prune {LLAMA2} planned {options} --hidden-states host --dry-run", status=1)[1]
+    assert "hidden_states='host' is for GPUs" in errors
+    asked = [path for path in hub.asked if LLAMA2 in path]
+    assert asked and not [path for path in asked if path.endswith(".safetensors")]
+    whole = "".join(session.besa(f"prune {LLAMA2} planned {options}"))
+    lines = [line for line in planned.splitlines() if line.startswith("disk: ")]
+    assert lines and lines[0].partition(",")[0] in whole  # as many bytes as the files themselves say
+
+
 def windows_of(documents, encode, n_samples, seq_len):
     """As the released code draws them."""
     random.seed(0)

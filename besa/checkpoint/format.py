@@ -278,21 +278,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.replace(temporary, folder)
 
 
-def export(name: str, folder: Path, dtype: str | None = None) -> None:
-    """Write a model by any name that `load_model` takes as an ordinary checkpoint.
+def export(name: str, folder: Path, dtype: str | None = None, trust_remote_code: bool = False) -> None:
+    """Write a model by any name that `load_model` takes as an ordinary checkpoint; with a `dtype` all of it in memory.
 
     Args:
         dtype: None keeps the source's precision.
+        trust_remote_code: run the Python code that comes with the model.
 
     Raises:
         ValueError: the name or dtype is unknown, or there is something in the folder.
     """
     precision = resolve_dtype(dtype, torch.device("cpu")) if dtype else None
     with new_folder(folder) as temporary:
-        model = open_checkpoint(find_checkpoint(name))
+        model = open_checkpoint(find_checkpoint(name), trust_remote_code)
         model = model.to(precision) if precision else model
         model.save_pretrained(temporary)
-        load_tokenizer(name).save_pretrained(temporary)
+        load_tokenizer(name, trust_remote_code).save_pretrained(temporary)
 
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -327,6 +328,6 @@ def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     config = LlamaConfig(**SHAPES[shape], num_hidden_layers=n_blocks, max_position_embeddings=4096)
-    with new_folder(folder) as temporary, torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with new_folder(folder) as temporary, torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(temporary)

@@ -61,9 +61,10 @@ def bytes_for(
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
     takes a matrix of columns x columns in float32 for each projection's inputs, four more while one is factorized;
-    reconstruction takes them too, some in float64, and to train a block 20 bytes for each weight. Scores that BESA
-    learns take as much. What enters and leaves each projection is kept for one window, to learn from; of parts that are
-    learned by themselves the inputs and outputs of all windows are there, too, and twice while they are gathered.
+    reconstruction takes six more, and eight copies of the largest projection, and to train a block 20 bytes for each
+    weight. Scores that BESA learns take as much. What enters and leaves each projection is kept for one window, to
+    learn from; of parts that are learned by themselves the inputs and outputs of all windows are there, too, and twice
+    while they are gathered.
 
     Args:
         windows: this rank's.
@@ -78,6 +79,7 @@ def bytes_for(
     if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
         total += sum(squares) + (6 if reconstruct else 4) * max(squares)
+        total += 32 * max(weight.numel() for weight in weights) * (reconstruct is not None)
     if isinstance(getattr(method, "reconstruct", None), str):
         total += 2 * windows.numel() * itemsize * max(sum(weight.shape) for weight in weights)
     return total

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ from besa.checkpoint.resume import (
     remove_half_written,
 )
 from besa.decoder import Span, check_model, find_blocks, members, projections
+from besa.inputs.models import load_shapes, source_of
 from besa.machine.device import resolve_device
 from besa.machine.fields import checked
 from besa.machine.files import check_same, mark_of, sha256, write_note, write_text, writing
@@ -133,11 +134,74 @@ def plan_checkpoint(
 ) -> Plan:
     """Everything that `prune_checkpoint` does before it starts: all checks, and what it needs of memory and disk.
 
+    Of a model that the hub would have to send, its configuration alone is fetched, and the plan made from that.
+
     Raises:
         ValueError: as `prune_checkpoint`.
     """
+    if not (Path(source_of(str(source))).is_dir() or Path(output, STATE).exists()):
+        shapes = load_shapes(str(source), trust_remote_code)
+        return _plan_unseen(shapes, windows, method, resolve_device(device), Path(output), hidden_states, reconstruct)
     with opened(source, output, windows, method, device, trust_remote_code, False, reconstruct) as shards:
         return shards.plan(hidden_states)
+
+
+def _plan_unseen(
+    shapes: PreTrainedModel,
+    windows: Tensor,
+    method: Method,
+    device: torch.device,
+    output: Path,
+    wanted: HiddenStates | Literal["auto"],
+    reconstruct: Reconstruct | None,
+) -> Plan:
+    """What can be checked and planned before a model's weights are there."""
+    check_measures_blocks(method)
+    check_free(output)
+    check_fit(shapes, windows, method, reconstruct)
+    shapes = shapes.to(shapes.config.dtype or torch.float32)
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    return _plan(shapes, range(len(find_blocks(shapes))), windows, method, device, place, wanted, reconstruct)
+
+
+def _plan(
+    model: PreTrainedModel,
+    left: Sequence[int],
+    windows: Tensor,
+    method: Method,
+    device: torch.device,
+    output: Path,
+    wanted: HiddenStates | Literal["auto"],
+    reconstruct: Reconstruct | None,
+) -> Plan:
+    """Memory and disk of the blocks that are left, and of all else in a model."""
+    blocks, mine = find_blocks(model), windows[rank() :: n_ranks()]
+    rest = sum(tensor.nbytes for tensor in rest_of(model, _prefixes(model)).values())
+    return make_plan(
+        block_bytes=bytes_for(Span(blocks[: method.span]), method, device, mine, reconstruct),
+        streams=n_streams(reconstruct),
+        n_windows=len(mine),
+        window_bytes=windows.shape[1] * model.config.get_text_config().hidden_size * model.dtype.itemsize,
+        shard_bytes=rest + sum(_bytes_of(blocks[index], method) for index in left),
+        n_blocks=len(left),
+        device=device,
+        output=output,
+        wanted=wanted,
+    )
+
+
+def _prefixes(model: PreTrainedModel) -> list[str]:
+    """The name of each block in its model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in find_blocks(model)]
+
+
+def _bytes_of(block: nn.Module, method: Method) -> int:
+    """Of its shard, its keep-masks and its codes."""
+    quantize, weights = method.quantize, [projection.weight for projection in projections(block).values()]
+    codes = sum(quantize.most_bytes(weight) for weight in weights) if quantize else 0
+    masks = sum((weight.numel() + 7) // 8 for weight in weights)
+    return codes + masks + sum(tensor.nbytes for tensor in block.state_dict().values())
 
 
 def check_measures_blocks(method: Method) -> None:
@@ -168,8 +232,9 @@ def opened(
     place = resolve_device(device)
     check_measures_blocks(method)
     output = Path(output)
-    if not Path(source).is_dir():
-        check_free(output)  # before a hub sends a model
+    if not (Path(source_of(str(source))).is_dir() or (output / STATE).exists()):  # before the hub sends a model
+        shapes = load_shapes(str(source), trust_remote_code)
+        _plan_unseen(shapes, windows, method, place, output, "auto", reconstruct)
     folder = find_checkpoint(source)
     check_apart(folder, output)
     carried(folder)
@@ -201,8 +266,7 @@ class Shards:
         self.source, self.output, self.model, self.windows, self.method = source, output, model, windows, method
         self.device, self.progress, self.reconstruct = device, progress and rank() == 0, reconstruct
         self.tell: Callable[[str], None] = tqdm.write if self.progress else lambda _: None
-        names = {id(module): name for name, module in model.named_modules()}
-        self.prefixes = [names[id(block)] for block in find_blocks(model)]
+        self.prefixes = _prefixes(model)
         self.hidden_states: HiddenStates = "device"
         self._streams: list[Path] = []
         self._marks = {path: mark_of(path) for path in shard_paths(source)}
@@ -257,28 +321,9 @@ class Shards:
 
     def plan(self, wanted: HiddenStates | Literal["auto"]) -> Plan:
         """Memory and disk of what is still to be done."""
-        blocks, config = find_blocks(self.model), self.model.config.get_text_config()
-        left = [index for index in range(len(blocks)) if index not in self.notes]
-        rest = sum(tensor.nbytes for tensor in rest_of(self.model, self.prefixes).values())
-        block, windows = Span(blocks[: self.method.span]), self.windows[rank() :: n_ranks()]
-        return make_plan(
-            block_bytes=bytes_for(block, self.method, self.device, windows, self.reconstruct),
-            streams=n_streams(self.reconstruct),
-            n_windows=len(windows),
-            window_bytes=self.windows.shape[1] * config.hidden_size * self.model.dtype.itemsize,
-            shard_bytes=rest + sum(self._bytes_of(blocks[index]) for index in left),
-            n_blocks=len(left),
-            device=self.device,
-            output=self.output,
-            wanted=wanted,
-        )
-
-    def _bytes_of(self, block: nn.Module) -> int:
-        """Of its shard, its keep-masks and its codes."""
-        quantize, weights = self.method.quantize, [projection.weight for projection in projections(block).values()]
-        codes = sum(quantize.most_bytes(weight) for weight in weights) if quantize else 0
-        masks = sum((weight.numel() + 7) // 8 for weight in weights)
-        return codes + masks + sum(tensor.nbytes for tensor in block.state_dict().values())
+        left = [index for index in range(len(self.prefixes)) if index not in self.notes]
+        options = (self.method, self.device, self.output, wanted, self.reconstruct)
+        return _plan(self.model, left, self.windows, *options)
 
     def make_room(self, wanted: HiddenStates | Literal["auto"]) -> None:
         """Plan, tell the plan, and keep it beside the output."""

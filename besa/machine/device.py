@@ -1,6 +1,7 @@
 """The device that computes and the precision it computes in, by name; results that repeat to the bit."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -15,13 +16,15 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_device(device: str) -> torch.device:
-    """A device by name; "auto" takes the GPU where there is one.
+    """A device by name; "auto" takes the GPU where there is one, under torchrun each process its own.
 
     Raises:
         ValueError: it cannot be used here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         place = torch.empty(0, device=device).device  # with its number, for threads that start with another one
         if place.type not in ("cpu", "cuda"):

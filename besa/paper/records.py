@@ -58,14 +58,14 @@ PROFILES = {
 }
 
 
-def resolve_profile(name: str) -> Profile:
-    """A profile by name; "auto" takes `$BESA_PROFILE`, else paper where there is a GPU and quick where there is none.
+def resolve_profile(name: str, device: torch.device) -> Profile:
+    """A profile by name; "auto" takes `$BESA_PROFILE`, else paper where a GPU computes and quick where a CPU does.
 
     Raises:
         ValueError: unknown profile.
     """
     if name == "auto":
-        name = os.environ.get("BESA_PROFILE") or ("paper" if torch.cuda.is_available() else "quick")
+        name = os.environ.get("BESA_PROFILE") or ("paper" if device.type == "cuda" else "quick")
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; known: auto, {', '.join(PROFILES)}")
     return PROFILES[name]
@@ -257,11 +257,12 @@ class Run:
         """
         _check_injected()
         self.item, self.model = item, model
-        self.profile, self.recipe = resolve_profile(profile), resolve_recipe(model, recipe)
+        self.recipe = resolve_recipe(model, recipe)
+        self.device = resolve_device(self.recipe.device)
+        self.profile = resolve_profile(profile, self.device)
         self.calibration, self.sampler, self.seed = self.recipe.calibration, self.recipe.sampler, self.recipe.seed
         self.n_samples = self.recipe.n_samples or self.profile.n_samples
         self.seq_len = self.recipe.seq_len or self.profile.seq_len // (1 if self.profile.name == "paper" else shorter)
-        self.device = resolve_device(self.recipe.device)
         self.dtype = resolve_dtype(self.recipe.dtype, self.device) if self.recipe.dtype else None
         self.config = config | {name: getattr(self, name) for name in ("calibration", "sampler", "seed")}
         # As early as can be: what is replaced while it runs is recorded under what was there, and not found again.
