@@ -8,8 +8,8 @@ beta = softmax(sigmoid(theta)):
     keep-mask            M_ij  = 0 where the rank r of W_ij in its row is below floor(alpha C), else 1   (Eqn. 5)
     gradient             dM_ij := d(1 - P(r_ij)), straight through                  (Eqn. 6)
 
-Eqn. 5 stands here as the released code computes it. The mask passes its gradient on to beta alone: alpha is moved by
-the penalty on the sparsity.
+Eqn. 5 stands here as the released code computes it. The mask passes its gradient on to beta, not through its threshold
+floor(alpha C); the penalty on the sparsity reaches beta through alpha (Eqn. 3). So both move alpha.
 
 Rank 0 is the least important of the C weights of a row. P is a step function of the rank with at most D steps, so it is
 never stored: an element's bucket is the last candidate that prunes it (rates fall, so all before it do too), and the

@@ -3,7 +3,7 @@
 "low-rank": W + (B A) * keep_mask * (alpha / r) with adapters of peft (`besa/adapters.py`). "full": the weights
 themselves, in float32, with gradients for kept ones only. By step t of T the learning rate is
 
-    lr * min(1, (t + 1) / warmup) * (1 + cos(pi t / T)) / 2
+    lr * min(1, (t + 1) / warmup) * (1 + cos(pi t / T)) / 2    with a tenth of the steps for warmup
 
 and the weights that are left in the model are those with the least loss on windows that are not trained on.
 """
@@ -65,7 +65,8 @@ class FineTune:
     """How a pruned model is trained as a whole."""
 
     kind: Literal["low-rank", "full"] = "low-rank"
-    """"low-rank": masked adapters, merged at the end; "full": every kept weight, with 20 bytes of state a weight."""
+    """"low-rank": masked adapters, merged at the end; "full": every kept weight; 20 bytes of state for each
+    weight of the pruned projections, zeros included."""
     _: KW_ONLY
     rank: Count = 16
     """Of the adapters ("low-rank")."""

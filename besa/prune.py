@@ -1,6 +1,7 @@
 """Start reading here: prune a model block by block (paper Algorithm 1), whatever the method.
 
-`besa/besa.py` holds the method this is about, `besa/allocation.py` its heart, `besa/walk.py` what a block is.
+`besa/besa.py` holds the method this is about, `besa/learners.py` what it learns of a block, `besa/allocation.py` its
+heart, `besa/walk.py` what a block is.
 """
 
 from collections.abc import Sequence
@@ -80,8 +81,8 @@ class Method:
     """Base of the pruning methods: a frozen configuration that prunes one block at a time."""
 
     sparsity: Sparsity = DEFAULT_SPARSITY
-    """Fraction of the weights to set to 0, in [0, 1); with a pattern N:M by itself 1 - N/M. Of the projections that are
-    not ignored; an exact budget (`Besa`) is of all, so that those not ignored make up for the others."""
+    """Fraction of the weights to set to 0, in [0, 1); where only a pattern N:M is given, 1 - N/M. It is of the
+    projections that are not ignored; an exact budget (`Besa`) is of all, so that those not ignored lose more."""
     sparsities: tuple[Sparsity, ...] | None = None
     """One for each block, in their order; None takes `sparsity` for all."""
     pattern: str | None = None

@@ -1,12 +1,12 @@
 """New values for the weights that a mask, any mask, keeps; the mask stays as it is.
 
-"closed", one projection after the other, without training: y enters it behind what is pruned and reconstructed already,
-x in the dense model, and near to
+"closed", one projection after the other, without training. With y the projection's input in the model as it is pruned
+and reconstructed so far, and x in the dense model, some iterations of ADMM come near to
 
     min over Z with zeros where nothing is kept of  sum over tokens of ||Z y - W (y + a (x - y))||^2
 
-come some iterations of ADMM (Boža 2024, Sec. 3, where a = 0) with H = sum y y^T and T = sum (y + a (x - y)) y^T, on
-columns scaled to a unit diagonal of H. V is the unconstrained step, Z the masked one:
+(Boža 2024, Sec. 3, where a = 0), with H = sum y y^T and T = sum (y + a (x - y)) y^T, on columns scaled to a unit
+diagonal of H, from Z = M * W and U = 0 on. V is the unconstrained step, Z the masked one:
 
     V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
 

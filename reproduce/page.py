@@ -148,8 +148,12 @@ def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def least_certain(judged: list[pd.DataFrame]) -> float:
-    """The largest p that is below `SURE` among all verdicts: Benjamini and Hochberg's rate of false discoveries."""
-    p = pd.concat([table.get("p", pd.Series(dtype=float)) for table in judged]).dropna() if judged else pd.Series()
+    """The largest p that is below `SURE` among all verdicts: Benjamini and Hochberg's rate of false discoveries.
+
+    What is sure and yet undecided, for its zeros, is no discovery, and does not count.
+    """
+    fair = [table[~((table["verdict"] == "undecided") & (table["p"] < SURE))] for table in judged if "p" in table]
+    p = pd.concat([table["p"] for table in fair]).dropna() if fair else pd.Series()
     found = p[scipy.stats.false_discovery_control(p) < SURE] if len(p) else p
     return max(found, default=0.0)
 

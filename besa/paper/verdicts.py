@@ -112,7 +112,7 @@ def _verdict(
     is_better = (mean < 0) == by_factor
     more = zeros[0] - zeros[1] if is_better else zeros[1] - zeros[0]  # of the better row
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
-    shown = f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}" if by_factor else f"{mean:+.2f} ± {error:.2f}"
+    shown = _factor(mean, error) if by_factor else f"{mean:+.2f} ± {error:.2f}"
     rests_on = [f"{n} {'segments' if by_factor else 'questions'}"] * (n > 1)
     return {
         "difference ± standard error": shown.replace("nan%", "?").replace("nan", "?"),
@@ -121,3 +121,10 @@ def _verdict(
         "p": f"{p:.2g}",
         "verdict": ("holds" if is_better else "does not hold") if p < SURE and more >= -same else "undecided",
     }
+
+
+def _factor(mean: float, error: float) -> str:
+    """exp of a mean, with its error; in percent, or where that would say little as factors."""
+    if error > 0.2:
+        return f"x {np.exp(mean):.3g} (x/÷ {np.exp(error):.2g})"
+    return f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}"
