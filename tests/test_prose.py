@@ -191,11 +191,22 @@ def test_the_readme_says_where_the_recipe_ends():
     assert "Outside {:.3f} to {:.3f} it needs `smooth=False`".format(*reachable_sparsity(101, True)) in PROSE
     factors = []
     for target in (0.7, 0.8):
-        draws = [load_record(path) for path in (folder / "records").glob(f"*-besa-row-wise-{target}-*.json")]
+        draws = [load_record(path) for path in (folder / "records").glob(f"*-quick-besa-row-wise-{target}-*.json")]
         perplexities = [draw["metrics"]["wiki"] for draw in draws]
         factors.append(f"{float(f'{max(perplexities) / min(perplexities):.1g}'):.0f}")
     said = "at 70 and 80 % its perplexity differs between draws by factors of {} and {}"
     assert len(draws) == 3 and said.format(*factors) in PROSE
+
+
+def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
+    folder, pairs = REFERENCE / "sparsity", [(f"besa-row-wise-{t}", f"wanda-{t}-matched") for t in (0.6, 0.7)]
+    judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against"]).loc[pairs]
+    assert set(judged["rests on"]) == {"218 segments, 1 draw"}
+    assert list(judged["verdict"]) == ["holds", "does not hold"]
+    ahead = judged["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0].iloc[0]
+    found = pd.read_csv(folder / "smollm2-135m-paper.csv", index_col=0)["wiki"][list(pairs[1])]
+    assert f"(one draw) it is ahead of Wanda at 60 % by {ahead} %, and" in PROSE
+    assert "fails at 70 %: {:.0f}, where Wanda with its zeros has {:.0f}".format(*found) in PROSE
 
 
 def test_the_readmes_packed_models_are_the_reference_run():
