@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -139,53 +139,53 @@ def plan_checkpoint(
     Raises:
         ValueError: as `prune_checkpoint`.
     """
-    if not (Path(source_of(str(source))).is_dir() or Path(output, STATE).exists()):
-        shapes = load_shapes(str(source), trust_remote_code)
-        return _plan_unseen(shapes, windows, method, resolve_device(device), Path(output), hidden_states, reconstruct)
+    if shapes := _unseen(source, Path(output), windows, method, trust_remote_code, reconstruct):
+        return _plan(shapes, windows, method, resolve_device(device), Path(output), hidden_states, reconstruct)
     with opened(source, output, windows, method, device, trust_remote_code, False, reconstruct) as shards:
         return shards.plan(hidden_states)
 
 
-def _plan_unseen(
-    shapes: PreTrainedModel,
+def _unseen(
+    source: str | Path,
+    output: Path,
     windows: Tensor,
     method: Method,
-    device: torch.device,
-    output: Path,
-    wanted: HiddenStates | Literal["auto"],
+    trust_remote_code: bool,
     reconstruct: Reconstruct | None,
-) -> Plan:
-    """What can be checked and planned before a model's weights are there."""
+) -> PreTrainedModel | None:
+    """The shapes of a model whose weights the hub has still to send, after what can be checked by them; else None."""
+    if Path(source_of(str(source))).is_dir() or (output / STATE).exists():
+        return None
     check_measures_blocks(method)
     check_free(output)
+    shapes = load_shapes(str(source), trust_remote_code)
     check_fit(shapes, windows, method, reconstruct)
-    shapes = shapes.to(shapes.config.dtype or torch.float32)
-    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    return _plan(shapes, range(len(find_blocks(shapes))), windows, method, device, place, wanted, reconstruct)
+    return shapes.to(shapes.config.dtype or torch.float32)
 
 
 def _plan(
     model: PreTrainedModel,
-    left: Sequence[int],
     windows: Tensor,
     method: Method,
     device: torch.device,
     output: Path,
     wanted: HiddenStates | Literal["auto"],
     reconstruct: Reconstruct | None,
+    finished: Collection[int] = (),
 ) -> Plan:
-    """Memory and disk of the blocks that are left, and of all else in a model."""
+    """Memory and disk of the blocks that are not finished, and of all else in a model."""
     blocks, mine = find_blocks(model), windows[rank() :: n_ranks()]
+    left = [block for index, block in enumerate(blocks) if index not in finished]
     rest = sum(tensor.nbytes for tensor in rest_of(model, _prefixes(model)).values())
     return make_plan(
         block_bytes=bytes_for(Span(blocks[: method.span]), method, device, mine, reconstruct),
         streams=n_streams(reconstruct),
         n_windows=len(mine),
         window_bytes=windows.shape[1] * model.config.get_text_config().hidden_size * model.dtype.itemsize,
-        shard_bytes=rest + sum(_bytes_of(blocks[index], method) for index in left),
+        shard_bytes=rest + sum(_bytes_of(block, method) for block in left),
         n_blocks=len(left),
         device=device,
-        output=output,
+        output=next(folder for folder in (output, *output.absolute().parents) if folder.exists()),
         wanted=wanted,
     )
 
@@ -232,9 +232,8 @@ def opened(
     place = resolve_device(device)
     check_measures_blocks(method)
     output = Path(output)
-    if not (Path(source_of(str(source))).is_dir() or (output / STATE).exists()):  # before the hub sends a model
-        shapes = load_shapes(str(source), trust_remote_code)
-        _plan_unseen(shapes, windows, method, place, output, "auto", reconstruct)
+    if shapes := _unseen(source, output, windows, method, trust_remote_code, reconstruct):
+        _plan(shapes, windows, method, place, output, "auto", reconstruct)  # refused before the hub sends it
     folder = find_checkpoint(source)
     check_apart(folder, output)
     carried(folder)
@@ -321,9 +320,8 @@ class Shards:
 
     def plan(self, wanted: HiddenStates | Literal["auto"]) -> Plan:
         """Memory and disk of what is still to be done."""
-        left = [index for index in range(len(self.prefixes)) if index not in self.notes]
-        options = (self.method, self.device, self.output, wanted, self.reconstruct)
-        return _plan(self.model, left, self.windows, *options)
+        options = (self.windows, self.method, self.device, self.output, wanted, self.reconstruct)
+        return _plan(self.model, *options, finished=self.notes)
 
     def make_room(self, wanted: HiddenStates | Literal["auto"]) -> None:
         """Plan, tell the plan, and keep it beside the output."""
