@@ -199,14 +199,16 @@ def test_the_readme_says_where_the_recipe_ends():
 
 
 def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
-    folder, pairs = REFERENCE / "sparsity", [(f"besa-row-wise-{t}", f"wanda-{t}-matched") for t in (0.6, 0.7)]
+    folder, others = REFERENCE / "sparsity", ("wanda", "sparsegpt")
+    pairs = [(f"besa-row-wise-{t}", f"{other}-{t}-matched") for t in (0.6, 0.7) for other in others]
     judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against"]).loc[pairs]
     assert set(judged["rests on"]) == {"218 segments, 1 draw"}
-    assert list(judged["verdict"]) == ["holds", "does not hold"]
-    ahead = judged["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0].iloc[0]
-    found = pd.read_csv(folder / "smollm2-135m-paper.csv", index_col=0)["wiki"][list(pairs[1])]
-    assert f"(one draw) it is ahead of Wanda at 60 % by {ahead} %, and" in PROSE
-    assert "fails at 70 %: {:.0f}, where Wanda with its zeros has {:.0f}".format(*found) in PROSE
+    assert list(judged["verdict"]) == [*["holds"] * 2, *["does not hold"] * 2]
+    ahead = judged["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0].iloc[:2]
+    assert "(one draw) it is ahead at 60 % by {} and {} %, and".format(*ahead) in PROSE
+    rows = ["besa-row-wise-0.7", *(f"{other}-0.7-matched" for other in others)]
+    found = pd.read_csv(folder / "smollm2-135m-paper.csv", index_col=0)["wiki"][rows]
+    assert "fails at 70 %: {:.0f}, where with its zeros Wanda has {:.0f} and SparseGPT {:.0f}".format(*found) in PROSE
 
 
 def test_the_readmes_packed_models_are_the_reference_run():
