@@ -250,6 +250,9 @@ def test_allocation_keeps_steps_and_correlations_in_the_record(tiny_folder, tmp_
     for suffix in ("allocation", "rows", "training", "correlations"):
         assert (folder / f"tiny-smoke-{suffix}.png").stat().st_size > 0
     assert "SMOKE RUN" in (folder / "tiny-smoke-correlations.md").read_text()
+    percent = pandas.read_csv(folder / "tiny-smoke-projections.csv", index_col=0)
+    of_q = [100 * row["sparsity"] for row in record["projections"] if row["projection"].endswith("q_proj")]
+    assert percent.loc["q_proj"].to_list() == pytest.approx([sum(of_q) / len(of_q), min(of_q), max(of_q)], abs=0.01)
 
 
 def test_figure1_measures_blocks_and_kinds_and_continues(tiny_folder, tmp_path):
