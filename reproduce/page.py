@@ -78,14 +78,17 @@ class Item:
         return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
 
     def judged(self, run: str) -> pd.DataFrame:
-        """The verdicts of a run, but for those on a row that has a partner of as many zeros ("-matched")."""
+        """The verdicts of a run; on a row that has a partner of as many zeros ("-matched"), what it alone decides."""
         tables = [self.tables.get(f"{run}-{of}", pd.DataFrame()) for of in ("verdicts", "zero-shot-verdicts")]
         table = pd.concat(tables, ignore_index=True)
         if "verdict" not in table:
             return pd.DataFrame()
         against = table.get("against", pd.Series("", index=table.index))
-        unfair = {row.removesuffix(MATCHED) for row in against if row.endswith(MATCHED)}
-        return table[~against.isin(unfair)]
+        partner, is_decided = against + MATCHED, table["verdict"] != "undecided"
+        claims = [tuple(claim) for claim in table.reindex(columns=["row", *QUANTITIES]).map(str).to_numpy()]
+        settled = set(itertools.compress(zip(against, claims), is_decided))
+        is_settled = pd.Series([pair in settled for pair in zip(partner, claims)], table.index)
+        return table[~partner.isin(against) | (is_decided & ~is_settled)]
 
     def verdicts(self, run: str) -> list[str]:
         """What a run says of published numbers, of the released code's, and of claims."""

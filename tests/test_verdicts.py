@@ -106,9 +106,13 @@ def test_a_verdict_needs_two_standard_errors_and_no_fewer_zeros(difference, nois
     assert found["difference ± standard error"].startswith(f"{np.expm1(difference):+.1%} ± ")
 
 
-@pytest.mark.parametrize("short, verdict", [(0.0006, "does not hold"), (0.0011, "undecided")])
-def test_a_row_that_was_pruned_to_the_others_zeros_may_miss_them_by_a_weight_a_row(short, verdict):
+@pytest.mark.parametrize(
+    "method, short, verdict",
+    [("wanda", 0.0006, "does not hold"), ("wanda", 0.0011, "undecided"), ("sparsegpt", 0.0006, "undecided")],
+)
+def test_wanda_pruned_to_anothers_zeros_may_miss_them_by_a_weight_a_row(method, short, verdict):
     rows = [record("a", {"t": 20.0}, sparsity=0.7), record("b-matched", {"t": 18.0}, sparsity=0.7 - short)]
+    rows[1]["config"]["method"] = {"method": method}
     rows[1]["projections"] = [{"columns": 4000}, {"columns": 1000}]
     samples = {"a": {"t": losses(3.0, 1.0)}, "b-matched": {"t": losses(2.9, 1.0)}}
     found = judge(rows, [("a", "b-matched")], lambda record: samples[record["config"]["row"]])
