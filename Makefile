@@ -70,11 +70,12 @@ book: venv
 	.venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir reproduce/book . build/book
 	cp build/book/README.html build/book/index.html
 
+# The notebooks, which take longest, come first: at the end one process would wait for the other.
 test: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	BESA_PROFILE=smoke BESA_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile \
-		--nbval-lax --nbval-current-env tests reproduce notebooks
+		--no-loadscope-reorder --nbval-lax --nbval-current-env reproduce notebooks tests
 
 # What is marked gpu, then one block of each shape against its floor: a table and records under results/cost.
 test-gpu: venv

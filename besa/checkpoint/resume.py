@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import re
@@ -140,12 +141,17 @@ def classes_of(method: Method) -> dict[str, str | None]:
 def _versions() -> dict[str, str | None]:
     from besa import __version__  # the package imports this file
 
-    found: dict[str, str | None] = {"besa": f"{__version__}+{code_hash(Path(__file__).parents[1])}"}
+    found: dict[str, str | None] = {"besa": f"{__version__}+{_own_code()}"}
     for package in ("torch", "transformers", "prodigyopt", "numba"):
         found[package] = None
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+@functools.cache  # what this process runs does not change with its files
+def _own_code() -> str:
+    return code_hash(Path(__file__).parents[1])
 
 
 def code_hash(package: Path) -> str:
