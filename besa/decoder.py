@@ -421,7 +421,7 @@ class Remembered:
             room: for what enters.
         """
         self._block, self._part, self._room = block, block.get_submodule(part), room
-        self._names = [f"{part}.{name}".rstrip(".") for name in projections(self._part)]
+        self._names = [f"{part}.{name}" for name in projections(self._part) if name]  # none where it is one itself
         self._last, self._weights = "", {}
         self._in_tuple: int | None = None  # elements of the part's answer, 0 where it is no tuple; None: not tried
 

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "GPTNeoX": {},
     "Gemma3": {"sliding_window": 8, "sliding_window_pattern": 2, "final_logit_softcapping": 5.0},
     "Phi": {},
+    "XGLM": {"ffn_dim": 48},
 }
 
 

@@ -106,6 +106,14 @@ def test_attention_that_is_remembered_is_what_a_whole_run_makes(architecture, wi
     assert_same(remembering, model)
 
 
+def test_a_projection_that_is_a_part_of_its_own_is_not_remembered(windows):
+    """Attention stays dense, and the first that is pruned is a child of the block itself."""
+    model, method = build("XGLM"), besa.Wanda(ignore=("re:.*self_attn",))
+    masked = besa.prune(copy.deepcopy(model), windows, method, progress=False)
+    renewed = besa.prune(model, windows, method, progress=False, reconstruct=Reconstruct())
+    assert (renewed.to_frame()["block_error"] < masked.to_frame()["block_error"]).all()
+
+
 def test_attention_does_not_run_again_behind_its_last_new_weight(tiny_llama, windows):
     runs = []
     find_blocks(tiny_llama)[1].self_attn.q_proj.register_forward_hook(lambda *_: runs.append(1))
