@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from besa.allocation import reachable_sparsity
 from besa.decoder import find_blocks, projections, pruned_projections
 from besa.importance import Importance, InputStatistics
-from besa.learners import BudgetLearner, Learner, ScoreLearner, joined
+from besa.learners import BudgetLearner, Learner, ScoreLearner, full_name
 from besa.machine.device import way_out
 from besa.machine.fields import Count, Positive, Seed, documented
 from besa.machine.processes import from_rank_0, mean_, n_ranks
@@ -171,10 +171,10 @@ class Besa(Method):
 
     def _check_budgets(self, sizes: list[tuple[int, int]]) -> None:
         """Refuse a budget for which what is not ignored would have to go as a whole."""
-        names, targets = [f"block {index * self.span}" for index in range(len(sizes))], self.sparsities
+        names, sparsities = [f"block {index * self.span}" for index in range(len(sizes))], self.sparsities
         if self.scope == "model":
             names, sizes = ["the model"], [(sum(some for some, _ in sizes), sum(whole for _, whole in sizes))]
-        for name, (some, whole), sparsity in zip(names, sizes, targets or [self.sparsity] * len(sizes), strict=True):
+        for name, (some, whole), sparsity in zip(names, sizes, sparsities or [self.sparsity] * len(sizes), strict=True):
             if some and sparsity * whole >= some:
                 raise ValueError(
                     f"{name}: ignore keeps {1 - some / whole:.1%} of its weights, so that it stays below sparsity "
@@ -213,7 +213,7 @@ class Besa(Method):
                 (whole.keep_masks, learned.keep_masks),
                 (whole.quantized, learned.quantized),
             ):
-                pruned.update({joined(name, within): value for within, value in of_part.items()})
+                pruned.update({full_name(name, within): value for within, value in of_part.items()})
             whole.steps.extend(learned.steps)
             del part, learner  # before the next ones are made
         return whole

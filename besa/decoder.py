@@ -372,7 +372,7 @@ def run_until(
     name: str,
     hidden: Float[Tensor, "batch seq_len hidden"],
     call: BlockCall,
-    weights: dict[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | None,
 ) -> Float[Tensor, "*batch columns"]:
     """What enters a projection of a block, which is run no further.
 

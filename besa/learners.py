@@ -42,7 +42,7 @@ class Learner:
         self.sparsity = self.block_sparsity * float(share)
         weights = {name: projection.weight.detach() for name, projection in block.projections.items()}
         # Importances take twice a bfloat16 weight's memory: they are made for one projection at a time.
-        importances = lambda name: self._importance(weights[name], statistics[joined(part, name)])
+        importances = lambda name: self._importance(weights[name], statistics[full_name(part, name)])
         device = next(iter(weights.values())).device
         steps = method.epochs * len(block.inputs) * n_ranks() // method.batch_size
         self.prepare(weights, importances, device, steps)
@@ -221,7 +221,7 @@ class ScoreLearner(BudgetLearner):
         return {name: each.keep_mask(scores[name], counts[name]) for name, each in self.allocations.items()}
 
 
-def joined(part: str, name: str) -> str:
+def full_name(part: str, name: str) -> str:
     """A projection's name in the block, given its name in a part of it."""
     return f"{part}.{name}".strip(".")
 

@@ -91,7 +91,7 @@ def ranks_of_rows(scores: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
 
 
 def slices(matrix: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, "part columns"], ...]:
-    """Views of the rows that are sorted together, for torch gives every score an index of 64 bits."""
+    """Views of a few rows each, for what torch makes beside them, such as indices of 64 bits, would fill the memory."""
     return matrix.split(max(1, 2**22 // matrix.shape[1]))
 
 
@@ -138,6 +138,9 @@ class KeepMasks(Mapping[tuple[int, str], Tensor]):
 
     def __getitem__(self, key: tuple[int, str]) -> Tensor:
         return unpack_bits(*self._bits[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._bits  # Mapping's own unpacks it
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self._bits)

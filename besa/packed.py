@@ -36,7 +36,7 @@ from besa.machine.fields import checked
 from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
 from besa.machine.threads import over_rows
-from besa.masks import pack_bits
+from besa.masks import pack_bits, slices
 from besa.packed_files import keep_packed_when_saved
 from besa.quantize import QuantizedWeight
 from besa.report import Masks
@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
                 f"a weight of {weight.dtype} on {weight.device} cannot be packed; load it in one of {DTYPES}"
             )
         keep = weight != 0 if keep_mask is None else _fitting(keep_mask, weight)
-        kept = [rows[mask] for rows, mask in zip(_slices(weight), _slices(keep), strict=True)]
+        kept = [rows[mask] for rows, mask in zip(slices(weight), slices(keep), strict=True)]
         values = torch.cat([*kept, weight.new_zeros(PADDING)])
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(weight.shape[1], weight.dtype, _mask(keep), _starts(keep.sum(1)), values, bias=bias)
@@ -131,9 +131,9 @@ class PackedLinear(nn.Module):
         codes, columns = quantized.codes, quantized.codes.shape[1]
         zeros = quantized.zero_point.repeat_interleave(columns // quantized.scale.shape[1], dim=1)
         keep = codes != zeros if keep_mask is None else _fitting(keep_mask, codes)
-        kept = [rows[mask] for rows, mask in zip(_slices(codes), _slices(keep), strict=True)]
+        kept = [rows[mask] for rows, mask in zip(slices(codes), slices(keep), strict=True)]
         if quantized.bits < 8:
-            kept = [_in_pairs(rows, mask) for rows, mask in zip(kept, _slices(keep), strict=True)]
+            kept = [_in_pairs(rows, mask) for rows, mask in zip(kept, slices(keep), strict=True)]
         values, mask = torch.cat([*kept, codes.new_zeros(PADDING)]), _mask(keep)
         values = values.view(torch.int8) if quantized.bits == 8 else values
         starts = _starts(_sizes(mask, values.dtype)).to(codes.device)
@@ -399,7 +399,7 @@ def pack_block(
 
 
 def _packed_or_none(
-    linear: nn.Linear, keep_mask: Bool[Tensor, "rows columns"] | None, codes: QuantizedWeight | None = None
+    linear: nn.Linear, keep_mask: Bool[Tensor, "rows columns"] | None, codes: QuantizedWeight | None
 ) -> PackedLinear | None:
     """A projection packed, by its codes where there are any; None where that is not smaller."""
     weight, bias = linear.weight, linear.bias
@@ -497,11 +497,6 @@ def _starts(sizes: Tensor) -> Int64[Tensor, "rows_and_end"]:
 def _padded(keep_mask: Tensor) -> Tensor:
     """With columns that are not kept, up to whole words."""
     return nn.functional.pad(keep_mask, (0, -keep_mask.shape[1] % kernels.WORD))
-
-
-def _slices(weight: Tensor) -> tuple[Tensor, ...]:
-    """By rows, so that the indices that torch makes of a mask do not fill the memory."""
-    return weight.split(max(1, 2**22 // weight.shape[1]))
 
 
 def _fitting(keep_mask: Tensor, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 heart, `besa/walk.py` what a block is.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
@@ -124,7 +125,10 @@ class Method:
             )
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError where the configuration does not fit the model's projections."""
+        """Raise ValueError where the configuration does not fit the model's blocks or projections."""
+        n_blocks = len(find_blocks(model))
+        if self.sparsities and len(self.sparsities) != n_blocks:
+            raise ValueError(f"{len(self.sparsities)} sparsities are given for {n_blocks} blocks; give one for each")
         pruned = pruned_projections(model, self.ignore)
         for (index, name), linear in pruned.items() if self.pattern else ():
             columns, (_, m) = linear.weight.shape[1], parse_pattern(self.pattern)
@@ -182,8 +186,7 @@ class Method:
         an exact budget without `scores` learned how many weights stay and not which."""
         fields = {"method": self.name, **asdict(self)}
         unused = {name for name in ("pattern", "ignore", "scores") if not fields.get(name)}  # as in older records
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-        return {name: value for name, value in plain.items() if name not in unused}
+        return json.loads(json.dumps({name: value for name, value in fields.items() if name not in unused}))
 
 
 def check_fit(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Reconstruct | None) -> None:
@@ -194,9 +197,6 @@ def check_fit(model: PreTrainedModel, windows: Tensor, method: Method, reconstru
     """
     check_tokens(model, windows, windows.shape[1])
     check_share(len(windows), method.batch_size)
-    n_blocks = len(find_blocks(model))
-    if method.sparsities and len(method.sparsities) != n_blocks:
-        raise ValueError(f"{len(method.sparsities)} sparsities are given for {n_blocks} blocks; give one for each")
     method.check(model)
     if reconstruct:
         reconstruct.check(len(windows), quantized=method.quantize is not None)

@@ -182,6 +182,9 @@ class QuantizedFiles(Mapping[tuple[int, str], QuantizedWeight]):
         with open_bits(path) as (file, _):
             return _unpack(file, f"{key[0]}.{key[1]}", *shape)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._found  # Mapping's own reads it
+
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(sorted(self._found))
 

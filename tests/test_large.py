@@ -109,6 +109,15 @@ def test_what_new_values_take_counts_before_a_row_begins(source, windows, tmp_pa
         large.precision_that_fits(*asked, besa.Reconstruct("block"))
 
 
-def test_methods_that_do_not_fit_the_model_are_refused(source, windows, tmp_path):
-    with pytest.raises(ValueError, match="32 rows do not divide into groups of 5"):
-        large.precision_that_fits(source, windows, [besa.Besa(row_group=5)], tmp_path, None, CPU)
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (besa.Besa(row_group=5), "32 rows do not divide into groups of 5"),
+        (besa.Wanda(sparsities=(0.5,)), "1 sparsities are given for 3 blocks"),
+        (besa.Besa(budget="exact", sparsities=(0.5,)), "1 sparsities are given for 3 blocks"),
+        (besa.Besa(batch_size=4), "6 windows"),
+    ],
+)
+def test_methods_that_do_not_fit_the_model_are_refused(source, windows, tmp_path, method, message):
+    with pytest.raises(ValueError, match=message):
+        large.precision_that_fits(source, windows, [besa.Magnitude(), method], tmp_path, None, CPU)

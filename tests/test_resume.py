@@ -1,13 +1,15 @@
 """What a run's identity depends on: the code that decides the bytes, and no other."""
 
 import importlib
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import besa
-from besa.checkpoint.resume import classes_of, code_hash
+from besa.checkpoint.resume import STATE, classes_of, code_hash, open_run
 from besa.paper.analysis import WandaOneKind
 
 PACKAGE = Path(__file__).parents[1] / "besa"
@@ -31,7 +33,8 @@ def test_a_figures_label_a_comment_and_a_docstring_change_no_identity(copied):
     edit(copied / "report.py", '"block"', '"decoder block"')
     edit(copied / "allocation.py", "Rank 0 is the least important", "Rank 0 matters least")
     (copied / "besa.py").write_text("# a remark\n" + (copied / "besa.py").read_text())
-    (copied / "paper" / "more.py").write_text("x = 1\n")
+    for place in ("paper/more.py", "machine/memory.py", "checkpoint/plan.py"):
+        (copied / place).write_text("x = 1\n")
     assert code_hash(copied) == before
 
 
@@ -47,6 +50,24 @@ def test_a_new_room_counts(copied):
     (copied / "new").mkdir()
     (copied / "new" / "code.py").write_text("x = 1\n")
     assert code_hash(copied) != before
+
+
+def test_an_option_that_is_none_differs_from_one_that_was_not_there(tmp_path):
+    """As of a method that got a field since."""
+    (tmp_path / STATE).mkdir()
+    open_run(tmp_path, {"method": {"sparsity": 0.5}}, 0, {})
+    with pytest.raises(ValueError, match=r"another method \(mine\): 'nothing' there, None now"):
+        open_run(tmp_path, {"method": {"sparsity": 0.5, "mine": None}}, 1, {})
+    with pytest.raises(ValueError, match=r"another reconstruct: 'nothing' there, None now"):
+        open_run(tmp_path, {"method": {"sparsity": 0.5}, "reconstruct": None}, 1, {})
+
+
+def test_the_fields_of_your_own_method_come_back_from_a_file_as_they_were_put_there():
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(besa.Wanda):
+        steps: tuple[tuple[int, float], ...] = ((1, 0.25), (2, 0.5))
+
+    assert Mine().config() == json.loads(json.dumps(Mine().config()))
 
 
 MINE = """

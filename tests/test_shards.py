@@ -93,7 +93,7 @@ def test_memory_that_cannot_be_pinned_is_named(source, tmp_path, windows, monkey
         assert pin_memory
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    about = (source, tmp_path / "out", windows, besa.Wanda(), "cpu", False, False)
+    about = (source, tmp_path / "out", windows, besa.Wanda(), "cpu", False, False, None)
     with shards.opened(*about) as run:
         run.hidden_states = "host"  # as on a GPU
         monkeypatch.setattr(torch, "empty", refusing)
@@ -260,7 +260,7 @@ def test_an_output_without_a_finished_block_takes_any_run(source, tmp_path, wind
 
 def test_two_processes_do_not_write_to_one_output(source, tmp_path, windows):
     with (
-        shards.opened(source, tmp_path / "out", windows, METHODS["besa"], "cpu", False, False),
+        shards.opened(source, tmp_path / "out", windows, METHODS["besa"], "cpu", False, False, None),
         pytest.raises(ValueError, match="another process writes to"),
     ):
         prune(source, tmp_path / "out", windows)
@@ -313,6 +313,22 @@ def test_another_version_is_refused(source, tmp_path, windows, monkeypatch):
     monkeypatch.setattr(besa, "__version__", "99")
     with pytest.raises(ValueError, match=r"another versions \(besa\): '.*' there, '99\+.*' now"):
         prune(source, tmp_path / "out", windows)
+
+
+def test_blocks_that_lack_their_masks_are_still_another_runs(source, tmp_path, windows):
+    prune(source, tmp_path / "out", windows, METHODS["wanda"])
+    for path in (tmp_path / "out" / "besa").glob("masks-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"another method \(method\): 'wanda' there, 'besa' now"):
+        prune(source, tmp_path / "out", windows, METHODS["besa"])
+
+
+def test_a_plan_leaves_an_output_as_it_is(source, tmp_path, windows):
+    prune(source, tmp_path / "out", windows, METHODS["wanda"])
+    next((tmp_path / "out" / "besa").glob("masks-*")).unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    besa.plan_checkpoint(source, tmp_path / "out", windows, METHODS["wanda"], device="cpu")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_outputs_that_would_touch_something_else_are_refused(source, tmp_path, windows):
@@ -421,7 +437,7 @@ def make_plan(tmp_path, monkeypatch, device_gib, host_gib, disk_gib, wanted="aut
     monkeypatch.setattr(plan, "free_host", lambda: int(host_gib * 2**30))
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, int(disk_gib * 2**30)))
     # 8 GiB of streams for 128 windows
-    sizes = {"n_windows": n_windows, "window_bytes": 2**25, "shard_bytes": 10 * 2**30, "n_blocks": 80}
+    sizes = {"n_windows": n_windows, "window_bytes": 2**25, "shard_bytes": 10 * 2**30, "n_blocks": 80, "n_streams": 2}
     return plan.make_plan(block_bytes=3 * 2**30, **sizes, device=torch.device(device), output=tmp_path, wanted=wanted)
 
 

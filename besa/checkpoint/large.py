@@ -16,7 +16,7 @@ from besa.decoder import Span, find_blocks
 from besa.inputs.models import load_shapes, weight_bytes
 from besa.machine.device import resolve_dtype
 from besa.machine.memory import USABLE, free_device
-from besa.prune import Method
+from besa.prune import Method, check_fit
 from besa.reconstruct import Reconstruct
 from besa.report import Report
 
@@ -81,6 +81,8 @@ def precision_that_fits(
     """
     shapes, pruning = load_shapes(name), [method for method in methods if method]
     precision = dtype or resolve_dtype(None, device)
+    for method in pruning:
+        check_fit(shapes, windows, method, None)
     needed = [_bytes_needed(shapes, windows, precision, device, method, reconstruct) for method in pruning]
     if max(needed, default=0) > _room(device):
         stored = shapes.config.dtype or precision_of(find_checkpoint(name))
@@ -89,8 +91,6 @@ def precision_that_fits(
             check_measures_blocks(method)
         _check_stored(name, stored, precision, device)
         _check_disk(name, weight_bytes(shapes, precision), folder, device)
-    for method in pruning:
-        method.check(shapes)
     return precision
 
 
@@ -105,7 +105,7 @@ def _bytes_needed(
     dtype: torch.dtype,
     device: torch.device,
     method: Method,
-    reconstruct: Reconstruct | None = None,
+    reconstruct: Reconstruct | None,
 ) -> int:
     """To prune a model as a whole: its weights, the hidden states of all windows, and what a block takes meanwhile."""
     hidden_states = windows.numel() * shapes.config.get_text_config().hidden_size * dtype.itemsize

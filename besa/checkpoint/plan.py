@@ -99,8 +99,8 @@ def make_plan(
     n_blocks: int,
     device: torch.device,
     output: Path,
-    streams: int = 2,
-    wanted: HiddenStates | Literal["auto"] = "auto",
+    n_streams: int,
+    wanted: HiddenStates | Literal["auto"],
 ) -> Plan:
     """Where the hidden states go, and whether everything fits.
 
@@ -109,13 +109,13 @@ def make_plan(
         window_bytes: of one window's hidden states.
         shard_bytes: still to be written.
         n_blocks: still to be pruned.
-        streams: how often the hidden states of all windows are held.
+        n_streams: how often the hidden states of all windows are held.
         wanted: "auto" takes the first that fits of device, host and file.
 
     Raises:
         ValueError: something does not fit; says what is needed, what is free, and what to change.
     """
-    pinned, streams = streams * _power_of_2(n_windows * window_bytes), streams * n_windows * window_bytes
+    pinned, streams = n_streams * _power_of_2(n_windows * window_bytes), n_streams * n_windows * window_bytes
     device_free, host_free, disk_free = free_device(device), free_host(), shutil.disk_usage(output).free
     room = {"device": USABLE * device_free / (neighbours() if device.type == "cpu" else 1) - block_bytes}
     if device.type == "cuda":

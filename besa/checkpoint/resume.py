@@ -26,7 +26,8 @@ from besa.prune import Method
 STATE = "besa"
 """Folder in the output for what is no part of the checkpoint."""
 _AFTERWARDS = ("finetune.py", "adapters.py", "packed.py", "packed_files.py", "packed_kernels.py", "checkpoint/pack.py")
-_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", "report.py", *_AFTERWARDS, "__init__.py", "__main__.py")
+_MEASURING = ("machine/memory.py", "machine/provenance.py", "checkpoint/plan.py", "checkpoint/large.py", "report.py")
+_BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", *_MEASURING, *_AFTERWARDS, "__init__.py", "__main__.py")
 """Of the package: what decides no byte of a pruned checkpoint (its windows and its source are summed themselves)."""
 _TEMPORARY = re.compile(re.escape(HALF_WRITTEN) + r"\w{8}")
 _HIDDEN_STATES = re.compile(r"hidden-\d+-\d+\.bin")
@@ -68,7 +69,7 @@ def remove_half_written(output: Path) -> None:
             path.unlink()
 
 
-def read_note(path: Path) -> dict[str, Any]:
+def note_or_nothing(path: Path) -> dict[str, Any]:
     """What lies beside the output as JSON by name; {} where it is not there, or damaged."""
     try:
         note = files.read_note(path) if path.is_file() else None
@@ -77,39 +78,47 @@ def read_note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def open_run(output: Path, identity: dict[str, Any], notes: dict[int, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """The run that the output holds; where no block is finished, a new one.
+def open_run(output: Path, identity: dict[str, Any], n_finished: int, about: dict[str, Any]) -> None:
+    """Take the output for this run, where it is not its own yet.
+
+    Args:
+        n_finished: blocks that a run has finished there, those whose files are damaged since, too.
 
     Raises:
         ValueError: blocks of another run are finished there; names what differs. Or the file that says of which run
             they are is damaged.
     """
     path = output / STATE / "run.json"
-    run = read_note(path)
-    if run.get("identity") != identity:
-        if notes and not isinstance(run.get("identity"), dict):
-            raise ValueError(
-                f"{path} is damaged: it must say of which run the {len(notes)} finished blocks are. Put it back from a "
-                f"copy, name another output, or delete {str(output)!r}"
-            )
-        if notes:
-            _refuse(run["identity"], identity, output)
-        run = {"identity": identity, **about}
-        write_note(path, run)
-    return run
+    there = note_or_nothing(path).get("identity")
+    if there == identity:
+        return
+    if n_finished and not isinstance(there, dict):
+        raise ValueError(
+            f"{path} is damaged: it must say of which run the {n_finished} finished blocks are. Put it back from a "
+            f"copy, name another output, or delete {str(output)!r}"
+        )
+    if n_finished:
+        _refuse(there, identity, output)
+    write_note(path, {"identity": identity, **about})
 
 
 def _refuse(there: dict[str, Any], now: dict[str, Any], output: Path) -> None:
     """By the first thing that differs."""
-    name = next(name for name in {**there, **now} if there.get(name) != now.get(name))
-    old, new = there.get(name), now.get(name)
+    name, old, new = _first_difference(there, now)
     if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
-        name, old, new = f"{name} ({key})", old.get(key), new.get(key)
+        key, old, new = _first_difference(old, new)
+        name = f"{name} ({key})"
     raise ValueError(
         f"output {str(output)!r} holds a run with another {name}: {old!r} there, {new!r} now; give the same again, "
         "name another output, or delete that one"
     )
+
+
+def _first_difference(there: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any]:
+    """A name, and what stands under it in both; None is not the same as nothing."""
+    absent = "nothing"
+    pairs = ((name, there.get(name, absent), now.get(name, absent)) for name in {**there, **now})
+    return next((name, old, new) for name, old, new in pairs if old != new)
 
 
 def identity_of(source: Path, output: Path, windows: Tensor, method: Method, device: torch.device) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def _without_words(source: str) -> bytes:
 def _source_sums(source: Path, output: Path) -> dict[str, str]:
     """sha256 by file; a file of the same size and time as when it was last summed is not read again."""
     path = output / STATE / "source.json"
-    known = read_note(path)
+    known = note_or_nothing(path)
     seen = {}
     code = [path for path in sorted(source.glob("*.py")) if path.is_file()]
     paths = [*shard_paths(source), source / "config.json", *code]
@@ -194,7 +203,7 @@ def finished_blocks(output: Path) -> tuple[dict[int, dict[str, Any]], list[str]]
     """Notes of the blocks whose files are there and whole, and the paths of those whose are not."""
     notes, damaged = {}, []
     for path in sorted((output / STATE).glob("block-*.json")):
-        note = read_note(path)
+        note = note_or_nothing(path)
         try:
             whole = _fits(note, path.stem) and all(
                 sha256(output / name) == total for name, total in note["files"].items()

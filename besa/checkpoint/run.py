@@ -42,8 +42,8 @@ from besa.checkpoint.resume import (
     finished_blocks,
     identity_of,
     make_folder,
+    note_or_nothing,
     open_run,
-    read_note,
     remove_half_written,
 )
 from besa.decoder import Span, check_model, find_blocks, members, projections
@@ -154,9 +154,9 @@ def _unseen(
     reconstruct: Reconstruct | None,
 ) -> PreTrainedModel | None:
     """The shapes of a model whose weights the hub has still to send, after what can be checked by them; else None."""
+    check_measures_blocks(method)
     if Path(source_of(str(source))).is_dir() or (output / STATE).exists():
         return None
-    check_measures_blocks(method)
     check_free(output)
     shapes = load_shapes(str(source), trust_remote_code)
     check_fit(shapes, windows, method, reconstruct)
@@ -179,7 +179,7 @@ def _plan(
     rest = sum(tensor.nbytes for tensor in rest_of(model, _prefixes(model)).values())
     return make_plan(
         block_bytes=bytes_for(Span(blocks[: method.span]), method, device, mine, reconstruct),
-        streams=n_streams(reconstruct),
+        n_streams=n_streams(reconstruct),
         n_windows=len(mine),
         window_bytes=windows.shape[1] * model.config.get_text_config().hidden_size * model.dtype.itemsize,
         shard_bytes=rest + sum(_bytes_of(block, method) for block in left),
@@ -226,22 +226,21 @@ def opened(
     device: str,
     trust_remote_code: bool,
     progress: bool,
-    reconstruct: Reconstruct | None = None,
+    reconstruct: Reconstruct | None,
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
-    place = resolve_device(device)
-    check_measures_blocks(method)
-    output = Path(output)
+    place, output = resolve_device(device), Path(output)
     if shapes := _unseen(source, output, windows, method, trust_remote_code, reconstruct):
         _plan(shapes, windows, method, place, output, "auto", reconstruct)  # refused before the hub sends it
     folder = find_checkpoint(source)
     check_apart(folder, output)
     carried(folder)
+    marks = {path: mark_of(path) for path in shard_paths(folder)}
     model = open_checkpoint(folder, trust_remote_code)
     check_model(model, values=False)
     check_tokenizer(model, folder, trust_remote_code)
     check_fit(model, windows, method, reconstruct)
-    shards = Shards(folder, output, model, windows, method, place, progress, reconstruct)
+    shards = Shards(folder, output, model, windows, method, place, progress, reconstruct, marks)
     try:
         yield shards
     finally:
@@ -261,25 +260,30 @@ class Shards:
         device: torch.device,
         progress: bool,
         reconstruct: Reconstruct | None,
+        marks: dict[Path, list[str | int]],
     ) -> None:
+        """
+        Args:
+            marks: of the source's files, taken before the model was mapped from them.
+        """
         self.source, self.output, self.model, self.windows, self.method = source, output, model, windows, method
         self.device, self.progress, self.reconstruct = device, progress and rank() == 0, reconstruct
         self.tell: Callable[[str], None] = tqdm.write if self.progress else lambda _: None
         self.prefixes = _prefixes(model)
         self.hidden_states: HiddenStates = "device"
         self._streams: list[Path] = []
-        self._marks = {path: mark_of(path) for path in shard_paths(source)}
+        self._marks = marks
         self._lock = filelock.FileLock(output / STATE / "lock")
         try:
-            self.run, self.notes = from_rank_0(self._open() if rank() == 0 else None)
+            self.notes = from_rank_0(self._open() if rank() == 0 else None)
         except BaseException:
             self._lock.release()
             raise
 
     # What is there
 
-    def _open(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-        """The run's own file and the notes of the blocks that are finished."""
+    def _open(self) -> dict[int, dict[str, Any]]:
+        """The notes of the blocks that are finished."""
         make_folder(self.output)
         try:
             self._lock.acquire(timeout=0)
@@ -289,14 +293,12 @@ class Shards:
         notes, damaged = finished_blocks(self.output)
         identity = identity_of(self.source, self.output, self.windows, self.method, self.device)
         identity["reconstruct"] = self.reconstruct.config() if self.reconstruct else None
-        run = open_run(self.output, identity, notes, {"provenance": provenance(str(self.device))})
-        if len(notes) < len(self.prefixes):  # a checkpoint that lacks a block is none
-            (self.output / INDEX).unlink(missing_ok=True)
+        open_run(self.output, identity, len(notes) + len(damaged), {"provenance": provenance(str(self.device))})
         for name in damaged:
             self.tell(f"{name}: its files are missing or not what was written; the block is pruned again")
         if notes:
             self.tell(f"continuing: {len(notes)} of {len(self.prefixes)} blocks are finished")
-        return run, notes
+        return notes
 
     @property
     def complete(self) -> bool:
@@ -324,11 +326,12 @@ class Shards:
         return _plan(self.model, *options, finished=self.notes)
 
     def make_room(self, wanted: HiddenStates | Literal["auto"]) -> None:
-        """Plan, tell the plan, and keep it beside the output."""
+        """Plan, tell the plan, and keep it beside the output, which is no checkpoint while it lacks a block."""
         plan = self.plan(wanted)
         self.tell(str(plan))
         self.hidden_states = plan.hidden_states
         if rank() == 0:
+            (self.output / INDEX).unlink(missing_ok=True)
             write_text(self.output / STATE / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -409,7 +412,7 @@ class Shards:
     def write(self, block: Block, report: Report) -> None:
         """Keep a pruned block and what there is to report of it; the first one says how long the others take."""
         if not self.notes:
-            seconds, left = report.rows[0]["block_seconds"], len(self.prefixes) - self.method.span
+            seconds, left = report.rows[0]["block_seconds"], max(0, len(self.prefixes) - self.method.span)
             each = seconds / self.method.span
             self.tell(f"the first block took {each:.1f} s: some {each * left / 60:.1f} min for the {left} others")
         for number, member in members(block.index, block.module).items():
@@ -464,7 +467,7 @@ class Shards:
     def _carry_over(self) -> None:
         """The small files, with a note of what was written: what its user changes in the output stays."""
         path = self.output / STATE / "carried.json"
-        written, kept = carry_over(self.source, self.output, read_note(path))
+        written, kept = carry_over(self.source, self.output, note_or_nothing(path))
         write_note(path, written)
         for name in kept:
             self.tell(f"{self.output / name} was changed since it was written, or is of somebody else: left as it is")

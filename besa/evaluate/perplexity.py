@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from besa.decoder import BlockCall, check_tokens, context_of, embed, find_blocks, record_calls, run_block, run_head
-from besa.inputs.text import opened
+from besa.inputs.text import with_bos
 from besa.machine.device import way_out
 from besa.machine.fields import checked
 from besa.machine.processes import from_all, n_ranks, rank, sum_
@@ -43,8 +43,8 @@ def perplexity(
     """exp of the mean negative log-likelihood, in nats per token, over non-overlapping segments.
 
     The last incomplete segment is left out, and the first token of each is not predicted: seq_len - 1 predictions per
-    segment. Gemma's begin with <bos> (`besa.inputs.text.opened`). The head runs on a few tokens at a time, so that the
-    logits of a segment never exist at once.
+    segment. Gemma's begin with <bos> (`besa.inputs.text.with_bos`). The head runs on a few tokens at a time, so that
+    the logits of a segment never exist at once.
     Under torchrun the ranks share the segments.
 
     Raises:
@@ -57,7 +57,7 @@ def perplexity(
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
     config = model.config.get_text_config()
     segments, bos = tokens[: n_segments * seq_len].view(n_segments, seq_len), getattr(config, "bos_token_id", None)
-    segments = opened(segments, config.model_type, bos)
+    segments = with_bos(segments, config.model_type, bos)
     mine = segments[rank() :: n_ranks()]
     together = SPREAD_AT_ONCE if any(parameter.is_meta for parameter in model.parameters()) else 1
     losses, problem = torch.zeros(n_segments, dtype=torch.float64), None  # summed over each segment's tokens

@@ -88,7 +88,7 @@ def load_model(
     if not any(folder.glob("*.safetensors")):  # pickles, of which transformers reads nothing but weights
         folder = fetch(name, "*.bin")
     whole_shards(folder)
-    spread = _spread(name, dtype, device, trust_remote_code)
+    spread = _device_map(name, dtype, device, trust_remote_code)
     with _explained(name):
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **spread}
         model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
@@ -134,7 +134,7 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
         )
 
 
-def _spread(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> dict[str, Any]:
+def _device_map(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> dict[str, Any]:
     """How a model that is larger than the GPU is loaded; nothing for one that fits."""
     if device.type != "cuda" or weight_bytes(load_shapes(name, trust_remote_code), dtype) <= USABLE * free_device(
         device

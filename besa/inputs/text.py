@@ -117,7 +117,7 @@ def calibration_windows(
             windows = torch.stack(_crop(name, documents, encode, n_samples, seq_len, rng))
         else:
             windows = _pack(name, documents, encode, n_samples, seq_len, rng, tokenizer.eos_token_id)
-    return opened(windows, type(tokenizer).__name__, getattr(tokenizer, "bos_token_id", None))
+    return with_bos(windows, type(tokenizer).__name__, getattr(tokenizer, "bos_token_id", None))
 
 
 def opens_with_bos(family: str) -> bool:
@@ -129,7 +129,7 @@ def opens_with_bos(family: str) -> bool:
     return "gemma" in family.lower()
 
 
-def opened(windows: Int64[Tensor, "n seq_len"], family: str, bos: int | None) -> Int64[Tensor, "n seq_len"]:
+def with_bos(windows: Int64[Tensor, "n seq_len"], family: str, bos: int | None) -> Int64[Tensor, "n seq_len"]:
     """The windows as a family of models reads them: Gemma's begin with <bos>, in the place of their first token."""
     if not opens_with_bos(family) or bos is None:
         return windows

@@ -1,1 +1,1 @@
-"""Device and memory, processes under torchrun, files: nothing here knows of pruning."""
+"""Device and memory, processes under torchrun, files, checks of fields, provenance: no pruning."""

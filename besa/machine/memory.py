@@ -71,7 +71,10 @@ class Cost:
 
 @contextlib.contextmanager
 def measure(device: torch.device | None = None) -> Iterator[Cost]:
-    """Time a piece of work and take its peak memory, on the device that computes; None is the CPU."""
+    """Time a piece of work and take its peak memory, on the device that computes; None is the CPU.
+
+    Within another `measure`, it lets that one's `peak_bytes` begin anew.
+    """
     cost, on_gpu = Cost(), device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,1 +1,1 @@
-"""What only notebooks and reproduce/ need: records, tables, figures, analysis, provenance."""
+"""What only notebooks and reproduce/ need: records, tables, figures, verdicts, analysis."""

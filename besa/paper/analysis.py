@@ -1,4 +1,4 @@
-"""What a learned allocation looks like by row, and what it goes along with; what a quantized model takes as stored."""
+"""Methods that notebooks compare with, what a learned allocation looks like, what a quantized model takes stored."""
 
 import contextlib
 import copy
