@@ -173,6 +173,18 @@ def test_training_lowers_the_held_out_error_or_keeps_what_was_there(tiny_llama, 
     assert kept.rows[0]["block_error"] == closed.rows[0]["block_error"]
 
 
+def test_training_betters_the_closed_form_of_every_block(tiny_llama):
+    windows = torch.randint(0, 97, (40, 24), generator=torch.Generator().manual_seed(1))
+    closed, block = (
+        besa.prune(copy.deepcopy(tiny_llama), windows, besa.Wanda(), progress=False, reconstruct=Reconstruct(kind))
+        for kind in ("closed", "block")
+    )
+    for before, after in zip(closed.rows, block.rows, strict=True):
+        first, last = after["note"].removeprefix("held-out error ").split(" -> ")
+        assert float(last) < 0.95 * float(first)
+        assert after["block_error"] < 0.9 * before["block_error"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_trained_on_float32_copies(tiny_llama, windows, dtype):
     full = besa.prune(
