@@ -1,12 +1,15 @@
 import ast
 import re
 import tomllib
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+
+import besa
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -36,10 +39,45 @@ def test_the_lock_names_no_place_and_conda_and_make_take_it():
 
 def imports(path):
     """What a file of the package imports from it, as (room or file, ...) below `besa`."""
-    tree = ast.parse(path.read_text())
-    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("besa.")}
+    return imported(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts))
+
+
+def imported(source, package):
+    """The same of a text in one of its folders; a public name counts as the file it stands in."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+    found = [name.split(".")[1] for name in names if name.startswith("besa.")]
+    return {besa._HOMES.get(name, name).split(".")[0] for name in found}
+
+
+@pytest.mark.parametrize(
+    "line, room",
+    [
+        ("from besa.paper.records import Run", "paper"),
+        ("from besa.paper import records", "paper"),
+        ("from besa import paper", "paper"),
+        ("from besa import packed_kernels as kernels", "packed_kernels"),
+        ("from besa import Wanda", "baselines"),
+        ("from besa import perplexity", "evaluate"),
+        ("from besa import *", "*"),
+        ("from . import resume", "checkpoint"),
+        ("from .resume import STATE", "checkpoint"),
+        ("from .. import paper", "paper"),
+        ("from ..paper import records", "paper"),
+        ("import besa.paper.records", "paper"),
+        ("import besa\nbesa.perplexity(model)", "evaluate"),
+        ("import besa\nbesa.paper.records.Run", "paper"),
+    ],
+)
+def test_every_form_of_import_is_seen(line, room):
+    assert imported(line, "besa.checkpoint") == {room}
 
 
 def test_the_root_imports_machine_and_itself_only():
