@@ -155,24 +155,31 @@ def test_a_group_that_does_not_divide_is_refused_by_name_before_any_work(tiny_ll
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
-def test_a_packed_file_of_another_model_is_refused_and_changes_nothing(tiny_llama, windows, tmp_path):
+@pytest.fixture
+def saved_codes(tiny_llama, windows, tmp_path):
+    """A file of the tiny model's codes; the model has other weights since."""
     report = besa.prune(tiny_llama, windows, besa.Wanda(quantize=besa.Quantize()), progress=False)
     save_quantized(report.quantized, tmp_path / "packed.safetensors")
+    assert math.isfinite(report.sparsity)
+    for block in find_blocks(tiny_llama):
+        for projection in projections(block).values():
+            torch.nn.init.ones_(projection.weight)
+    return tmp_path / "packed.safetensors"
+
+
+def test_a_packed_file_of_another_model_is_refused_and_changes_nothing(tiny_llama, saved_codes):
     tiny_llama.model.layers = tiny_llama.model.layers[:2]
     tiny_llama.config.num_hidden_layers = 2
     before = [p.weight.clone() for block in find_blocks(tiny_llama) for p in projections(block).values()]
     with pytest.raises(ValueError, match=r"block 2, mlp.down_proj of shape \(32, 80\)"):
-        load_quantized(tmp_path / "packed.safetensors", tiny_llama)
+        load_quantized(saved_codes, tiny_llama)
     after = [p.weight for block in find_blocks(tiny_llama) for p in projections(block).values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert math.isfinite(report.sparsity)
 
 
-def test_weights_that_are_not_in_memory_are_not_overwritten_in_silence(tiny_llama, windows, tmp_path):
-    report = besa.prune(tiny_llama, windows, besa.Wanda(quantize=besa.Quantize(bits=4)), progress=False)
-    save_quantized(report.quantized, tmp_path / "packed.safetensors")
+def test_weights_that_are_not_in_memory_are_not_overwritten_in_silence(tiny_llama, saved_codes):
     before = tiny_llama.model.layers[0].mlp.up_proj.weight.clone()
     tiny_llama.model.layers[2].to("meta")
     with pytest.raises(ValueError, match=r"block 2, .*: its weights are not in memory"):
-        load_quantized(tmp_path / "packed.safetensors", tiny_llama)
+        load_quantized(saved_codes, tiny_llama)
     assert torch.equal(tiny_llama.model.layers[0].mlp.up_proj.weight, before)
