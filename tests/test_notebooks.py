@@ -141,6 +141,7 @@ def test_reference_notebooks_ran_to_their_end(path):
         cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()
     ]
     assert all(cell.execution_count for cell in code)
+    assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
 
 
 def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):
