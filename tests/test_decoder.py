@@ -40,7 +40,11 @@ def build(architecture, **options):
     torch.manual_seed(0)
     config_name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
     config = getattr(transformers, config_name)(**SMALL | ARCHITECTURES[architecture] | options)
-    return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which would be 0
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

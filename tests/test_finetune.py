@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_decoder import ARCHITECTURES, build
 from torch.nn import functional as F
 
 import besa
@@ -68,6 +69,23 @@ def test_the_held_out_loss_falls_and_every_zero_stays(pruned, text, kind, dtype)
         assert torch.equal(weight[~keep_mask].view(torch.uint8), old[~keep_mask].view(torch.uint8))  # -0 too
     assert not any("lora" in name for name, _ in model.named_modules()) and not hasattr(model, "peft_config")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_of_every_architecture_learn_and_keep_their_zeros(architecture, kind, text):
+    model, windows = build(architecture, num_hidden_layers=2), text[:8]
+    report = besa.prune(model, windows, besa.Wanda(), progress=False)
+    before = weights_of(model)
+    result = besa.finetune(model, windows, report, FineTune(kind, **FAST | {"epochs": 1}), progress=False)
+    losses = [row["held_out"] for row in result.held_out]
+    assert loss_of(model, windows[-2:]) == pytest.approx(min(losses), rel=1e-5) and min(losses) < losses[0]
+    kept = {id(projection): keep_mask for projection, keep_mask in masked_projections(model, report).values()}
+    for name, weight in weights_of(model).items():
+        module, _, part = name.rpartition(".")
+        keep_mask = kept.get(id(model.get_submodule(module))) if part == "weight" else None
+        assert torch.equal(weight, before[name]) == (keep_mask is None), name
+        assert keep_mask is None or not weight[~keep_mask].any()
 
 
 def test_the_first_steps_loss_and_gradient_are_the_models_own(pruned, text):

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
+from test_decoder import ARCHITECTURES, build
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -451,6 +452,21 @@ def test_from_pretrained_gives_a_saved_packed_model_back(tiny_llama, windows, tm
         assert torch.equal(loaded(windows).logits, model(windows).logits)
         assert torch.equal(*[m.generate(windows[:2, :5], max_new_tokens=8, do_sample=False) for m in (loaded, model)])
         packed_folder(loaded, tmp_path / "again")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_models_of_every_architecture_answer_as_before_when_packed_saved_and_loaded(architecture, windows, tmp_path):
+    model = build(architecture)
+    masks = prune_half(model)
+    dense = copy.deepcopy(model)
+    loaded = AutoModelForCausalLM.from_pretrained(packed_folder(model, tmp_path, masks))
+    assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == len(masks)
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+    torch.testing.assert_close(loaded(windows).logits, dense(windows).logits, rtol=0, atol=1e-5)
+    unpack(loaded)
+    for name, weight in dense.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
 
 
 @pytest.mark.parametrize("joint", [False, True])
