@@ -177,9 +177,9 @@ def finetune(
 ) -> FineTuned:
     """Train a pruned model in place on the next token of windows; its pruned weights stay 0, each of them.
 
-    Projections with a keep-mask are trained, in float32 whatever the model's precision; embeddings, norms, biases and
-    the head stay as they are. The same windows, seed and machine give the same bits. A run that is interrupted while
-    it trains leaves the model as it was.
+    Projections with a keep-mask are trained, in float32 whatever the model's precision; those that pruning ignored have
+    one, too, which keeps all. Embeddings, norms, biases and the head stay as they are. The same windows, seed and
+    machine give the same bits. A run that is interrupted while it trains leaves the model as it was.
 
     Args:
         model: pruned, of any family that `besa.prune` takes.

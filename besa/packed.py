@@ -347,7 +347,9 @@ class PackedLinear(nn.Module):
 
 @checked
 def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
-    """Replace pruned projections in place by packed ones, which compute the same; projections that would grow stay.
+    """Replace pruned projections in place by packed ones, which compute the same.
+
+    Projections that would grow stay dense, such as those that pruning ignored.
 
     Args:
         report: what `besa.prune` returned, or keep-masks by (block, projection); None: in every projection, what is

@@ -10,7 +10,9 @@ from test_shards import assert_same, load, save
 
 import besa
 from besa.besa import Besa
+from besa.checkpoint.pack import pack_checkpoint
 from besa.decoder import find_blocks, projections, pruned_projections
+from besa.packed_files import packed_projections
 from besa.reconstruct import Reconstruct
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -169,3 +171,32 @@ def test_a_checkpoint_is_the_same_bytes_and_continues(tiny_llama, windows, tmp_p
     with pytest.raises(ValueError, match=r"another method \(ignore\)"):
         other = METHODS[name](ignore=("1.self_attn.q_proj",))
         besa.prune_checkpoint(source, out, windows, other, **options)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "full"])
+def test_what_is_ignored_is_fine_tuned_as_a_whole(tiny_llama, windows, kind):
+    report = besa.prune(tiny_llama, windows, besa.Wanda(ignore=["1", "0.mlp.up_proj"]), progress=False)
+    before = copy.deepcopy(tiny_llama.state_dict())
+    result = besa.finetune(tiny_llama, windows.repeat(2, 1), report, besa.FineTune(kind, lr=0.01), progress=False)
+    assert result.best_step > 0 and len(report.keep_masks) == 21
+    for (index, name), keep_mask in report.keep_masks.items():
+        key = f"model.layers.{index}.{name}.weight"
+        moved = tiny_llama.state_dict()[key] != before[key]
+        assert not moved[~keep_mask].any() and moved[keep_mask].float().mean() > 0.95, key
+
+
+@pytest.mark.parametrize("name", ["wanda", "4 bits"])
+def test_what_is_ignored_stays_dense_where_the_others_are_packed(tiny_llama, windows, tmp_path, name):
+    source, out, ignore = save(tiny_llama, tmp_path / "source"), tmp_path / "out", ("1", "0.mlp.up_proj")
+    method, dense = METHODS[name](ignore=ignore), copy.deepcopy(tiny_llama)
+    others = {f"model.layers.{index}.{name}" for index, name in pruned_projections(tiny_llama, ignore)}
+    besa.prune_checkpoint(source, out, windows, method, device="cpu", progress=False)
+    pack_checkpoint(out, tmp_path / "packed")
+    besa.pack(tiny_llama, besa.prune(tiny_llama, windows, method, progress=False))
+    for model in (tiny_llama, load(tmp_path / "packed")):
+        assert packed_projections(model).keys() == others and len(others) == 13
+        assert all((module.scale is None) == (name == "wanda") for module in packed_projections(model).values())
+        besa.unpack(model)
+        assert_same(model, load(out))
+        for key in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"):
+            assert torch.equal(model.get_submodule(key).weight, dense.get_submodule(key).weight)
