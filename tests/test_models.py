@@ -57,6 +57,46 @@ def test_layers_that_the_configuration_leaves_out_are_refused_by_name(tiny_llama
         opened(tmp_path)
 
 
+@pytest.fixture
+def pickled(tiny_llama, word_tokenizer, tmp_path):
+    """A folder whose only weights are in pytorch_model.bin."""
+    tiny_llama.config.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    torch.save(tiny_llama.state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def test_pickled_weights_are_loaded_where_there_are_no_others(tiny_llama, pickled):
+    loaded = load(pickled)[0].state_dict()
+    assert loaded.keys() == tiny_llama.state_dict().keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in tiny_llama.state_dict().items())
+
+
+def test_pickled_weights_that_lack_a_tensor_are_refused_by_name(tiny_llama, pickled):
+    weights = tiny_llama.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"lacks 1 tensor\(s\) of a LlamaForCausalLM, the first model.layers.1.mlp.up"):
+        load(pickled)
+
+
+class Code:
+    """What runs where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_pickled_weights_does_not_run(tiny_llama, pickled):
+    torch.save(tiny_llama.state_dict() | {"more": Code(pickled / "ran")}, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load the model .*: the folder has not delivered it"):
+        load(pickled)
+    assert not (pickled / "ran").exists()
+
+
 def header(content):
     """A safetensors file of a header and 8 bytes."""
     encoded = content if isinstance(content, bytes) else json.dumps(content).encode()

