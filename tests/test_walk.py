@@ -12,7 +12,7 @@ import besa
 from besa import decoder, importance, sensitivity
 from besa.decoder import find_blocks, projections
 from besa.report import Report
-from besa.walk import Block, frozen, walk
+from besa.walk import Block, frozen, token_error, walk
 
 
 def test_a_magnitude_run_gathers_no_statistics_and_wanda_gathers_no_hessian(tiny_llama, windows, monkeypatch):
@@ -120,6 +120,40 @@ def test_sparsity_is_counted_from_masks_where_kept_weights_are_zero_too(tiny_lla
         weight = projections(find_blocks(tiny_llama)[index])[name].weight
         assert not weight[~keep_mask].any()
     assert len(report.keep_masks) == 3 * 7
+
+
+def test_projection_errors_are_of_the_first_window_as_the_pruned_model_computes_it(tiny_llama, windows):
+    """||(W - W')x||^2 / ||Wx||^2, one token and one row at a time."""
+    dense, entered = copy.deepcopy(tiny_llama), {}
+    report = besa.prune(tiny_llama, windows, besa.SparseGPT(), progress=False)
+    for index, block in enumerate(find_blocks(tiny_llama)):
+        for name, projection in projections(block).items():
+            note = lambda _, inputs, key=(index, name): entered.__setitem__(key, inputs[0][0].double())
+            projection.register_forward_pre_hook(note)
+    with torch.no_grad():
+        tiny_llama(windows[:1])
+    for row in report.rows:
+        key = row["block"], row["projection"]
+        before, after = (
+            projections(find_blocks(model)[key[0]])[key[1]].weight.detach().double() for model in (dense, tiny_llama)
+        )
+        lost = whole = 0.0
+        for x in entered[key]:
+            for w, w_new in zip(before, after, strict=True):
+                lost, whole = lost + float((w - w_new) @ x) ** 2, whole + float(w @ x) ** 2
+        assert row["projection_error"] == pytest.approx(lost / whole, rel=1e-4), key
+
+
+def test_token_error_is_the_mean_of_each_tokens_relative_squared_error(tiny_llama, windows):
+    with frozen(tiny_llama):
+        block = next(walk(tiny_llama, windows, progress=False))
+        output, target = block.run(0, besa.Wanda().prune_block(block).weights), block.target(0)
+    target[0, 3] *= 1000  # counts as the others do
+    errors = []
+    for found, wanted in zip(output[0].tolist(), target[0].tolist(), strict=True):
+        lost = sum((b - a) ** 2 for a, b in zip(found, wanted, strict=True))
+        errors.append(lost / sum(b**2 for b in wanted))
+    assert float(token_error(output, target)) == pytest.approx(sum(errors) / windows.shape[1], rel=1e-5)
 
 
 def test_a_report_shows_itself_in_a_few_lines(tiny_llama, windows):
