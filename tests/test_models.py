@@ -257,13 +257,13 @@ def test_a_model_larger_than_the_gpu_is_spread_over_all_gpus_and_the_host(tiny_l
     monkeypatch.setattr(models, "free_host", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     memory = {0: int(0.8 * n_bytes), 1: 160, "cpu": 900}
-    assert models._spread(str(tmp_path), torch.float32, first) == {"device_map": "auto", "max_memory": memory}
-    assert models._spread(str(tmp_path), torch.bfloat16, first) == {}
+    assert models._device_map(str(tmp_path), torch.float32, first) == {"device_map": "auto", "max_memory": memory}
+    assert models._device_map(str(tmp_path), torch.bfloat16, first) == {}
     free[0] = int(1.12 * n_bytes)  # 0.9 of it hold all
-    assert models._spread(str(tmp_path), torch.float32, first) == {}
+    assert models._device_map(str(tmp_path), torch.float32, first) == {}
     free[0] = n_bytes
-    assert models._spread(str(tmp_path), torch.float32, torch.device("cpu")) == {}
+    assert models._device_map(str(tmp_path), torch.float32, torch.device("cpu")) == {}
     monkeypatch.setattr(models, "n_ranks", lambda: 2)  # another rank has the other GPU
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     memory = {0: int(0.8 * n_bytes), "cpu": 450}
-    assert models._spread(str(tmp_path), torch.float32, first)["max_memory"] == memory
+    assert models._device_map(str(tmp_path), torch.float32, first)["max_memory"] == memory
