@@ -53,7 +53,9 @@ def shard_paths(folder: Path) -> list[Path]:
     """
     paths = whole_shards(folder)
     if not paths:
-        pickled = next((f", only {path.name}, a pickle, which besa never opens" for path in folder.glob("*.bin")), "")
+        pickled = next(
+            (f", only {path.name}, a pickle, which cannot be read block by block" for path in folder.glob("*.bin")), ""
+        )
         raise ValueError(_no_safetensors(str(folder), pickled))
     return paths
 
