@@ -11,7 +11,7 @@ import yaml
 
 import besa
 from besa.inputs import models
-from besa.machine import files, memory
+from besa.machine import files, memory, provenance
 from besa.machine.provenance import ROOT
 from besa.paper import records, tables
 from besa.paper.records import Run, resolve_recipe
@@ -237,6 +237,20 @@ def test_what_a_cpu_computes_beside_a_gpu_is_the_cpus(tmp_path, monkeypatch):
         (tmp_path / "records").mkdir()
         record = records.save_record(tmp_path, CONFIG | {"device": "cpu"}, {})
     assert cost.peak_bytes > 2**20 and re.search(r"\d+ cores$", record["provenance"]["hardware"])
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("sse avx512_bf16 amx_bf16", "Xeon: 4 with AMX, "),
+        ("sse avx512_bf16", "Xeon: 4 with AVX-512 BF16, "),
+        ("sse amx_bf16x", "Xeon: 4, "),
+    ],
+)
+def test_a_processor_is_named_with_what_multiplies_bfloat16(flags, name, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Xeon: 4\nflags\t\t: {flags}\n\n")
+    assert provenance._processor(tmp_path / "cpuinfo") == f"{name}{os.cpu_count()} cores"
+    assert provenance._processor(tmp_path / "no").endswith(f", {os.cpu_count()} cores")
 
 
 def test_memory_is_measured_where_the_system_says_little(monkeypatch):

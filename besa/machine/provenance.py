@@ -17,6 +17,8 @@ from besa.machine.device import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where the package lies: besa's own source tree, or where an installer put it."""
+_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}
+"""By the processor's flags, the first that torch would take."""
 
 
 def results_root() -> Path:
@@ -65,7 +67,10 @@ def _git(*arguments: str) -> str:
     return ""
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.is_file() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+def _processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, what multiplies bfloat16 there, which decides how sums are rounded, and the number of cores."""
+    lines = info.read_text().splitlines() if info.is_file() else []
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = known.get("flags", "").split()
+    unit = next((f" with {unit}" for flag, unit in _BFLOAT16.items() if flag in flags), "")
+    return f"{known.get('model name') or platform.processor() or platform.machine()}{unit}, {os.cpu_count()} cores"
