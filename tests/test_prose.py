@@ -209,6 +209,9 @@ def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
     ahead = judged["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0].iloc[:4]
     said = "(one draw) it is ahead at 60 % by {} and {} %, at 40 % by {} and {} % (another draw may undo the {}), and"
     assert said.format(*ahead, ahead.iloc[2]) in PROSE
+    report, example = (ROOT / "reproduce" / "README.md").read_text(), judged["difference ± standard error"].iloc[6]
+    ahead, error = (float(part.strip("+%")) / 100 for part in example.split(" ± "))
+    assert f"{example} is {1 + ahead:.2f} times as much, give or take {error:.2f}." in report
     rows = ["besa-row-wise-{}", *(f"{other}-{{}}-matched" for other in others)]
     wiki = pd.read_csv(folder / "smollm2-135m-paper.csv", index_col=0)["wiki"]
     found = [wiki[row.format(target)] for row in rows for target in (0.3, 0.7)]
