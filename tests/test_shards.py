@@ -275,6 +275,18 @@ def test_a_changed_configuration_of_the_source_is_refused(source, tmp_path, wind
         prune(source, tmp_path / "out", windows)
 
 
+def test_a_source_that_is_replaced_as_soon_as_it_is_opened_is_noticed(source, tmp_path, windows, monkeypatch):
+    def opening(folder, *arguments):
+        model = checkpoint.open_checkpoint(folder, *arguments)
+        shutil.copy(folder / "model.safetensors", tmp_path / "new")
+        (tmp_path / "new").replace(folder / "model.safetensors")
+        return model
+
+    monkeypatch.setattr(shards, "open_checkpoint", opening)
+    with pytest.raises(ValueError, match=r"model.safetensors was replaced, changed or cut since it was opened"):
+        prune(source, tmp_path / "out", windows)
+
+
 def test_what_a_killed_run_left_half_written_goes(source, tmp_path, windows):
     prune(source, tmp_path / "out", windows)
     before = weights(tmp_path / "out")
