@@ -244,7 +244,13 @@ def test_the_readmes_packed_models_are_the_reference_run():
     assert "In `Q4_0` it has {} tokens/s, where joint 4 bits have {},".format(*four) in PROSE
     judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index("model")
     assert set(judged.loc["llama-7b 8 blocks", "verdict"]) == {"holds"}
-    assert "those of one sequence were judged (all are faster than dense)" in PROSE
+    timed = {kind: set() for kind in ("projections", "llama-7b")}
+    for path in (folder / "records").glob("*.json"):
+        for kind in timed:
+            if f"-{kind}-" in path.name:
+                timed[kind] |= {len(times) for times in load_record(path)["timings"].values()}
+    assert timed == {"projections": {15}, "llama-7b": {5}}
+    assert "of 15 timings of a product and five of a model; those of one sequence were judged (all are faster" in PROSE
     judged = judged.loc["smollm2-135m"].set_index("row")
     assert list(judged.index[judged["verdict"] != "holds"]) == ["joint 4 bits at 0.7"]
     holds = (ROOT / "reproduce" / "README.md").read_text().partition("**Does not hold**")[0]
