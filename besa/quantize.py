@@ -216,7 +216,7 @@ def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
 def _pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     kept = {} if weight.keep_mask is None else {"kept": pack_bits(weight.keep_mask)}
     codes = weight.codes.flatten() if weight.keep_mask is None else weight.codes[weight.keep_mask]
-    bits = np.unpackbits(codes.numpy()[:, None], axis=1)[:, 8 - weight.bits :]
+    bits = np.unpackbits(codes.numpy()[:, None] << (8 - weight.bits), axis=1, count=weight.bits)
     return kept | {
         "codes": torch.from_numpy(np.packbits(bits)),
         "scale": weight.scale,
@@ -233,7 +233,7 @@ def _unpack(file: safetensors.safe_open, key: str, rows: int, columns: int, bits
     if len(packed) != -(-n_kept * bits // 8):  # numpy would fill it up
         raise ValueError(f"{len(packed)} bytes of codes, where {n_kept} weights have {bits} bits each")
     unpacked = np.unpackbits(packed, count=n_kept * bits).reshape(n_kept, bits)
-    values = torch.from_numpy(np.packbits(np.pad(unpacked, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
+    values = torch.from_numpy(np.packbits(unpacked, axis=1)[:, 0] >> (8 - bits))
     codes = zero_point.repeat_interleave(columns // scale.shape[1], dim=1)
     codes = values.view(rows, columns) if keep_mask is None else codes.masked_scatter(keep_mask, values)
     return QuantizedWeight(codes, scale, zero_point, bits, keep_mask)
