@@ -52,7 +52,7 @@ class Profile:
 
 
 PROFILES = {
-    "smoke": Profile("smoke", n_samples=2, seq_len=64, max_segments=2, max_questions=4),
+    "smoke": Profile("smoke", n_samples=2, seq_len=64, max_segments=2, max_questions=2),
     "quick": Profile("quick", n_samples=32, seq_len=512, max_segments=32, max_questions=200),
     "paper": Profile("paper", n_samples=128, seq_len=2048, max_segments=None, max_questions=None),
 }
