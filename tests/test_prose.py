@@ -8,9 +8,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 from besa.allocation import reachable_sparsity
+from besa.inputs.text import load_documents
 from besa.paper.tables import load_record
 
 ROOT = Path(__file__).parents[1]
@@ -429,6 +431,16 @@ def test_table_3_and_granularity_say_what_is_printed():
     assert f"each of seven LLaMA models, {row:.2f} against {layer:.2f} on LLaMA-7B" in said("granularity")
 
 
+def test_figure_1_says_how_large_the_first_tokens_hidden_state_is(smollm2):
+    model, tokenizer = smollm2
+    window = tokenizer(load_documents("wiki", "test")[0], return_tensors="pt").input_ids[:, :256]
+    with torch.no_grad():
+        states = model(window, output_hidden_states=True).hidden_states  # the embedding's come first
+    ratios = [float(norms[0] / norms[1:].median()) for norms in (state[0].norm(dim=-1) for state in states)]
+    behind = ratios.index(max(ratios)) - 1
+    assert f"behind block {behind} some {round(max(ratios), -2):.0f} times the others'" in said("figure1")
+
+
 def test_figure_1_says_behind_which_blocks_the_error_is_smaller():
     blocks = pd.read_csv(REFERENCE / "figure1" / "smollm2-135m-quick-blocks.csv")
     error = blocks.pivot(index="block", columns="method", values="error")
@@ -493,6 +505,20 @@ def test_the_sweep_says_where_besa_fails():
     assert "at 20 % {:.0f} to {:.0f} % behind both in one".format(*(100 * each for each in worst)) in said("sparsity")
     factors = sorted(times(0.7, "wanda"))
     assert f"(at 70 % with {factors[0]:.1f} to {round(factors[-1], -2):.0f} times" in said("sparsity")
+    judged = pd.read_csv(REFERENCE / "sparsity" / "smollm2-135m-quick-verdicts.csv").set_index(["row", "against"])
+    example = judged.loc[("besa-row-wise-0.7", "wanda-0.7-matched"), "difference ± standard error"]
+    factor, error = re.fullmatch(r"x (\S+) \(x/÷ (\S+)\)", example).groups()
+    times = f"{float(factor):.0f}"
+    assert f"(x {times} (x/÷ {error}): {times} times as much, give or take a factor of {error})" in said("sparsity")
+
+
+def test_the_sweep_says_what_is_committed_at_the_published_size():
+    judged = pd.read_csv(REFERENCE / "sparsity" / "smollm2-135m-paper-verdicts.csv")
+    judged = judged[judged["against"].str.endswith("-matched")].assign(target=judged["row"].str.rpartition("-")[2])
+    fails = judged["verdict"].eq("does not hold").groupby(judged["target"].astype(float)).all()
+    listed = lambda targets: " and ".join(", ".join(f"{100 * target:.0f}" for target in targets).rsplit(", ", 1))
+    assert f"at the published size (`paper`) {listed(fails.index)} % are committed, of one draw" in said("sparsity")
+    assert f"At the published size it fails at {listed(fails.index[fails])} %, too." in said("sparsity")
 
 
 def test_the_page_on_granularity_says_what_was_judged():

@@ -8,7 +8,11 @@ import torch
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies matrices in bfloat16 natively (elsewhere it is slower than float32)."""
+    """Whether the processor multiplies matrices in bfloat16 natively; elsewhere that is many times slower than float32.
+
+    A Xeon whose AMX the host hides has instructions for it, too, at half of float32's rate: what is computed there for
+    long had better be in float32, unless it continues rows in bfloat16.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = torch.cpu.get_capabilities()
