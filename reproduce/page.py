@@ -95,7 +95,7 @@ class Item:
         found = []
         for beside, what in (("published", "published numbers"), ("released", "comparisons with the released code")):
             if "verdict" in (compared := self.tables.get(f"{run}-{beside}", pd.DataFrame())):
-                found.append(f"{what}: {counts(compared)}")
+                found.append(f"{what}: {counts(compared)}{furthest(compared)}")
         if len(judged := self.judged(run)):
             found.append(f"claims: {counts(judged)}")
         return found
@@ -107,6 +107,14 @@ class Item:
 def counts(table: pd.DataFrame) -> str:
     """How often each verdict was reached."""
     return ", ".join(f"{word} {n} of {len(table)}" for word, n in table["verdict"].value_counts().items())
+
+
+def furthest(table: pd.DataFrame) -> str:
+    """How far ours is apart at most, where a table says so, of each thing compared."""
+    if not {"of", "largest difference"} <= set(table):
+        return ""
+    most = table.groupby("of", sort=False)["largest difference"].max()
+    return f" (relative differences of at most {'; '.join(f'{apart:.1g} in {of}' for of, apart in most.items())})"
 
 
 def claims(items: list[Item]) -> list[dict[str, str]]:
@@ -134,10 +142,13 @@ def claims(items: list[Item]) -> list[dict[str, str]]:
 def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
     """In what the paper's recipes are better or worse than rows of as many zeros, where the error is known.
 
-    A line for each item, run and pair of rows, the targets of a sweep together. The quick profile is left out where the
-    published size has as many draws.
+    A line for each item, run and pair of rows, the targets of a sweep together; other rows where they alone decide. The
+    quick profile is left out where the published size has as many draws.
     """
-    known = [line for line in lines if line["row"].startswith(RECIPES) and line["against"].endswith(MATCHED)]
+    pairs = {(line["where"], line["row"], line["against"]) for line in lines}
+    is_fair = lambda where, row, against: against.endswith(MATCHED) or (where, row, against + MATCHED) in pairs
+    ours = [line for line in lines if line["row"].startswith(RECIPES)]
+    known = [line for line in ours if is_fair(line["where"], line["row"], line["against"])]
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for line in (line for line in known if "± ?" not in line["difference"]):
         row, against = (TARGET.sub("", line[name]) for name in ("row", "against"))

@@ -132,14 +132,15 @@ def test_the_readme_says_what_table_3_judged():
     [
         ("table1", "quick", 10, "differences vary by {:.1f} to {:.1f} % (standard deviation)"),
         ("table1", "paper", 10, "(standard deviation), at the published size by {:.1f} to {:.1f} %,"),
-        ("table3", "quick", 3, "and Table 3's by {:.1f} to {:.1f} %: of one draw"),
+        ("table3", "quick", 3, "and Table 3's by {:.1f} to {:.1f} %, so that a small ± of one draw"),
     ],
 )
 def test_the_report_says_by_how_much_draws_differ(item, profile, n_pairs, told):
     perplexities = {}
     for path in (REFERENCE / item / "records").glob(f"*-{profile}-*.json"):
         record = load_record(path)
-        perplexities.setdefault(record["config"]["row"], {})[record["config"]["seed"]] = record["metrics"]
+        if (record["config"]["method"] or {}).get("d_coef") != 50:  # of LLaMA-7B's layer-wise recipe, below
+            perplexities.setdefault(record["config"]["row"], {})[record["config"]["seed"]] = record["metrics"]
     logs = {
         row: np.log([list(draw.values()) for _, draw in sorted(draws.items())])
         for row, draws in perplexities.items()
@@ -151,6 +152,16 @@ def test_the_report_says_by_how_much_draws_differ(item, profile, n_pairs, told):
     text = " ".join((ROOT / "reproduce" / "README.md").read_text().split())
     low, high = 100 * np.min(spread), 100 * np.max(spread)
     assert len(pairs) == n_pairs and told.format(low, high) in text
+
+
+def test_table_1_says_where_the_layer_wise_step_size_of_llama_7b_ends():
+    (record,) = (r for r in records_of("table1") if (r["config"]["method"] or {}).get("d_coef") == 50)
+    stopped = f"{record['sparsity']:.0%}".replace("%", " %")
+    assert record["config"]["row"] == "besa-layer-wise" and f"50, with which SmolLM2 stopped at {stopped})" in said(
+        "table1"
+    )
+    recipe = (ROOT / "reproduce" / "params" / "smollm2-135m.yaml").read_text()
+    assert f"50 as for LLaMA-7B prunes SmolLM2 to {stopped} in {record['config']['n_samples']} steps" in recipe
 
 
 def test_the_readme_says_what_new_values_cost_in_accuracy():

@@ -106,16 +106,17 @@ def test_a_verdict_needs_two_standard_errors_and_no_fewer_zeros(difference, nois
     assert found["difference ± standard error"].startswith(f"{np.expm1(difference):+.1%} ± ")
 
 
+@pytest.mark.parametrize("other", ["b", "b-matched"])
 @pytest.mark.parametrize(
     "method, short, verdict",
     [("wanda", 0.0006, "does not hold"), ("wanda", 0.0011, "undecided"), ("sparsegpt", 0.0006, "undecided")],
 )
-def test_wanda_pruned_to_anothers_zeros_may_miss_them_by_a_weight_a_row(method, short, verdict):
-    rows = [record("a", {"t": 20.0}, sparsity=0.7), record("b-matched", {"t": 18.0}, sparsity=0.7 - short)]
+def test_wanda_may_have_fewer_zeros_by_a_weight_a_row(method, short, verdict, other):
+    rows = [record("a", {"t": 20.0}, sparsity=0.7), record(other, {"t": 18.0}, sparsity=0.7 - short)]
     rows[1]["config"]["method"] = {"method": method}
     rows[1]["projections"] = [{"columns": 4000}, {"columns": 1000}]
-    samples = {"a": {"t": losses(3.0, 1.0)}, "b-matched": {"t": losses(2.9, 1.0)}}
-    found = judge(rows, [("a", "b-matched")], lambda record: samples[record["config"]["row"]])
+    samples = {"a": {"t": losses(3.0, 1.0)}, other: {"t": losses(2.9, 1.0)}}
+    found = judge(rows, [("a", other)], lambda record: samples[record["config"]["row"]])
     assert list(found["verdict"]) == [verdict]
 
 
@@ -181,14 +182,9 @@ def test_draws_become_a_mean_and_a_standard_deviation_and_one_draw_stays_as_it_i
     cost = {"seconds": 1.0, "peak_bytes": 2**30}
     rows = [record("dense", {"t": 5.0}) | cost, *(record("a", {"t": v}, s) | cost for s, v in enumerate((6.0, 8.0)))]
     table = over_draws(summary(rows))
-    assert list(table.columns) == ["sparsity", "t", "± t", "seconds", "peak GiB"] and list(table.index) == [
-        "dense",
-        "a",
-    ]
+    assert list(table.columns) == ["sparsity", "t", "± t"] and list(table.index) == ["dense", "a"]
     assert table.loc["a", ["t", "± t"]].tolist() == pytest.approx([7.0, 2**0.5]) and np.isnan(table.loc["dense", "± t"])
     assert over_draws(summary(rows[:2])).equals(summary(rows[:2]))
-    slow = [record("a", {"t": 5.0}, s) | cost | {"seconds": float(seconds)} for s, seconds in enumerate((1, 2, 9))]
-    assert over_draws(summary(slow)).loc["a", "seconds"] == 2.0
 
 
 def test_what_a_rows_metrics_are_means_of_lies_beside_its_record(tiny_llama, windows, tmp_path):

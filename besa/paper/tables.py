@@ -91,12 +91,15 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def over_draws(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for all draws of a `summary`'s row: means, the median of the seconds, and standard deviations ("±")."""
+    """A row for all draws of a `summary`'s row: means and standard deviations ("±").
+
+    The cost of several draws, which may be several machines', is left out.
+    """
     draws = table.groupby(level=0, sort=False)
     if draws.size().max() < 2:
         return table
-    means = draws.mean().assign(seconds=draws["seconds"].median())
-    for name in table.columns[1:-2]:  # between sparsity and cost
+    means = draws.mean().drop(columns=["seconds", "peak GiB"])
+    for name in means.columns[1:]:  # behind the sparsity
         means.insert(means.columns.get_loc(name) + 1, f"± {name}", draws[name].std())
     return means
 

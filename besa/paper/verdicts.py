@@ -18,8 +18,7 @@ SURE = 2 * float(scipy.stats.norm.sf(2))
 SAME_ZEROS = 1e-5
 """Fractions of zeros that are taken for equal: SparseGPT, at another row's count, misses it by 7e-6."""
 MATCHED = "-matched"
-"""What ends the name of a row that was pruned to another's zeros. Wanda prunes a whole number of weights in each row,
-and so misses them by less than one weight a row."""
+"""What ends the name of a row that was pruned to another's zeros."""
 
 
 def judge(
@@ -53,7 +52,7 @@ def judge(
             differences = _differences(pairs, name, samples, by_factor)
             about = {"row": ours, "against": other, over: name}
             same = SAME_ZEROS
-            if other.endswith(MATCHED) and pairs[0][1]["config"]["method"]["method"] == "wanda":
+            if (pairs[0][1]["config"].get("method") or {}).get("method") == "wanda":  # prunes whole numbers in each row
                 same = 1 / min(row["columns"] for _, record in pairs for row in record["projections"])
             lines.append(about | _verdict(pairs, differences, by_factor, same))
     return pd.DataFrame(lines).set_index("row") if lines else pd.DataFrame()
