@@ -59,6 +59,13 @@ def test_the_readmes_zero_shot_answers_to_all_questions_are_the_reference_run():
     report = (ROOT / "reproduce" / "README.md").read_text()
     assert f"average {found['difference ± standard error']} †" in report  # not among all
     assert "BESA was 2.42 points ahead of Wanda, which does not survive correction" in PROSE
+    tasks = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").query("task != 'average' and against in @others")
+    found = {verdict: set(zip(part["task"], part["against"])) for verdict, part in tasks.groupby("verdict")}
+    of_sparsegpt = {(task, others[0]) for task in ("hellaswag", "piqa", "arc_challenge")}
+    assert found["holds"] == {*of_sparsegpt, ("hellaswag", others[1])}
+    assert found["does not hold"] == {("boolq", others[1]), ("arc_easy", others[0])}
+    said = "BESA is ahead on HellaSwag of both and on PIQA and ARC-Challenge of SparseGPT, behind on BoolQ (Wanda) and"
+    assert f"By task, each judged by itself, {said} ARC-Easy (SparseGPT)." in PROSE
     left_out = [pd.read_csv(folder / f"smollm2-135m-{profile}-left-out.csv") for profile in ("paper", "quick")]
     assert {verdict for each in left_out for verdict in each[each["task"] == "without boolq"]["verdict"]} == {
         "undecided"
@@ -104,6 +111,19 @@ def test_the_readme_says_what_table_1_judged():
     assert said.format(*ahead("quick", *ours), behind[0][1], *ahead("paper", *ours), *matched) in PROSE
     assert verdicts["paper", ours[1], "sparsegpt"] == ["undecided", "does not hold"]
     assert [verdicts["paper", ours[1], f"{row}-matched"] for row in ("wanda", "sparsegpt")] == 2 * [2 * ["undecided"]]
+
+
+def test_the_readme_says_what_table_4_judged():
+    judged = pd.read_csv(REFERENCE / "table4" / "smollm2-135m-quick-verdicts.csv").set_index(["against", "projection"])
+    assert set(judged["rests on"]) == {"3 draws"}
+    blocks = judged.loc[[(f"{row}-matched", "block") for row in ("wanda", "sparsegpt")]]
+    fewer = blocks["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0]
+    said = "holds for a block as a whole: {} % fewer than with Wanda's masks and {} % fewer than with SparseGPT's."
+    assert said.format(*fewer) in PROSE and set(blocks["verdict"]) == {"holds"}
+    kinds = judged.drop("block", level="projection")["verdict"]
+    holds = [kinds[f"{row}-matched"].eq("holds").sum() for row in ("wanda", "sparsegpt")]
+    assert "Of the seven kinds of projection it holds for four and five;" in PROSE and holds == [4, 5]
+    assert list(kinds[kinds == "does not hold"].index) == [("wanda", "v_proj")]
 
 
 def test_the_readme_says_what_table_3_judged():
@@ -510,6 +530,9 @@ def test_the_sweep_says_where_besa_fails():
         (target, other): min(times(target, other)) > 1 for target in (0.3, 0.7, 0.8) for other in ("wanda", "sparsegpt")
     }
     assert [pair for pair, is_behind in behind.items() if not is_behind] == [(0.8, "wanda")]
+    assert "by factors of 300 and 10, above SparseGPT's in every draw" in PROSE
+    report = " ".join((ROOT / "reproduce" / "README.md").read_text().split())
+    assert "at 70 % of the quick sweep BESA is behind in all three draws" in report
     far = [[time for time in times(target, "wanda") if time > 1.01] for target in (0.1, 0.2, 0.8)]
     assert [len(each) for each in far] == [0, 1, 2] and max(times(0.1, "sparsegpt")) < 1.01
     worst = sorted(max(times(0.2, other)) - 1 for other in ("wanda", "sparsegpt"))
