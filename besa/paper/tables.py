@@ -237,7 +237,7 @@ def _escaped(text: str) -> str:
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
     """Numbers as the paper prints them: two decimals, sparsities and relative errors four; one draw has no spread."""
-    fine = lambda column: column == "sparsity" or ("error" in str(column) and "1000" not in str(column))
+    fine = lambda column: str(column).endswith("sparsity") or ("error" in str(column) and "1000" not in str(column))
     digits = {column: 4 if fine(column) else 0 if column == "seconds" else 2 for column in frame.columns}
     show = lambda value, n: f"{value:.{n}f}" if isinstance(value, float) else value
     shown = frame.apply(lambda column: column.map(lambda value: show(value, digits[column.name])))
