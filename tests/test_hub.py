@@ -1,6 +1,10 @@
 """The hub, tried: a small one on loopback has the paper's models and texts under their names, and fails as it does.
 
-It answers as huggingface.co does: routes, headers, files, columns, revisions. The texts are made up.
+It answers as huggingface.co does: routes and headers as huggingface_hub asks for them
+(https://huggingface.co/docs/hub/api), files and columns as the datasets' cards name them (`text` in
+Salesforce/wikitext, `sentence` in ptb_text_only, lines of `text`, `timestamp` and `url` in allenai/c4), revisions
+such as `refs/convert/parquet`, where the hub keeps what once had a loading script
+(https://huggingface.co/docs/dataset-viewer/parquet). The texts are made up; nobody here could ask the real one.
 """
 
 import gzip
