@@ -82,7 +82,7 @@ def spread_errors(
     columns: range,
 ) -> None:
     """SparseGPT's update, in float32: for each column j in turn, where nothing is kept, weight_j / upper_jj goes to
-    errors_j, 0 before, and errors_j * upper_jk is taken from every weight_k from j on."""
+    errors_j, 0 before, and errors_j * upper_jk is taken from every weight_k; `upper` is 0 left of its diagonal."""
     if _compiled(weight):
         arrays = weight.numpy(), keep.numpy(), upper.contiguous().numpy(), errors.numpy(), columns.start, columns.stop
         return over_rows(_spread, len(weight), *arrays, work=weight.numel() * len(columns) // 2)
@@ -119,7 +119,7 @@ if numba is not None:
                 if not keep[i, j]:
                     error = weight[i, j] / upper[j, j]
                     errors[i, j] = error
-                    for k in range(j, weight.shape[1]):
+                    for k in range(weight.shape[1]):  # 0 is taken left of j: whole vectors take a third of the time
                         weight[i, k] -= error * upper[j, k]
 
     @in_threads
