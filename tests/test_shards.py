@@ -691,21 +691,15 @@ def test_two_ranks_prune_as_one_process_with_the_same_batch(by_one, by_two):
     assert differing < 1e-3 * sum(tensor.numel() for tensor in one.values())  # sums are rounded in another order
 
 
-def test_two_ranks_evaluate_as_one_process(by_two, text):
-    arguments = [by_two, "--texts", "words", "--seq-len", 24, "--device", "cpu"]
-    outputs = [finish(command("evaluate", *arguments, data=text, ranks=ranks)) for ranks in (None, 2)]
-    values = [float(output.split("perplexity on words: ")[1].split()[0]) for output in outputs]
-    assert values[0] == pytest.approx(values[1], abs=1e-3)
-
-
-def test_two_ranks_answer_questions_as_one_process(tiny_folder, tmp_path):
-    arguments = [tiny_folder, "--texts", "", "--tasks", "arc_easy,winogrande", "--limit", 8, "--device", "cpu"]
+def test_two_ranks_evaluate_and_answer_questions_as_one_process(tiny_folder, tmp_path, text):
+    arguments = ["evaluate", tiny_folder, "--device", "cpu", "--texts", "words", "--seq-len", 24]
+    arguments += ["--tasks", "arc_easy,winogrande", "--limit", 8, "--checkpoint"]
     outputs = []
     for ranks in (None, 2):
-        file = tmp_path / f"answers-{ranks}"
-        outputs.append(finish(command("evaluate", *arguments, "--checkpoint", file, ranks=ranks)))
-        assert file.is_file()
-    assert (tmp_path / "answers-2.rank1").is_file()
+        outputs.append(finish(command(*arguments, tmp_path / f"answers-{ranks}", data=text, ranks=ranks)))
+    assert all((tmp_path / name).is_file() for name in ("answers-None", "answers-2", "answers-2.rank1"))
+    values = [float(output.split("perplexity on words: ")[1].split()[0]) for output in outputs]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)
     one, two = ([line for line in output.splitlines() if line.split()[:1] == ["average"]] for output in outputs)
     assert one == two and len(one) == 1
 
