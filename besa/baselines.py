@@ -72,6 +72,8 @@ class SparseGPT(Method):
     """Added to the Hessian's diagonal, as a fraction of its mean; raised where the Hessian cannot be factorized."""
     block_columns: Count = 128
     """Columns that share one selection of what is pruned; with a pattern, each group of M has its own."""
+    mask_only: bool = False
+    """Leave the kept weights as they were: what its choice is worth without its correction. Not in their paper."""
 
     name: ClassVar[str] = "sparsegpt"
 
@@ -80,7 +82,8 @@ class SparseGPT(Method):
         for name, projection in block.projections.items():
             found = self._prune_projection(projection.weight, statistics[name], self.sparsity_of(block))
             weight, keep_mask, note = found
-            pruned.weights[name], pruned.keep_masks[name], pruned.notes[name] = weight, keep_mask, note
+            pruned.weights[name] = projection.weight * keep_mask if self.mask_only else weight
+            pruned.keep_masks[name], pruned.notes[name] = keep_mask, note
         return pruned
 
     def _prune_projection(

@@ -182,10 +182,11 @@ class Method:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """Name and fields, for records, as JSON gives them back; pattern, ignore and scores only where they are used:
-        an exact budget without `scores` learned how many weights stay and not which."""
+        """Name and fields, for records, as JSON gives them back; pattern, ignore, scores and mask_only only where they
+        are used: an exact budget without `scores` learned how many weights stay and not which."""
         fields = {"method": self.name, **asdict(self)}
-        unused = {name for name in ("pattern", "ignore", "scores") if not fields.get(name)}  # as in older records
+        later = ("pattern", "ignore", "scores", "mask_only")
+        unused = {name for name in later if not fields.get(name)}  # as in older records
         return json.loads(json.dumps({name: value for name, value in fields.items() if name not in unused}))
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa.baselines import named_method
-from besa.decoder import projections
+from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, inverse_cholesky
 from besa.machine.device import deterministic
 from besa.masks import keep_largest
@@ -170,6 +170,17 @@ def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses():
         expected[:, j:] -= error[:, None] * inverse[0]
     torch.testing.assert_close(ours, (expected * keep).float(), rtol=1e-3, atol=1e-4)
     assert torch.equal(kept.flatten(), keep.flatten()) and note == "damping 0.01, float32"
+
+
+def test_sparsegpts_masks_alone_leave_the_kept_weights_and_the_first_blocks_choice(tiny_llama, windows):
+    dense, corrected = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    whole = besa.prune(corrected, windows, besa.SparseGPT(sparsity=0.5))
+    alone = besa.prune(tiny_llama, windows, besa.SparseGPT(sparsity=0.5, mask_only=True))
+    for (block, name), mask in alone.keep_masks.items():
+        kept = [projections(find_blocks(model)[block])[name].weight for model in (dense, tiny_llama, corrected)]
+        assert torch.equal(kept[1], kept[0] * mask) and not torch.equal(kept[2][mask], kept[0][mask])
+        assert block or torch.equal(mask, whole.keep_masks[block, name])
+    assert "mask_only" not in besa.SparseGPT().config() and besa.SparseGPT(mask_only=True).config()["mask_only"]
 
 
 def test_hessian_that_float32_cannot_factorize_is_factorized_and_says_how():
