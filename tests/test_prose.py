@@ -207,6 +207,20 @@ def test_the_readme_says_what_new_values_gain():
     assert "which on Gemma 3 270M cannot be told apart" in PROSE
 
 
+def test_readme_and_table_1_say_what_sparsegpts_corrections_do():
+    parts = pd.read_csv(REFERENCE / "beyond" / "smollm2-135m-quick-parts.csv")
+    on_sotu = parts[parts["target"] == "0.5"].set_index("row")["sotu"]
+    alone, corrected, ours = (on_sotu[row] for row in ("sparsegpt-mask", "sparsegpt", "besa-paper"))
+    assert corrected < ours < alone
+    there = "its masks alone have {:.1f} there, with its corrections it has {:.1f}, and BESA, which changes no"
+    assert f"{there} weight, {{:.1f}} (one draw of shorter".format(alone, corrected, ours) in PROSE
+    here = "corrections, have {:.2f} there, with them it has {:.2f}, and BESA, which changes no weight, {:.2f};"
+    here += " Wanda's masks go from {:.2f} to {:.2f} by a closed form"
+    assert here.format(alone, corrected, ours, on_sotu["wanda"], on_sotu["wanda + closed"]) in said("table1")
+    hardware = {record["provenance"]["hardware"] for record in records_of("beyond") if record["config"]["method"]}
+    assert len(hardware) == 3 and "are of three processors" in said("beyond")
+
+
 def test_the_readme_says_where_the_recipe_ends():
     folder = REFERENCE / "sparsity"
     judged = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv")
