@@ -10,10 +10,12 @@ REFERENCE := $(sort $(wildcard results/reference/*/*.ipynb))
 venv: .venv/installed
 
 # The lock only constrains: a build of torch for CPUs, where pip finds one, counts as the same version, and then what is
-# locked for CUDA is not installed. Of 20,000 files a quarter is ever imported, and compiled then.
+# locked for CUDA is not installed. Compiled at once, on all cores (pip takes one): where PYTHONDONTWRITEBYTECODE is set,
+# as images of containers have it, every process would compile again. A few files do not parse.
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --no-compile --constraint requirements.lock --editable '.[notebooks,dev,docs]'
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 # The newest versions that pyproject.toml admits, instead of the locked ones.
