@@ -15,7 +15,7 @@ venv: .venv/installed
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --no-compile --constraint requirements.lock --editable '.[notebooks,dev,docs]'
-	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
+	.venv/bin/python -m compileall -qq -j 0 -x /tests/ .venv/lib || true
 	touch $@
 
 # The newest versions that pyproject.toml admits, instead of the locked ones.
