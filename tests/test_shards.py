@@ -615,8 +615,8 @@ def wait_for(path, process):
 
 @pytest.fixture(scope="module")
 def deep_source(tmp_path_factory):
-    """Twelve blocks, so that there is time to interrupt."""
-    return save(build("Llama", num_hidden_layers=12), tmp_path_factory.mktemp("deep"))
+    """Eight blocks, so that there is time to interrupt."""
+    return save(build("Llama", num_hidden_layers=8), tmp_path_factory.mktemp("deep"))
 
 
 ARGUMENTS = ["--batch-size", 2, "--epochs", 2, *OPTIONS]
