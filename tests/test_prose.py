@@ -41,13 +41,13 @@ def test_the_readmes_zero_shot_answers_to_all_questions_are_the_reference_run():
     table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method")
     others = "sparsegpt-matched", "wanda-matched"
     rows = table.loc[["dense", "besa-row-wise", *others]]
-    said = (
-        "dense {} %, row-wise BESA {} %, with BESA's zeros SparseGPT {} % and Wanda {} %, neither of which can be told"
-    )
-    assert said.format(*rows["average"].map("{:.2f}".format)) in PROSE
+    said = "of six tasks, one draw) | {ours} %; Wanda {wanda} %, SparseGPT {sparsegpt} %, dense {dense} % |"
+    names = "dense", "ours", "sparsegpt", "wanda"
+    named = lambda row: dict(zip(names, row.map("{:.2f}".format), strict=True))
+    assert f"| **undecided** (19,965 questions {said.format(**named(rows['average']))}" in PROSE
     rest = rows[["piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]].mean(axis=1)
-    said = "the other five average {} % dense, and {}, {} and {} % in the same order, again not to be told apart"
-    assert said.format(*rest.map("{:.2f}".format)) in PROSE
+    said = "the other five average {dense} % dense, BESA {ours} %, Wanda {wanda} %, SparseGPT {sparsegpt} %, again not"
+    assert said.format(**named(rest)) in PROSE
     assert f"from {rows.loc['dense', 'boolq']:.2f} %, which is below guessing, to 54 % and more" in PROSE
     assert 54 < rows["boolq"].iloc[1:].min() < 55
     judged = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["task", "against"])
@@ -58,7 +58,8 @@ def test_the_readmes_zero_shot_answers_to_all_questions_are_the_reference_run():
     assert found["verdict"] == "holds" and found["difference ± standard error"].startswith("+2.42 ")
     report = (ROOT / "reproduce" / "README.md").read_text()
     assert f"average {found['difference ± standard error']} †" in report  # not among all
-    assert "BESA was 2.42 points ahead of Wanda, which does not survive correction" in PROSE
+    said = "*Small* (three draws, 200 questions a task) it was 2.42 points ahead of Wanda, which does not survive"
+    assert said in PROSE
     tasks = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").query("task != 'average' and against in @others")
     found = {verdict: set(zip(part["task"], part["against"])) for verdict, part in tasks.groupby("verdict")}
     of_sparsegpt = {(task, others[0]) for task in ("hellaswag", "piqa", "arc_challenge")}
@@ -88,27 +89,26 @@ def test_the_readme_says_what_table_1_judged():
         assert verdicts[size, ours[0], "wanda-matched"] == ["holds", "holds"]
         assert verdicts[size, ours[0], "sparsegpt-matched"] == ["holds", "does not hold"]
     wanda, sparsegpt = (ahead("paper", ours[0], f"{row}-matched") for row in ("wanda", "sparsegpt"))
-    said = "at both sizes: the paper's row-wise BESA is ahead of Wanda on both texts (at the published size by {} % on"
-    assert said.format(wanda[0]) in PROSE
-    assert f"on `wiki` and {wanda[1]} % on `sotu`), and of SparseGPT on `wiki` ({sparsegpt[0]} %)." in PROSE
-    said = (
-        "at both sizes: on `sotu`, text of the calibration's kind, it is behind SparseGPT ({} %, at `make table1`'s "
-        "size {} %)"
-    )
-    assert said.format(-sparsegpt[1], by["quick", ours[0], "sparsegpt-matched"][1]) in PROSE
+    said = "than Wanda | **holds**, *small* too | {} % on `wiki`, {} % on `sotu` (row-wise) |"
+    assert said.format(*wanda) in PROSE
+    said = "**holds** on `wiki`, **does not hold** on `sotu`, *small* too | {} % ahead, {} % behind (row-wise) |"
+    assert said.format(sparsegpt[0], -sparsegpt[1]) in PROSE
+    said = "**Behind SparseGPT on `sotu`**, text of the calibration's kind (*small*: by {} %), because"
+    assert said.format(by["quick", ours[0], "sparsegpt-matched"][1]) in PROSE
     assert verdicts["quick", *ours] == ["holds", "holds"] and verdicts["paper", *ours] == ["undecided", "undecided"]
     assert verdicts["quick", ours[1], "wanda-matched"] == ["undecided", "holds"]
     assert verdicts["quick", ours[1], "sparsegpt-matched"] == ["undecided", "does not hold"]
     said = (
-        "at `make table1`'s size the row-wise is ahead of it on both texts (by {} and {} %), it cannot be told from "
-        "Wanda or SparseGPT on `wiki`, and on `sotu` is ahead of Wanda and behind SparseGPT. At the published size it "
-        "is behind SparseGPT on `sotu` (by {} %, and that has more zeros). The rest is not decided there, for the row "
-        "that is ahead has fewer zeros: the row-wise (by {} and {} %), and on `wiki` the matched SparseGPT and Wanda "
-        "(by {} and {} %; plain SparseGPT, with more zeros, cannot be told from it)"
+        "*small*, the row-wise is ahead of it on both texts (by {} and {} %), it cannot be told from Wanda or "
+        "SparseGPT on `wiki`, and on `sotu` is ahead of Wanda and behind SparseGPT. At the published size the rest is "
+        "not decided, for the row that is ahead has fewer zeros: the row-wise (by {} and {} %), and on `wiki` the "
+        "matched SparseGPT and Wanda (by {} and {} %; plain SparseGPT, with more zeros, cannot be told from it)"
     )
     behind = [by["paper", ours[1], f"sparsegpt{row}"] for row in ("", "-matched")]
     matched = behind[1][0], by["paper", ours[1], "wanda-matched"][0]
-    assert said.format(*ahead("quick", *ours), behind[0][1], *ahead("paper", *ours), *matched) in PROSE
+    assert said.format(*ahead("quick", *ours), *ahead("paper", *ours), *matched) in PROSE
+    said = "**does not hold** on `sotu` beside SparseGPT; the rest undecided | {} % behind, with fewer zeros |"
+    assert said.format(behind[0][1]) in PROSE
     assert verdicts["paper", ours[1], "sparsegpt"] == ["undecided", "does not hold"]
     assert [verdicts["paper", ours[1], f"{row}-matched"] for row in ("wanda", "sparsegpt")] == 2 * [2 * ["undecided"]]
 
@@ -118,11 +118,11 @@ def test_the_readme_says_what_table_4_judged():
     assert set(judged["rests on"]) == {"3 draws"}
     blocks = judged.loc[[(f"{row}-matched", "block") for row in ("wanda", "sparsegpt")]]
     fewer = blocks["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0]
-    said = "holds for a block as a whole: {} % fewer than with Wanda's masks and {} % fewer than with SparseGPT's."
+    said = "**holds** for a block as a whole (*small*) | {} % beside Wanda's masks, {} % beside SparseGPT's |"
     assert said.format(*fewer) in PROSE and set(blocks["verdict"]) == {"holds"}
     kinds = judged.drop("block", level="projection")["verdict"]
-    holds = [kinds[f"{row}-matched"].eq("holds").sum() for row in ("wanda", "sparsegpt")]
-    assert "Of the seven kinds of projection it holds for four and five;" in PROSE and holds == [4, 5]
+    assert [kinds[f"{row}-matched"].eq("holds").sum() for row in ("wanda", "sparsegpt")] == [4, 5]
+    assert "of the seven kinds of projection it holds for four (Wanda) and five (SparseGPT);" in PROSE
     assert list(kinds[kinds == "does not hold"].index) == [("wanda", "v_proj")]
 
 
@@ -138,10 +138,10 @@ def test_the_readme_says_what_table_3_judged():
             ahead[size, other] = list(found["difference ± standard error"].str.extract(r"^-(\d+\.\d+)%")[0])
     assert verdicts.pop(("quick", "joint-clipping-matched")) == ["holds", "undecided"]
     assert list(verdicts.values()) == 3 * [["holds", "holds"]]
-    said = (
-        "are ahead of Wanda on both texts (by {} and {} %), and of learned clipping alone ({} and {} %; on `sotu` three"
-    )
-    assert said.format(*ahead["paper", "joint-wanda-matched"], *ahead["paper", "joint-clipping-matched"]) in PROSE
+    said = "with 4 bits learned together | **holds** (one draw; *small*: three) | {} % on `wiki`, {} % on `sotu` |"
+    assert said.format(*ahead["paper", "joint-wanda-matched"]) in PROSE
+    said = "joint BESA is ahead of it by {} and {} % (on `sotu` three draws of the small size leave that undecided)"
+    assert said.format(*ahead["paper", "joint-clipping-matched"]) in PROSE
     table = pd.read_csv(folder / "smollm2-135m-paper.csv").set_index("method").loc[[ours, "quantized"], texts]
     said = "{:.2f} and {:.2f} where the quantized model has {:.2f} and {:.2f}"
     assert said.format(*table.to_numpy().ravel()) in PROSE
@@ -263,6 +263,7 @@ def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
     rows = ["besa-row-wise-{}", *(f"{other}-{{}}-matched" for other in others)]
     wiki = pd.read_csv(folder / "smollm2-135m-paper.csv", index_col=0)["wiki"]
     found = [wiki[row.format(target)] for row in rows for target in (0.3, 0.7)]
+    assert "| **holds** at 40 and 60 %, **does not hold** at 30 and 70 % (one draw) |" in PROSE
     said = "fails at 30 and 70 %: {:.2f} and {:.0f}, where with its zeros Wanda has {:.2f} and {:.0f}, SparseGPT {:.2f}"
     assert f"{said} and {{:.0f}}".format(*found) in PROSE
 
@@ -342,7 +343,8 @@ def test_the_readmes_granularities_are_the_reference_run():
     judged = judged.set_index(["row", "against"])
     verdicts, by = judged["verdict"], judged["difference ± standard error"].str.extract(r"(\d+\.\d+)%")[0]
     pairs = [("besa-row-dense", "besa-layer-dense"), ("besa-row-pruned", "besa-8-pruned")]
-    assert f"each row is {by[pairs[0]]} % ahead of one for each projection where blocks reproduce the dense" in PROSE
+    assert f"**holds** for one of two targets (*small*) | {by[pairs[0]]} % beside one for each projection |" in PROSE
+    assert "(every block at exactly 50 %, `wiki`), the gain is where blocks reproduce the dense model's" in PROSE
     assert f"the two cannot be told apart, and single rows are behind groups of 8 by {by[pairs[1]]} %" in PROSE
     assert [verdicts[pair] for pair in pairs] == ["holds", "does not hold"]
     assert verdicts["besa-row-pruned", "besa-layer-pruned"] == "undecided"
