@@ -180,6 +180,15 @@ def test_citation_names_every_row_commit_hardware_and_profile(record):
     assert key == f"besa-table1-my-model-1-{rows[1]['config_hash']}"
 
 
+def test_sources_tell_draws_apart_and_the_citation_has_the_last_day(record):
+    rows = [record(row="wanda", seed=seed) for seed in (0, 1)]
+    rows[0]["provenance"] = rows[0]["provenance"] | {"date": "2099-12-31T00:00:00+00:00"}
+    assert list(tables.sources(iter(rows))["seed"]) == [0, 1]
+    assert "2099-12-31; rows:" in tables.citation(rows) and "year   = {2099}" in tables.citation(rows)
+    del rows[1]["config"]["seed"]
+    assert "seed" not in tables.sources(rows)
+
+
 def test_old_records_are_read_as_new_ones():
     paths = sorted(tables.REFERENCE.glob("*/records/*.json"))
     found = [json.loads(path.read_text()) for path in paths]

@@ -270,9 +270,12 @@ def commit(source: dict[str, Any]) -> str:
 
 
 def sources(records: Iterable[Record]) -> pd.DataFrame:
-    """Where the numbers of each row come from, which need not be the run that shows them."""
+    """Where the numbers of each row, and draw, come from, which need not be the run that shows them."""
+    records = list(records)
+    names = ("row", "seed") if all("seed" in record["config"] for record in records) else ("row",)
     rows = [
-        {"row": record["config"]["row"], "config_hash": record["config_hash"], "commit": commit(source)}
+        {name: record["config"][name] for name in names}
+        | {"config_hash": record["config_hash"], "commit": commit(source)}
         | {name: source[name] for name in ("hardware", "threads", "date")}
         for record in records
         for source in [record["provenance"]]
@@ -281,8 +284,8 @@ def sources(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def citation(records: list[Record]) -> str:
-    """BibTeX of the paper, and of this run: commits, profile, hardware, and every row by its configuration's hash."""
-    config, source = records[-1]["config"], records[-1]["provenance"]
+    """BibTeX of the paper, and of this run: commits, profile, hardware, last day, and every row by its hash."""
+    config, date = records[-1]["config"], max(record["provenance"]["date"] for record in records)
     every = lambda values: _escaped(", ".join(dict.fromkeys(values)))
     item, profile = _escaped(config["item"]), _escaped(config["profile"])
     models = every(record["config"]["model"] for record in records)
@@ -299,6 +302,6 @@ def citation(records: list[Record]) -> str:
 @misc{{{label},
   title  = {{{{besa, {item} on {models}}}}},
   author = {{{{besa contributors}}}},
-  year   = {{{source["date"][:4]}}},
-{url}  note   = {{commit {commits}, profile {profile}, {hardware}, {source["date"][:10]}; rows: {rows}}}
+  year   = {{{date[:4]}}},
+{url}  note   = {{commit {commits}, profile {profile}, {hardware}, {date[:10]}; rows: {rows}}}
 }}"""
