@@ -129,10 +129,10 @@ def named_method(name: str, sparsity: float = DEFAULT_SPARSITY, **fields) -> Met
         ValueError: unknown name.
     """
     if name == "besa-row-wise":
-        return Besa(sparsity=sparsity, row_group="row", **fields)
+        return Besa(sparsity=sparsity, **fields)
     if name == "besa-layer-wise":
-        own = {"d_coef": 0.5} | fields  # published: 0.05, 0.5 or, for LLaMA-7B, 50
-        return Besa(sparsity=sparsity, row_group="layer", targets="dense", **own)
+        recipe = {"row_group": "layer", "targets": "dense", "d_coef": 0.5}  # published: 0.05, 0.5 or, for LLaMA-7B, 50
+        return Besa(sparsity=sparsity, **recipe | fields)
     methods = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}, besa-layer-wise, besa-row-wise")

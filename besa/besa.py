@@ -68,10 +68,11 @@ class Besa(Method):
     budget: Literal["penalty", "exact"] = "penalty"
     """How the sparsity is kept to. "penalty", published: approached, and confined by `smooth`. "exact": any sparsity in
     (0, 1), met to the weight in every block (or part), by one number per row group (`besa/budget.py`). It counts what
-    is ignored as kept, but a block that is ignored as a whole has no budget. A pattern N:M needs none."""
+    is ignored as kept, but a block that is ignored as a whole has no budget. A pattern N:M needs none. With either,
+    `smooth`, `candidates`, `penalty` and `d_coef` do nothing."""
     scores: bool | None = None
     """Learn which weights are kept too, by a score for each that is added to its log importance (`besa/scores.py`).
-    None: with an exact budget or a pattern. False learns how many of each row alone, which is cheaper."""
+    None: with an exact budget or a pattern. False, without a pattern, learns how many of each row alone: cheaper."""
     scope: Literal["block", "model"] = "block"
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
@@ -208,12 +209,9 @@ class Besa(Method):
         for name in self._parts(block):
             part = block.part(name, whole.weights) if name else block
             learned = self._learn(learner := self._learner(block, part, name, statistics), part)
-            for pruned, of_part in (
-                (whole.weights, learned.weights),
-                (whole.keep_masks, learned.keep_masks),
-                (whole.quantized, learned.quantized),
-            ):
-                pruned.update({full_name(name, within): value for within, value in of_part.items()})
+            for kind in ("weights", "keep_masks", "quantized"):
+                of_part = getattr(learned, kind).items()
+                getattr(whole, kind).update({full_name(name, within): value for within, value in of_part})
             whole.steps.extend(learned.steps)
             del part, learner  # before the next ones are made
         return whole

@@ -107,7 +107,7 @@ class Budgeted:
     @classmethod
     def create(cls, weight: Tensor, importance: Tensor) -> "Budgeted":
         counts = candidate_counts(candidate_rates(BUCKETS), weight.shape[1])
-        return cls(weight, rank_rows(importance, counts.to(weight.device)), torch.empty_like(weight))
+        return cls(weight, rank_rows(importance, counts), torch.empty_like(weight))
 
     def __call__(
         self, alpha: Float32[Tensor, "groups"], weight: Float[Tensor, "rows columns"] | None = None

@@ -6,6 +6,7 @@ Larger importance means keep.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -56,7 +57,7 @@ def collect_statistics(
         else:
             statistics[name] = statistics[owner]
 
-    handles = [module.register_forward_pre_hook(_named(hook, name)) for name, module in projections.items()]
+    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in projections.items()]
     for last in list(projections.values())[-1:]:  # there is none where a block is ignored
         handles.append(last.register_forward_hook(lambda *_: current.clear()))
     try:
@@ -64,10 +65,6 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _named(hook, name: str):
-    return lambda module, inputs: hook(name, module, inputs)
 
 
 def _accumulate(statistics: dict[str, InputStatistics], name: str, x: Tensor, n_samples: int, hessian: bool) -> None:
@@ -92,13 +89,13 @@ def wanda(weight: Float[Tensor, "rows columns"], statistics: InputStatistics) ->
 
 
 def sparsegpt(weight: Float[Tensor, "rows columns"], statistics: InputStatistics) -> Float[Tensor, "rows columns"]:
-    """W_ij^2 / U_jj with H^-1 = U^T U, the released code's SparseGPT metric.
+    """W_ij^2 / U_jj with H^-1 = U^T U, the released code's `SparseGPT` metric; 0 in columns that never had an input.
 
-    The OBS saliency (Frantar and Alistarh 2023, Eqn. 4, as their code computes it) is W_ij^2 / U_jj^2; the released
-    BESA code leaves out the square, and so does this function.
+    The OBS saliency (Frantar and Alistarh 2023, Eqn. 4, as their code computes it) is W_ij^2 / U_jj^2, the released
+    code's `SparseGPT-Git`.
     """
     factor = inverse_cholesky(statistics.hessian)
-    return weight.float().square() / factor.upper.diag()
+    return weight.float().square().masked_fill_(statistics.hessian.diag() == 0, 0).div_(factor.upper.diag())
 
 
 def importance(
@@ -122,11 +119,11 @@ class InverseFactor:
 def inverse_cholesky(hessian: Float[Tensor, "columns columns"], damping: float = 0.01) -> InverseFactor:
     """Upper Cholesky factor of the inverse of the damped Hessian (Frantar and Alistarh 2023, Sec. 3.3).
 
-    float32 fails on badly conditioned Hessians: float64 is tried next, then ten times the damping, until it works;
-    the result says what was used. Columns that never had an input count as 1 on the diagonal.
+    float32 fails on badly conditioned Hessians: float64 is tried next, then ten times the damping, up to 10, until it
+    works; the result says what was used. Columns that never had an input count as 1 on the diagonal.
 
     Raises:
-        ValueError: damping 10, or the given one where it is larger, does not help either.
+        ValueError: none of these helps, nor the given one where it is larger.
     """
     largest = max(damping, 10.0)
     diagonal = hessian.diag()
@@ -138,9 +135,9 @@ def inverse_cholesky(hessian: Float[Tensor, "columns columns"], damping: float =
             upper = _inverse_upper(damped)
             if upper is not None:
                 return InverseFactor(upper.float(), damping, dtype)
-        damping *= 10
+        tried, damping = damping, 10 * damping or 1e-6
     why = "is not that of any inputs" if torch.isfinite(hessian).all() else "holds NaN or infinity"
-    raise ValueError(f"the Hessian cannot be factorized even with damping {largest:g}: it {why}")
+    raise ValueError(f"the Hessian cannot be factorized even with damping {tried:g}: it {why}")
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor | None:

@@ -35,7 +35,7 @@ class Learner:
         """
         Args:
             part: the block's name in the whole block, whose projections the statistics name; empty for the whole.
-            share: weights that the sparsity is a fraction of, for each that may be pruned.
+            share: weights that the sparsity is a fraction of, divided by those that may be pruned.
         """
         self.method, self.quantize, self.share = method, method.quantize, share
         self.block_sparsity = method.sparsity_of(block)  # of the whole block, what is ignored included
@@ -159,17 +159,25 @@ class BudgetLearner(Learner):
         self.schedule.step()
         return skipped
 
+    def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How many weights of each row go."""
+        rows = [len(each.weight) for each in self.allocations.values()]
+        columns = self._of_rows([each.weight.shape[1] for each in self.allocations.values()])
+        shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
+        counts = self._whole(torch.cat(shares) * columns, columns)
+        return dict(zip(self.allocations, counts.split(rows), strict=True))
+
+    def _of_rows(self, numbers: list[int]) -> Tensor:
+        """A number of each projection, for each of its rows."""
+        rows = torch.tensor([len(each.weight) for each in self.allocations.values()])
+        return torch.tensor(numbers).repeat_interleave(rows).to(self.sizes.device)
+
+    def _whole(self, wanted: Tensor, columns: Tensor) -> Tensor:
+        return whole_counts(wanted, columns, self.total)
+
     def keep_masks(self) -> dict[str, Tensor]:
-        wanted, limits = [], []
-        for name, alpha in self._alpha().items():
-            rows, columns = self.allocations[name].weight.shape
-            wanted.append((alpha * columns).repeat_interleave(rows // len(alpha)))
-            limits.append(torch.full((rows,), columns, device=alpha.device))
-        limits = torch.cat(limits)
-        counts = whole_counts(torch.cat(wanted), limits, self.total)
-        rows = [len(allocation.weight) for allocation in self.allocations.values()]
-        by_name = zip(self.allocations.items(), counts.split(rows), strict=True)
-        return {name: allocation.keep_mask(count) for (name, allocation), count in by_name}
+        counts = self._counts(self._alpha())
+        return {name: each.keep_mask(counts[name]) for name, each in self.allocations.items()}
 
 
 class ScoreLearner(BudgetLearner):
@@ -192,28 +200,27 @@ class ScoreLearner(BudgetLearner):
     def _create(self, weight: Tensor, importance: Tensor) -> Scored:
         return Scored.create(weight, importance, self.m)
 
-    def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How many weights of each row go."""
-        rows = [len(each.weight) for each in self.allocations.values()]
-        per_row = lambda numbers: torch.tensor(numbers).repeat_interleave(torch.tensor(rows)).to(self.sizes.device)
-        columns = per_row([each.weight.shape[1] for each in self.allocations.values()])
-        steps = per_row([each.step for each in self.allocations.values()])
-        shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
-        wanted = torch.cat(shares) * columns
-        if self.n is not None:
-            counts = steps * (self.m - self.n)
-        elif self.m:
-            counts = stepped_counts(wanted, steps, self.m, self.total)
-        else:
-            counts = whole_counts(wanted, columns, self.total)
-        return dict(zip(self.allocations, counts.split(rows), strict=True))
+    def _alpha(self) -> dict[str, Tensor | None]:
+        return super()._alpha() if self.n is None else dict.fromkeys(self.allocations)
+
+    def _counts(self, alpha: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        if self.n is None:
+            return super()._counts(alpha)
+        full = lambda each: torch.full((len(each.weight),), each.step * (self.m - self.n), device=self.sizes.device)
+        return {name: full(each) for name, each in self.allocations.items()}
+
+    def _whole(self, wanted: Tensor, columns: Tensor) -> Tensor:
+        if self.theta.values.isnan().any():  # after a loss that was not finite, which the log of the steps tells
+            return torch.zeros_like(columns)
+        if self.m is None:
+            return super()._whole(wanted, columns)
+        return stepped_counts(wanted, columns // self.m, self.m, self.total)
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
         alpha, scores, masked = self._alpha(), self.scores.by_name(), {}
         counts = self._counts(alpha)
         for name, allocation in self.allocations.items():
-            learned = alpha[name] if self.n is None else None
-            masked[name] = allocation(scores[name], counts[name], learned, self._quantized(name))
+            masked[name] = allocation(scores[name], counts[name], alpha[name], self._quantized(name))
         return masked, torch.full((), self.sparsity, device=self.sizes.device)
 
     def keep_masks(self) -> dict[str, Tensor]:

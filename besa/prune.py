@@ -105,6 +105,8 @@ class Method:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "ignore", tuple(self.ignore))  # hashable, whatever was given
+        if isinstance(self.sparsity, _Unsaid):  # not what another pattern implied, before `dataclasses.replace`
+            object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)
         if self.pattern is not None:
             self._follow(self.pattern)
 
@@ -121,13 +123,13 @@ class Method:
         if self.sparsities or abs(self.sparsity - implied) > 1e-6:
             given = f"sparsities {self.sparsities}" if self.sparsities else f"sparsity {self.sparsity}"
             raise ValueError(
-                f"{given} contradicts pattern {pattern!r}, which prunes {implied:.4g}; leave one of them out"
+                f"{given} contradicts pattern {pattern!r}, which prunes {m - n}/{m}; leave one of them out"
             )
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the configuration does not fit the model's blocks or projections."""
         n_blocks = len(find_blocks(model))
-        if self.sparsities and len(self.sparsities) != n_blocks:
+        if self.sparsities is not None and len(self.sparsities) != n_blocks:
             raise ValueError(f"{len(self.sparsities)} sparsities are given for {n_blocks} blocks; give one for each")
         pruned = pruned_projections(model, self.ignore)
         for (index, name), linear in pruned.items() if self.pattern else ():
@@ -171,7 +173,7 @@ class Method:
         return report
 
     def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
-        """False for the lowest scores of each row, or where there is a pattern of each of its groups."""
+        """False for the lowest scores of each row or, under a pattern, of each of its groups."""
         if self.pattern:
             n, m = parse_pattern(self.pattern)
             return places(scores, m) >= m - n
@@ -182,8 +184,8 @@ class Method:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """Name and fields, for records, as JSON gives them back; pattern, ignore, scores and mask_only only where they
-        are used: an exact budget without `scores` learned how many weights stay and not which."""
+        """Name and fields, for records, as JSON gives them back; pattern, ignore, scores and mask_only are left out
+        where unused (no `scores`: which weights stay was not learned)."""
         fields = {"method": self.name, **asdict(self)}
         later = ("pattern", "ignore", "scores", "mask_only")
         unused = {name for name in later if not fields.get(name)}  # as in older records

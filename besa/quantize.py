@@ -98,9 +98,9 @@ class Quantize:
         self, weight: Float[Tensor, "rows columns"], clipping: Float32[Tensor, "2 rows groups"]
     ) -> Float[Tensor, "rows columns"]:
         """h (Q(W) - z), differentiable in the clipping logits: rounding counts as the identity (straight through)."""
-        scale, zero_point = self._grid(weight, clipping)
+        scale, lowest = self._grid(weight, clipping)
         grouped = weight.float().view(*scale.shape, -1)
-        scale, zero_point = scale[..., None], zero_point[..., None]
+        scale, zero_point = scale[..., None], _round(-lowest / scale)[..., None]
         codes = (_round(grouped / scale) + zero_point).clamp(0, self.levels)
         return (scale * (codes - zero_point)).view(weight.shape).to(weight.dtype)
 
@@ -109,16 +109,15 @@ class Quantize:
         self, weight: Float[Tensor, "rows columns"], clipping: Float32[Tensor, "2 rows groups"] | None = None
     ) -> QuantizedWeight:
         """Q(W) of Eqn. 7; without clipping gamma0 = gamma1 = 1: plain min-max. Scales are rounded to float16 first."""
-        scale, _ = self._grid(weight, clipping)
+        scale, lowest = self._grid(weight, clipping)
         scale = scale.half().clamp_min(2.0**-24)
-        lowest, _ = self._range(weight, clipping)
         zero_point = (-lowest / scale.float()).round().clamp(0, self.levels)
         grouped = weight.float().view(*scale.shape, -1)
         codes = ((grouped / scale.float()[..., None]).round() + zero_point[..., None]).clamp(0, self.levels)
         return QuantizedWeight(codes.view(weight.shape).byte(), scale, zero_point.byte(), self.bits)
 
     def most_bytes(self, weight: Float[Tensor, "rows columns"]) -> int:
-        """What `save_quantized` writes of a projection, were nothing pruned."""
+        """The most that `save_quantized` writes of a projection."""
         _, rows, groups = self.clipping_shape(weight)
         return weight.numel() * (1 + self.bits) // 8 + 3 * rows * groups
 
@@ -126,20 +125,14 @@ class Quantize:
     def levels(self) -> int:
         return 2**self.bits - 1
 
-    def _range(self, weight: Tensor, clipping: Tensor | None) -> tuple[Tensor, Tensor]:
-        """gamma0 min W and gamma1 max W, (rows, groups); 0 lies between them, so that what is pruned has a code."""
+    def _grid(self, weight: Tensor, clipping: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h and gamma0 min W, (rows, groups); 0 lies in the range, so that what is pruned has a code."""
         grouped = weight.float().view(*self.clipping_shape(weight)[1:], -1)
         lowest, highest = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-        if clipping is None:
-            return lowest, highest
-        gamma = clipping.sigmoid()
-        return gamma[0] * lowest, gamma[1] * highest
-
-    def _grid(self, weight: Tensor, clipping: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h and z, (rows, groups)."""
-        lowest, highest = self._range(weight, clipping)
-        scale = ((highest - lowest) / self.levels).clamp_min(1e-8)
-        return scale, _round(-lowest / scale)
+        if clipping is not None:
+            gamma = clipping.sigmoid()
+            lowest, highest = gamma[0] * lowest, gamma[1] * highest
+        return ((highest - lowest) / self.levels).clamp_min(1e-8), lowest
 
 
 def _round(x: Tensor) -> Tensor:
@@ -154,7 +147,12 @@ def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str 
 
     By projection (`3.self_attn.q_proj`): where something is pruned the keep-mask, a bit per weight; the codes of the
     kept weights, N bits each; scales and zero-points. Bits per weight counts all of them, as stored.
+
+    Raises:
+        ValueError: nothing is quantized.
     """
+    if not quantized:
+        raise ValueError("nothing is quantized: prune with quantize=besa.Quantize()")
     tensors, shapes = {}, {}
     for (block, name), weight in quantized.items():
         key = f"{block}.{name}"

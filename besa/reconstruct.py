@@ -44,7 +44,7 @@ class Reconstruct:
     rho: Positive = 1.0
     """ADMM's penalty, for a Hessian of unit diagonal."""
     damping: Positive = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Added to the diagonals of H and T, as a fraction of the mean of H's."""
     epochs: Count = 2
     """Passes over the windows that are trained on ("block")."""
     lr: Positive = 5e-4
@@ -63,7 +63,7 @@ class Reconstruct:
         if quantized:
             raise ValueError("a quantized weight has no value of its own to reconstruct; take quantize=None")
         share = n_samples // n_ranks()
-        if self.kind == "block" and not 0 < self._n_held_out(share) < share:
+        if self.kind == "block" and self._n_held_out(share) >= share:
             raise ValueError(
                 f"{share} window(s) (of each rank) cannot be parted into some to train on and {self.held_out:.1%} held "
                 "out; take more windows"
@@ -107,7 +107,7 @@ class Reconstruct:
         inverse = _inverse(hessian)
         w, kept = weight.float() * scale, keep_mask.float()
         wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
-        for _ in range(self.iterations):  # both = Z + U: Z is its kept part and U the rest, so that Z - U = sign * both
+        for _ in range(self.iterations):  # both = Z + U: Z is its kept part, U the rest, so rho (Z - U) = sign * both
             both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
         found = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
         if not torch.isfinite(found).all():
@@ -120,7 +120,7 @@ class Reconstruct:
     def _scaled(self, hessian: Tensor, toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both damped and divided by the roots of H's diagonal, and these."""
         damping = self.damping * hessian.diagonal().mean() + 1e-30
-        damped = hessian.clone(), toward.clone()  # square as columns are, the largest that there is: none is to linger
+        damped = hessian.clone(), toward.clone()  # columns x columns, the largest there are: no other copy stays
         for moment in damped:
             moment.diagonal().add_(damping)
         scale = damped[0].diagonal().sqrt()
@@ -131,7 +131,7 @@ class Reconstruct:
         return max(1, round(self.held_out * n_samples))
 
     def _train(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        """Adam on float32 copies of the kept weights, a window (of every rank) at a time; the best epoch's count."""
+        """Adam on float32 copies of the kept weights, a window (of every rank) at a time; the best epoch's stay."""
         n_samples = len(block.inputs)
         trained = range(n_samples - self._n_held_out(n_samples))
         masters = {

@@ -303,11 +303,11 @@ class Block:
         return run_block(self.module, self._here(self.inputs, number), self.call, weights)
 
     def target(self, number: int) -> Float[Tensor, "1 seq_len n_out"]:
-        """What it must make of it."""
+        """What the pruned block must make of one window."""
         return self._here(self.targets, number)
 
     def dense_output(self, number: int) -> Float[Tensor, "1 seq_len n_out"]:
-        """What the dense model's block makes of it in the dense model."""
+        """What the block puts out in the dense model, for one window."""
         return self._here(self.dense_outputs, number)
 
     @property
@@ -358,12 +358,11 @@ class Block:
         for name, projection in self.projections.items():
             projection.weight.data = pruned.weights[name].detach()  # no copy: the old ones may be mapped from a file
         self._finished = True
-        for name in self.ignored:  # they count, as kept
-            projection_errors[name] = 0.0
-            whole = torch.ones_like(self.module.get_submodule(name).weight, dtype=torch.bool)
-            pruned = replace(
-                pruned, keep_masks=pruned.keep_masks | {name: whole}, notes=pruned.notes | {name: "ignored"}
-            )
+        whole = lambda name: torch.ones_like(self.module.get_submodule(name).weight, dtype=torch.bool)
+        kept = {name: whole(name) for name in self.ignored}  # they count, as kept
+        notes = pruned.notes | dict.fromkeys(kept, "ignored")
+        pruned = replace(pruned, keep_masks=pruned.keep_masks | kept, notes=notes)
+        projection_errors |= dict.fromkeys(kept, 0.0)
         seconds = time.perf_counter() - self._start
         return Report.of_block(self.index, self.module, pruned, error, projection_errors, seconds)
 

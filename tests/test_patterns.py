@@ -1,6 +1,7 @@
 """N:M patterns for every method: verified group by group, learned by BESA, mixed under a budget, in saved files too."""
 
 import copy
+import dataclasses
 import json
 
 import hypothesis.strategies as st
@@ -235,7 +236,7 @@ def test_a_learned_choice_loses_less_than_learned_counts(tiny_llama, windows):
         (lambda: besa.Wanda(pattern="4:2"), "pattern '4:2' is not 'N:M' with 0 < N < M <= 128"),
         (lambda: besa.Wanda(pattern="2/4"), "pattern '2/4' is not 'N:M'"),
         (lambda: besa.Wanda(pattern="0:4"), "pattern '0:4' is not 'N:M'"),
-        (lambda: besa.Wanda(pattern="1:4", sparsity=0.5), "sparsity 0.5 contradicts pattern '1:4', which prunes 0.75"),
+        (lambda: besa.Wanda(pattern="1:4", sparsity=0.5), "sparsity 0.5 contradicts pattern '1:4', which prunes 3/4"),
         (lambda: named_method("besa-row-wise", 0.6, pattern="2:4"), "sparsity 0.6 contradicts pattern '2:4'"),
         (lambda: besa.Wanda(pattern="2:4", sparsities=(0.5,)), r"sparsities \(0.5,\) contradicts pattern '2:4'"),
         (lambda: besa.Wanda(pattern="N:8"), r"pattern 'N:8' leaves N to a budget: take besa.Besa\(budget='exact'\)"),
@@ -269,6 +270,10 @@ def test_the_command_takes_patterns_and_ignored_parts():
 def test_a_sparsity_that_nobody_gave_follows_the_pattern_and_configurations_stay_as_they_were():
     assert besa.Wanda(pattern="1:4").sparsity == besa.Wanda(pattern="1:4", sparsity=0.75).sparsity == 0.75
     assert named_method("besa-row-wise", pattern="1:4").sparsity == 0.75
+    for method in (besa.Wanda(pattern="1:4"), Besa(pattern="1:4")):
+        assert dataclasses.replace(method, pattern=None).sparsity == 0.5
+        assert dataclasses.replace(method, pattern="2:4").sparsity == 0.5
+    assert dataclasses.replace(Besa(pattern="1:4"), pattern="N:8", budget="exact").sparsity == 0.5
     assert besa.Wanda() == besa.Wanda(sparsity=0.5) and repr(besa.Wanda()) == repr(besa.Wanda(sparsity=0.5))
     assert besa.Wanda().config() == {"method": "wanda", "sparsity": 0.5, "sparsities": None, "quantize": None}
     config = besa.Wanda(pattern="2:4", ignore=["3"]).config()

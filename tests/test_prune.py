@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import besa
 from besa.baselines import named_method
 from besa.decoder import find_blocks, projections
-from besa.importance import InputStatistics, inverse_cholesky
+from besa.importance import InputStatistics, importance, inverse_cholesky
 from besa.machine.device import deterministic
 from besa.masks import keep_largest
 
@@ -234,11 +234,23 @@ def test_bad_windows_are_refused_before_any_work(tiny_llama, windows, change, me
         (torch.full((2, 2), math.nan), 0.01, "even with damping 10: it holds NaN or infinity"),
         (torch.tensor([[1.0, 9e9], [9e9, 1.0]]), 0.01, "even with damping 10: it is not that of any inputs"),
         (torch.tensor([[1.0, 9e9], [9e9, 1.0]]), 100.0, "even with damping 100: it is not that of any inputs"),
+        (torch.tensor([[1.0, 9e9], [9e9, 1.0]]), 0.03, "even with damping 3: it is not that of any inputs"),
+        (torch.tensor([[1.0, 9e9], [9e9, 1.0]]), 0.0, "even with damping 10: it is not that of any inputs"),
     ],
 )
 def test_a_hessian_that_no_damping_mends_is_told_from_one_of_nan(hessian, damping, words):
     with pytest.raises(ValueError, match=words):
         inverse_cholesky(hessian, damping)
+
+
+def test_columns_that_never_had_an_input_go_first_by_every_importance_of_the_inputs():
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = 0
+    statistics = InputStatistics(x.square().sum(0), 2 * x.T @ x)
+    weight = torch.ones(3, 6)
+    for kind in ("wanda", "sparsegpt"):
+        found = importance(kind, weight, statistics)
+        assert (found[:, 2] == 0).all() and (found[:, [0, 1, 3, 4, 5]] > 0).all()
 
 
 def test_a_damping_above_ten_is_tried_as_it_is():
@@ -257,6 +269,17 @@ def test_row_group_that_does_not_divide_is_refused_by_name(tiny_llama, windows):
 def test_unknown_method_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown method 'wanda2'; known: magnitude, wanda, sparsegpt"):
         named_method("wanda2")
+
+
+def test_a_recipe_by_name_takes_every_field():
+    assert named_method("besa-row-wise", row_group=8) == besa.Besa(row_group=8)
+    layer = named_method("besa-layer-wise", targets="pruned")
+    assert layer == besa.Besa(row_group="layer", targets="pruned", d_coef=0.5)
+
+
+def test_no_sparsities_at_all_are_not_one_for_each_block(tiny_llama, windows):
+    with pytest.raises(ValueError, match="0 sparsities are given for 3 blocks"):
+        besa.prune(tiny_llama, windows, besa.Wanda(sparsities=()), progress=False)
 
 
 def test_plot_allocation_draws_blocks_by_projections(tiny_llama, windows):
@@ -297,15 +320,19 @@ def test_steps_that_overflow_in_float16_are_skipped_and_counted(tiny_llama, wind
     assert report.sparsity == pytest.approx(0.5, abs=0.06)
 
 
-def test_a_masked_output_that_overflows_is_an_error_that_names_block_and_step(windows):
-    model = block_of_llamas_scale(torch.float16)
+@pytest.mark.parametrize(
+    "dtype, huge, fields", [(torch.float16, 30.0, {}), (torch.bfloat16, 1e18, {"budget": "exact", "pattern": "N:8"})]
+)
+def test_a_masked_output_that_overflows_is_an_error_that_names_block_and_step(dtype, huge, fields):
+    model = block_of_llamas_scale(dtype)
     mlp = model.model.layers[0].mlp
+    windows = torch.randint(0, 97, (16, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():  # what the two halves of down_proj's columns add cancels, until one half is pruned
         mlp.gate_proj.weight.copy_(mlp.gate_proj.weight[:1].clone())
         mlp.up_proj.weight.copy_(mlp.up_proj.weight[:1].clone() * 400)
-        mlp.down_proj.weight.copy_(torch.tensor([30.0, -30.0]).repeat_interleave(128))
+        mlp.down_proj.weight.copy_(torch.tensor([huge, -huge]).repeat_interleave(128))
     with pytest.raises(ValueError, match=r"block 0, training step \d+: the loss is (nan|inf).*; try dtype float32"):
-        besa.prune(model, windows, besa.Besa(epochs=3), progress=False)
+        besa.prune(model, windows, besa.Besa(epochs=3, **fields), progress=False)
 
 
 def test_the_method_that_contributing_shows_prunes(tiny_llama, windows):

@@ -167,6 +167,12 @@ def saved_codes(tiny_llama, windows, tmp_path):
     return tmp_path / "packed.safetensors"
 
 
+def test_nothing_that_is_quantized_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="nothing is quantized: prune with quantize="):
+        save_quantized({}, tmp_path / "codes.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_packed_file_of_another_model_is_refused_and_changes_nothing(tiny_llama, saved_codes):
     tiny_llama.model.layers = tiny_llama.model.layers[:2]
     tiny_llama.config.num_hidden_layers = 2
