@@ -171,20 +171,21 @@ def evaluate(
 
     resolve_dtype(dtype, resolve_device(device))  # what can be refused is, before a model is loaded
     StateFile(checkpoint, "zero_shot", dict)
-    if tasks:
-        check_request(tasks.split(","), limit)
+    asked = [*filter(None, tasks.split(","))]
+    if asked:
+        check_request(asked, limit)
     tokenizer = load_tokenizer(source, trust_remote_code)
     most = max_segments and max_segments * seq_len
     streams = {text: besa.test_tokens(text, tokenizer)[:most] for text in filter(None, texts.split(","))}
-    for name in filter(None, tasks.split(",")):
+    for name in asked:
         load_task(name)
     model, _ = besa.load_model(source, dtype, device, trust_remote_code=trust_remote_code)
     quiet = processes.rank() > 0
     for text, tokens in streams.items():
         value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
         _say(f"perplexity on {text}: {value:.4f} over {len(tokens) // seq_len} segments of {seq_len} tokens")
-    if tasks:
-        scores = besa.zero_shot(model, tokenizer, tasks.split(","), limit, progress=not quiet, checkpoint=checkpoint)
+    if asked:
+        scores = besa.zero_shot(model, tokenizer, asked, limit, progress=not quiet, checkpoint=checkpoint)
         _say(scores.to_frame()[["acc", "stderr", "n", "of"]].to_string())
 
 

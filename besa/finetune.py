@@ -71,7 +71,7 @@ class FineTune:
     rank: Count = 16
     """Of the adapters ("low-rank")."""
     alpha: Positive = 32.0
-    """What the adapters are scaled by, times the rank ("low-rank")."""
+    """The adapters are scaled by alpha / rank ("low-rank")."""
     lr: Positive | None = None
     """AdamW's largest step size; None takes 3e-3 ("low-rank") or 3e-4 ("full")."""
     epochs: Count = 2
@@ -130,10 +130,8 @@ class FineTuned:
 
     def to_frame(self) -> pd.DataFrame:
         """By step: `lr`, `loss` and, where it was taken, `held_out`, in nats per token."""
-        columns = ["step", "lr", "loss"], ["step", "held_out"]
-        steps, held_out = (
-            pd.DataFrame(rows, columns=names) for rows, names in zip((self.steps, self.held_out), columns)
-        )
+        steps = pd.DataFrame(self.steps, columns=["step", "lr", "loss"])
+        held_out = pd.DataFrame(self.held_out, columns=["step", "held_out"])
         return held_out.merge(steps, on="step", how="outer").set_index("step")[["lr", "loss", "held_out"]]
 
     def plot(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
@@ -465,7 +463,7 @@ class _Training:
         loss = sum(self._loss(window) for window in self.held_out.split(1)) / len(self.held_out)
         loss = loss if math.isfinite(loss) else math.inf  # never the best
         if not self.result.held_out or loss < min(row["held_out"] for row in self.result.held_out):
-            self.best = [parameter.detach().clone() for parameter in self.trained.parameters]
+            _assign(self.best, self.trained.parameters)
         self.result.held_out.append({"step": step, "held_out": loss})
 
     def _loss(self, window: Int64[Tensor, "1 seq_len"], share: float = 0.0) -> float:

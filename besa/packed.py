@@ -511,7 +511,7 @@ def _fitting(keep_mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    """A view as kernels know kinds apart: bfloat16 as uint16, float16 as int16."""
+    """A view by whose dtype kernels tell floats apart: bfloat16 as uint16, float16 as int16."""
     views = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
     return tensor.detach().view(views.get(tensor.dtype, tensor.dtype)).numpy()
 
@@ -545,19 +545,22 @@ def _fastest(kinds: str, packed: PackedLinear, n_tokens: int) -> str:
     path = cache_folder() / "packed" / f"products-torch-{torch.__version__}.json"
     key, known = f"{kinds}, {kernels.processor()}", _known_products(path)
     if key not in known:
-        known[key] = _measure_products(packed, n_tokens)
+        known |= {key: _measure_products(packed, n_tokens)} | _read_products(path)  # others measure meanwhile
         with contextlib.suppress(OSError):  # where nothing can be kept, the next process measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(known, indent=1))
     return known[key]
 
 
-@functools.cache
-def _known_products(path: Path) -> dict[str, str]:
+def _read_products(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+_known_products = functools.cache(_read_products)
 
 
 @torch.no_grad()

@@ -77,18 +77,24 @@ class Item:
     def title_of(self, run: str) -> str:
         return ", ".join([*self.runs[run]["model"].unique(), *self.runs[run]["profile"].unique()])
 
-    def judged(self, run: str) -> pd.DataFrame:
-        """The verdicts of a run; on a row that has a partner of as many zeros ("-matched"), what it alone decides."""
+    def all_judged(self, run: str) -> pd.DataFrame:
+        """The verdicts of a run."""
         tables = [self.tables.get(f"{run}-{of}", pd.DataFrame()) for of in ("verdicts", "zero-shot-verdicts")]
         table = pd.concat(tables, ignore_index=True)
-        if "verdict" not in table:
-            return pd.DataFrame()
+        return table if "verdict" in table else pd.DataFrame()
+
+    def judged(self, run: str) -> pd.DataFrame:
+        """Those to show: beside a row with a partner of as many zeros ("-matched"), what that leaves undecided."""
+        if (table := self.all_judged(run)).empty:
+            return table
         against = table.get("against", pd.Series("", index=table.index))
-        partner, is_decided = against + MATCHED, table["verdict"] != "undecided"
         claims = [tuple(claim) for claim in table.reindex(columns=["row", *QUANTITIES]).map(str).to_numpy()]
-        settled = set(itertools.compress(zip(against, claims), is_decided))
-        is_settled = pd.Series([pair in settled for pair in zip(partner, claims)], table.index)
-        return table[~partner.isin(against) | (is_decided & ~is_settled)]
+        is_decided = table["verdict"] != "undecided"
+        every, settled = set(zip(against, claims)), set(itertools.compress(zip(against, claims), is_decided))
+        partners = list(zip(against + MATCHED, claims))
+        has_partner = pd.Series([pair in every for pair in partners], table.index)
+        is_settled = pd.Series([pair in settled for pair in partners], table.index)
+        return table[~has_partner | (is_decided & ~is_settled)]
 
     def verdicts(self, run: str) -> list[str]:
         """What a run says of published numbers, of the released code's, and of claims."""
@@ -124,7 +130,7 @@ def claims(items: list[Item]) -> list[dict[str, str]]:
     """
     lines = []
     runs = [(item, run) for item in items for run in item.runs]
-    least = least_certain([item.judged(run) for item, run in runs])
+    least = least_certain([item.all_judged(run) for item, run in runs])
     for (item, run), over in itertools.product(runs, QUANTITIES):
         judged, where = item.judged(run), f"{item.title.partition(':')[0]}, {item.title_of(run)}"
         if not {"row", "against", over, "verdict", DIFFERENCE, "rests on"} <= set(judged):
@@ -162,7 +168,7 @@ def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def least_certain(judged: list[pd.DataFrame]) -> float:
-    """The largest p that is below `SURE` among all verdicts: Benjamini and Hochberg's rate of false discoveries.
+    """The largest p that Benjamini and Hochberg's procedure calls a discovery among all verdicts, shown or not.
 
     What is sure and yet undecided, for its zeros, is no discovery, and does not count.
     """
@@ -214,7 +220,8 @@ def read_item(item: Item, folder: Path) -> Item:
     """Add what the runs of an item left in its folder."""
     found: dict[str, list[dict[str, Any]]] = {}
     smoke = re.compile(r"-smoke(-|$)")  # these numbers only show that the code runs
-    stems = lambda pattern: sorted(path.stem for path in folder.glob(pattern) if not smoke.search(path.stem))
+    is_shown = lambda path: not (smoke.search(path.stem) or path.name.startswith("."))  # hidden: a run that failed
+    stems = lambda pattern: sorted(path.stem for path in folder.glob(pattern) if is_shown(path))
     tables = {name: item.read(pd.read_csv, folder / f"{name}.csv") for name in stems("*.csv")}
     item.tables = {name: table for name, table in tables.items() if table is not None}
     item.figures = stems("*.png")

@@ -34,7 +34,8 @@ def cells(models: str, notebooks: str, methods: str, extra: dict[str, Any]) -> d
             notebook has.
     """
     found, known, unused = {}, sorted(path.stem for path in HERE.glob("*.ipynb")), dict(extra)
-    for notebook, model, method in itertools.product(notebooks.split(","), models.split(","), methods.split(",")):
+    parts = ([part.strip() for part in names.split(",")] for names in (notebooks, models, methods))
+    for notebook, model, method in itertools.product(*parts):
         if notebook not in known:  # "../x" may be a file, too
             raise typer.BadParameter(f"unknown notebook {notebook!r}; known: {', '.join(known)}")
         if not re.fullmatch(r"[\w.-]*", method):
@@ -85,7 +86,9 @@ def run_cell(notebook: str, output: Path, parameters: dict[str, Any], gpus: str 
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     output.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(HERE / f"{notebook}.ipynb", output, parameters, progress_bar=False)
+    unfinished = output.with_name(f".{output.name}")  # what another run left stays until this one is through
+    papermill.execute_notebook(HERE / f"{notebook}.ipynb", unfinished, parameters, progress_bar=False)
+    unfinished.replace(output)
 
 
 def is_finished(output: Path, parameters: dict[str, Any]) -> bool:
@@ -141,14 +144,15 @@ def run_all(
     """
     waiting, running, failed = list(todo), {}, {}
     places = list(range(parallel))
-    own = lambda place: ",".join(map(str, range(place * gpus, (place + 1) * gpus)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(parallel * gpus)))
+    own = lambda place: ",".join(visible.split(",")[place * gpus : (place + 1) * gpus])
     bar = tqdm(total=len(todo), unit="cell")
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 name, place = waiting.pop(0), places.pop()
-                output, visible = folder / f"{name}.ipynb", own(place) if executor.cluster == "local" else None
-                job = executor.submit(run_cell, name.partition("-")[0], output, todo[name], visible)
+                output, numbers = folder / f"{name}.ipynb", own(place) if executor.cluster == "local" else None
+                job = executor.submit(run_cell, name.partition("-")[0], output, todo[name], numbers)
                 running[name] = job, place
             time.sleep(0.5)
             for name, (job, place) in [(name, entry) for name, entry in running.items() if entry[0].done()]:

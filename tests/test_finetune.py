@@ -239,9 +239,10 @@ def test_a_finished_checkpoint_is_read_and_one_of_another_run_refused(pruned, te
     for name, (network, windows, other) in others.items():
         with pytest.raises(ValueError, match=f"of a run with other {name}; give the same again"):
             besa.finetune(network, windows, report, other, checkpoint=path, progress=False)
-    path.write_bytes(b"no state")
-    with pytest.raises(ValueError, match="is no state of finetune"):
-        besa.finetune(model, text, report, config, checkpoint=path, progress=False)
+    for content in (b"no state", b"task,acc", b"stderr", b"Result", b"", b"\x80\x02}q"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no state of finetune"):
+            besa.finetune(model, text, report, config, checkpoint=path, progress=False)
     for nowhere in (tmp_path, tmp_path / "no" / "state.pt"):
         with pytest.raises(ValueError, match="name a file in a folder that is there"):
             besa.finetune(model, text, report, config, checkpoint=nowhere, progress=False)

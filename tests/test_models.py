@@ -210,6 +210,16 @@ def test_a_typo_is_answered_with_the_near_names_and_without_the_hub(monkeypatch,
     assert models.source_of(name) == name
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-7b"])
+def test_a_folder_named_as_a_known_model_is_not_taken_for_it(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    for ask in (besa.load_model, models.load_tokenizer, find_checkpoint):
+        with pytest.raises(ValueError, match=f"'{name}' is a model's name and a folder's here; for the folder give '/"):
+            ask(name)
+    assert models.source_of(str(tmp_path / name)) == str(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "me/llama7b", "./llama7b", "/models/llama-7b", "mistral-7b"])
 def test_other_names_are_the_hubs_or_a_folders(name):
     assert models.source_of(name) == name

@@ -299,6 +299,14 @@ def test_the_fastest_product_is_measured_once_on_a_machine(monkeypatch, tmp_path
     packed_module._known_products.cache_clear()  # another process
     monkeypatch.setattr(packed_module, "_measure_products", lambda *_: pytest.fail("measured again"))
     assert packed._fastest(16) == found
+    (path,) = (tmp_path / "packed").glob("products-*.json")
+    path.write_text(json.dumps({"another's": "dense"}))  # which began before this one wrote, and wrote after it
+    monkeypatch.setattr(packed_module, "_measure_products", lambda *_: "packed")
+    packed_module._fastest("new", packed, 1)
+    assert json.loads(path.read_text()).keys() > {"another's"}
+    path.write_text("[]")
+    packed_module._known_products.cache_clear()
+    assert packed_module._fastest("new", packed, 1) == "packed"
 
 
 @tiled

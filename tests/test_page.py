@@ -307,6 +307,39 @@ def test_what_is_decided_alone_and_not_among_all_is_marked(folders):
     assert text.count("% †") == 2
 
 
+def test_what_decided_among_all_is_does_not_hang_on_what_is_shown(folders):
+    """Beside a row with a partner only what is decided is shown; what is not counts among all claims, too."""
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    lines = [
+        "a,b-matched,c4,-5% ± 1%,holds,1 draw,0.02",
+        *(f"r{i},b-matched,c4,-5% ± 1%,undecided,1 draw,0.5" for i in "12"),
+    ]
+    lines += [f"{row},b,c4,-5% ± 1%,undecided,1 draw,0.6" for row in ("a", "r1", "r2")]
+    path, columns = (
+        folders[1] / "table1" / "llama-7b-quick-verdicts.csv",
+        "row,against,text,difference ± standard error",
+    )
+    path.write_text("\n".join([f"{columns},verdict,rests on,p", *lines[:1]]))
+    assert "% †" not in report_of(folders)[0]
+    path.write_text("\n".join([f"{columns},verdict,rests on,p", *lines]))
+    text, _ = report_of(folders)
+    assert "| a | b-matched | perplexity | c4 -5% ± 1% † |" in text and "| a | b |" not in text
+
+
+def test_a_row_without_a_partner_of_its_own_is_shown(folders):
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    columns = "row,against,text,difference ± standard error,verdict,rests on,p"
+    lines = ["a,b-matched,c4,-5% ± 1%,undecided,1 draw,0.5", "c,b,c4,-4% ± 3%,undecided,1 draw,0.4"]
+    (folders[1] / "table1" / "llama-7b-quick-verdicts.csv").write_text("\n".join([columns, *lines]))
+    assert "| c | b | perplexity | c4 -4% ± 3% |" in report_of(folders)[0]
+
+
+def test_what_a_failed_run_left_hidden_is_no_notebook_of_the_report(folders):
+    run(folders, "llama-7b", "quick", wanda=7.3)
+    (folders[1] / "table1" / ".table1.ipynb").write_text((folders[0] / "table1.ipynb").read_text())
+    assert ".table1.ipynb" not in report_of(folders)[0]
+
+
 def test_a_notebook_that_ran_other_code_is_said_to(folders):
     cells = [nbformat.v4.new_markdown_cell("# Table 1"), nbformat.v4.new_code_cell("a = 1")]
     given = nbformat.v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]})

@@ -140,6 +140,15 @@ def test_the_readme_says_what_table_4_judged():
     ours, other = (f"{100 * table[row, 'v_proj']:.1f}" for row in ("besa-row-wise", "wanda"))
     said = f"`v_proj`, of which BESA prunes {ours} %, takes more than plain Wanda's, at 50 %;"
     assert said in PROSE and other == "50.0"
+    marked = {
+        (line.split(" | ")[1], kind)
+        for line in (ROOT / "reproduce" / "README.md").read_text().splitlines()
+        if line.startswith("| besa-row-wise |") and " | cycles | " in line
+        for kind in re.findall(r"(\w+) [+-]\d+\.\d+% ± \d+\.\d+% †", line)
+    }
+    of_sparsegpt = {("sparsegpt-matched", "o_proj"), ("sparsegpt-matched", "gate_proj")}
+    assert marked == {("wanda", "v_proj"), *of_sparsegpt}
+    assert "That, and two of the five beside SparseGPT, do not survive correction for the number of claims." in PROSE
 
 
 def test_the_readme_says_what_table_3_judged():

@@ -27,6 +27,7 @@ from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
 from besa.checkpoint import plan
 from besa.checkpoint import run as shards
+from besa.checkpoint.pack import pack_checkpoint
 from besa.machine import memory
 from besa.machine.device import resolve_device
 from besa.machine.files import sha256
@@ -407,11 +408,29 @@ def test_mixed_precisions_are_refused_by_tensor(source, tmp_path, windows):
 
 
 def test_another_models_tokenizer_is_refused(source, tmp_path, windows):
+    plain = tokenizers.Tokenizer(token_models.WordLevel({f"w{i}": i for i in range(98)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(source)
+    with pytest.raises(ValueError, match="has 98 tokens, but the model has 97 embeddings"):
+        prune(source, tmp_path / "out", windows)
+
+
+def test_added_tokens_may_lie_beyond_the_embeddings(source, tmp_path, windows):
+    """As the image token of Gemma 3's models of text alone, and a padding token that nobody made room for."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens(["more", "than", "fit"])
     tokenizer.save_pretrained(source)
-    with pytest.raises(ValueError, match="has 98 tokens, but the model has 97 embeddings"):
-        prune(source, tmp_path / "out", windows)
+    assert len(tokenizer) > 97
+    prune(source, tmp_path / "out", windows, besa.Wanda())
+    assert weights(tmp_path / "out")
+
+
+def test_an_unfinished_run_is_packed_by_nobody_and_says_how_it_goes_on(source, tmp_path, windows):
+    out = tmp_path / "out"
+    prune(source, out, windows, besa.Wanda())
+    (out / checkpoint.INDEX).unlink()
+    with pytest.raises(ValueError, match="out is an unfinished run of `besa prune`, which the same command continues"):
+        pack_checkpoint(out, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.parametrize("full_at", ["shard", "note"])

@@ -78,8 +78,45 @@ def test_bad_options_are_refused_before_any_job(tmp_path, option, value, words):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_notebook_is_replaced_only_by_one_that_ran_through(tmp_path, monkeypatch):
+    run_cell, output = script["run_cell"], tmp_path / "table1-x.ipynb"
+    output.write_text("the last good one")
+    write = lambda source, path, *_, **__: Path(path).write_text("another")
+
+    def fail(*arguments, **_):
+        write(*arguments)
+        raise RuntimeError("a cell")
+
+    monkeypatch.setattr(run_cell.__globals__["papermill"], "execute_notebook", fail)
+    with pytest.raises(RuntimeError, match="a cell"):
+        run_cell("table1", output, {}, None)
+    assert output.read_text() == "the last good one"
+    monkeypatch.setattr(run_cell.__globals__["papermill"], "execute_notebook", write)
+    run_cell("table1", output, {}, None)
+    assert output.read_text() == "another" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("visible, expected", [("2,3", {"2", "3"}), (None, {"0", "1"})])
+def test_jobs_of_this_machine_share_the_gpus_that_it_shows(tmp_path, monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    class Executor:
+        cluster, given = "local", set()
+
+        def submit(self, _, notebook, output, parameters, gpus):
+            self.given.add(gpus)
+            return type("Job", (), {"done": lambda self: True, "exception": lambda self: None})()
+
+    executor = Executor()
+    executor.given = set()
+    assert not script["run_all"](executor, {"table1-a": {}, "table1-b": {}}, tmp_path, parallel=2, gpus=1)
+    assert executor.given == expected
+
+
 def test_a_parameter_of_one_of_two_notebooks_is_its_own_and_methods_of_one_without_are_refused():
-    found = script["cells"]("smollm2-135m", "table1,table2", "", {"tasks": "piqa"})
+    found = script["cells"]("smollm2-135m", "table1, table2", "", {"tasks": "piqa"})
     assert found["table2-smollm2-135m"]["tasks"] == "piqa" and "tasks" not in found["table1-smollm2-135m"]
     with pytest.raises(typer.BadParameter, match="allocation has no methods to run apart, but model, blocks"):
         script["cells"]("smollm2-135m", "allocation", "wanda", {})

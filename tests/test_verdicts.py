@@ -120,6 +120,14 @@ def test_wanda_may_have_fewer_zeros_by_a_weight_a_row(method, short, verdict, ot
     assert list(found["verdict"]) == [verdict]
 
 
+def test_rows_beside_wanda_may_not_have_fewer_zeros_by_a_weight_a_row():
+    rows = [record("a", {"t": 18.0}, sparsity=0.7 - 0.0006), record("b", {"t": 20.0}, sparsity=0.7)]
+    rows[1] |= {"projections": [{"columns": 1000}]}
+    rows[1]["config"]["method"] = {"method": "wanda"}
+    samples = {"a": {"t": losses(2.9, 1.0)}, "b": {"t": losses(3.0, 1.0)}}
+    assert list(judge(rows, [("a", "b")], lambda each: samples[each["config"]["row"]])["verdict"]) == ["undecided"]
+
+
 @pytest.mark.parametrize(
     "perplexities, verdict", [([18.0], "undecided"), ([18.0, 18.1], "undecided"), ([18.0, 18.1, 18.2], "holds")]
 )

@@ -21,6 +21,8 @@ from besa.machine.device import resolve_dtype
 from besa.machine.files import HALF_WRITTEN, replacing, sha256, write_text, writing
 from besa.packed_files import METHOD
 
+STATE = "besa"
+"""Folder in a run's output for what is no part of the checkpoint."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -38,6 +40,8 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def _no_safetensors(name: str, found: str) -> str:
+    if (Path(name) / STATE / "run.json").is_file():
+        return f"{name} is an unfinished run of `besa prune`, which the same command continues"
     return (
         f"{name} has neither model.safetensors nor {INDEX}{found}. Where you trust it, convert it: "
         f"AutoModelForCausalLM.from_pretrained({name!r}, dtype='auto').save_pretrained('NEW_FOLDER'), and the same for "
@@ -136,11 +140,13 @@ def check_tokenizer(model: PreTrainedModel, folder: Path, trust_remote_code: boo
     """Refuse a tokenizer that is not the model's; a checkpoint may come without one.
 
     Raises:
-        ValueError: it has more tokens than the model has embeddings.
+        ValueError: it has more tokens than the model has embeddings. Those added to it do not count: Gemma 3's for
+            images has none in a model of text alone.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return
-    n_tokens, n_ids = len(load_tokenizer(str(folder), trust_remote_code)), model.get_input_embeddings().num_embeddings
+    n_ids = model.get_input_embeddings().num_embeddings
+    n_tokens = load_tokenizer(str(folder), trust_remote_code).vocab_size
     if n_tokens > n_ids:
         raise ValueError(
             f"the tokenizer in {folder} has {n_tokens} tokens, but the model has {n_ids} embeddings: it is not the "

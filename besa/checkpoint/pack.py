@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
+    STATE,
     carried,
     carry_over,
     check_apart,
@@ -19,7 +20,6 @@ from besa.checkpoint.format import (
     write_index,
     write_shard,
 )
-from besa.checkpoint.resume import STATE
 from besa.decoder import find_blocks
 from besa.machine.files import check_same, mark_of, write_text
 from besa.masks import KeepMasks

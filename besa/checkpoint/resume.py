@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from besa.checkpoint.format import shard_paths
+from besa.checkpoint.format import STATE, shard_paths
 from besa.machine import files
 from besa.machine.files import HALF_WRITTEN, mark_of, sha256, tensor_sha256, write_note
 from besa.machine.processes import n_ranks
 from besa.prune import Method
 
-STATE = "besa"
-"""Folder in the output for what is no part of the checkpoint."""
 _AFTERWARDS = ("finetune.py", "adapters.py", "packed.py", "packed_files.py", "packed_kernels.py", "checkpoint/pack.py")
 _MEASURING = ("machine/memory.py", "machine/provenance.py", "checkpoint/plan.py", "checkpoint/large.py", "report.py")
 _BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", *_MEASURING, *_AFTERWARDS, "__init__.py", "__main__.py")

@@ -115,7 +115,7 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
 
 
 def _definition(name: str, documents: Path | None, builtin: Path) -> dict[str, Any]:
-    """What is said in place of lm-eval's own file, which lies below `builtin`; without documents, only that no split
+    """What overrides lm-eval's own file, which lies below `builtin`; without documents, only that no split
     but the scored one counts."""
     source = TASKS[name]
     scored = source.split if source.split == "validation" else None

@@ -195,9 +195,14 @@ def source_of(name: str) -> str:
     """Hub id or folder of a model by a name that `load_model` takes.
 
     Raises:
-        ValueError: it is no folder and nearly one of the known names; the hub, which would be tried again and again
-            where it is out of reach, is not asked.
+        ValueError: it is a known name and a folder, or no folder and nearly one of the known names; the hub, which
+            would be tried again and again where it is out of reach, is not asked.
     """
+    if name in (*EMBEDDED, *PAPER_MODELS) and Path(name).is_dir():
+        raise ValueError(
+            f"{name!r} is a model's name and a folder's here; for the folder give {str(Path(name).absolute())!r}, for "
+            "the model rename the folder"
+        )
     if name in EMBEDDED:
         return str(assets.derive(name, _convert))
     near = difflib.get_close_matches(name, [*EMBEDDED, *PAPER_MODELS], cutoff=0.7)

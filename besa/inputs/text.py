@@ -1,7 +1,7 @@
 """Name -> text -> calibration windows (n_samples, seq_len) and test token streams (n_tokens,).
 
-A text is looked for in `$BESA_DATA/<name>/<split>.jsonl` (a `text` field per line; any name, splits train and test),
-then among the embedded assets, then on the Hugging Face hub.
+A text is looked for in `$BESA_DATA/<name>/<split>.jsonl` (a `text` field per line; any name, splits train and test, of
+c4 train and validation), then among the embedded assets, then on the Hugging Face hub.
 """
 
 import contextlib
@@ -278,8 +278,8 @@ def _column(path: Path, column: str) -> Sequence[str]:
         return datasets.load_dataset(builder, data_files=str(path), split="train")[column]
     except Exception as error:  # datasets raises many kinds
         raise FileNotFoundError(
-            f"{path}, from the hub, is damaged or has no column {column!r} ({type(error).__name__}); remove it, and "
-            "the same call fetches it again"
+            f"{path.resolve()}, from the hub, is damaged or has no column {column!r} ({type(error).__name__}); remove "
+            "it, and the same call fetches it again"
         ) from error
 
 

@@ -1,10 +1,11 @@
 """What long work has come to, in a file from which the same work goes on."""
 
 import hashlib
-import pickle
+import struct
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class StateFile:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             there = state["identity"]
             others = [key for key, now in self.identity.items() if there[key] != now]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, struct.error, PickleError) as error:
             raise ValueError(f"checkpoint {name} is no state of {self._work} ({error}); {advice}") from error
         if others:
             raise ValueError(f"checkpoint {name} is of a run with other {others[0]}; {advice}")

@@ -51,10 +51,10 @@ def judge(
         for name in pairs[0][0]["metrics"] if pairs else ():
             differences = _differences(pairs, name, samples, by_factor)
             about = {"row": ours, "against": other, over: name}
-            same = SAME_ZEROS
+            fewer = SAME_ZEROS
             if (pairs[0][1]["config"].get("method") or {}).get("method") == "wanda":  # prunes whole numbers in each row
-                same = 1 / min(row["columns"] for _, record in pairs for row in record["projections"])
-            lines.append(about | _verdict(pairs, differences, by_factor, same))
+                fewer = 1 / min(row["columns"] for _, record in pairs for row in record["projections"])
+            lines.append(about | _verdict(pairs, differences, by_factor, fewer))
     return pd.DataFrame(lines).set_index("row") if lines else pd.DataFrame()
 
 
@@ -99,17 +99,17 @@ def _verdict(
     pairs: list[tuple[Record, Record]],
     differences: list[Float[np.ndarray, "draws _"]],
     by_factor: bool,
-    same: float,
+    fewer: float,
 ) -> dict[str, str]:
     """The difference, what it rests on, and what it says of the claim.
 
     Args:
-        same: fractions of zeros that are taken for equal.
+        fewer: by so much may the other row's fraction of zeros be below ours, and count as equal.
     """
     mean, error, p = paired(differences)
     zeros = [sum(record["sparsity"] for record in row) / len(pairs) for row in zip(*pairs)]
     is_better = (mean < 0) == by_factor
-    more = zeros[0] - zeros[1] if is_better else zeros[1] - zeros[0]  # of the better row
+    is_fair = zeros[0] - zeros[1] >= -SAME_ZEROS if is_better else zeros[1] - zeros[0] >= -fewer
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
     shown = _factor(mean, error) if by_factor else f"{mean:+.2f} ± {error:.2f}"
     rests_on = [f"{n} {'segments' if by_factor else 'questions'}"] * (n > 1)
@@ -118,7 +118,7 @@ def _verdict(
         "zeros": " and ".join(f"{zero:.4f}" for zero in zeros),
         "rests on": ", ".join([*rests_on, f"{n_draws} draw" + "s" * (n_draws > 1)]),
         "p": f"{p:.2g}",
-        "verdict": ("holds" if is_better else "does not hold") if p < SURE and more >= -same else "undecided",
+        "verdict": ("holds" if is_better else "does not hold") if p < SURE and is_fair else "undecided",
     }
 
 
