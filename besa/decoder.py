@@ -258,7 +258,7 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
 
 
 def _same(call: BlockCall, other: BlockCall) -> bool:
-    """Whether two calls are the same but for the hidden states; what blocks would write into never is."""
+    """Whether two calls agree beside the hidden states; never with a cache that blocks write into."""
     leaves = [tree_leaves((each.args, each.kwargs)) for each in (call, other)]
     if any(isinstance(leaf, dict) for leaf in leaves[0]):
         return False

@@ -302,7 +302,7 @@ WRITERS = {
     "a text": lambda path: write_text(path, "new"),
     "a shard": lambda path: checkpoint.write_shard({"a": torch.zeros(3)}, path),
     "keep-masks": lambda path: KeepMasks().save(path),
-    "codes": lambda path: save_quantized({}, path),
+    "codes": lambda path: save_quantized({(0, "q"): besa.Quantize().codes(torch.ones(2, 8))}, path),
 }
 
 

@@ -29,8 +29,8 @@ class Plan:
     block_bytes: int
     """Memory of the device that computes, beside the hidden states."""
     streams_bytes: int
-    """Hidden states of this rank's windows: what enters a block, what it must reproduce, and with a block's
-    reconstruction the dense model's too."""
+    """Hidden states of this rank's windows: what enters a block and what it must reproduce; with `reconstruct` three
+    more."""
     device_free: int
     host_free: int
     disk_bytes: int

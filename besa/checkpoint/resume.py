@@ -132,8 +132,8 @@ def identity_of(source: Path, output: Path, windows: Tensor, method: Method, dev
 
 
 def classes_of(method: Method) -> dict[str, str | None]:
-    """The classes of a method that `code_hash` leaves out, as yours, with what changes with their code as it does; None
-    where there is no source."""
+    """Class name -> a hash of its code, for a method's classes that `code_hash` leaves out, such as yours; None without
+    source."""
     found: dict[str, str | None] = {}
     for kind in type(method).__mro__[:-1]:
         package, _, inside = kind.__module__.partition(".")

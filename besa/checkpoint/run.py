@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
     INDEX,
+    STATE,
     carried,
     carry_over,
     check_apart,
@@ -37,7 +38,6 @@ from besa.checkpoint.format import (
 )
 from besa.checkpoint.plan import HiddenStates, Plan, bytes_for, make_plan, n_streams
 from besa.checkpoint.resume import (
-    STATE,
     check_free,
     finished_blocks,
     identity_of,

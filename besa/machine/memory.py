@@ -73,7 +73,7 @@ class Cost:
 def measure(device: torch.device | None = None) -> Iterator[Cost]:
     """Time a piece of work and take its peak memory, on the device that computes; None is the CPU.
 
-    Within another `measure`, it lets that one's `peak_bytes` begin anew.
+    Within another `measure`, it resets that one's `peak_bytes`.
     """
     cost, on_gpu = Cost(), device is not None and device.type == "cuda"
     if on_gpu:
