@@ -162,15 +162,11 @@ class BudgetLearner(Learner):
     def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
         """How many weights of each row go."""
         rows = [len(each.weight) for each in self.allocations.values()]
-        columns = self._of_rows([each.weight.shape[1] for each in self.allocations.values()])
+        columns = torch.tensor([each.weight.shape[1] for each in self.allocations.values()])
+        columns = columns.repeat_interleave(torch.tensor(rows)).to(self.sizes.device)
         shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
         counts = self._whole(torch.cat(shares) * columns, columns)
         return dict(zip(self.allocations, counts.split(rows), strict=True))
-
-    def _of_rows(self, numbers: list[int]) -> Tensor:
-        """A number of each projection, for each of its rows."""
-        rows = torch.tensor([len(each.weight) for each in self.allocations.values()])
-        return torch.tensor(numbers).repeat_interleave(rows).to(self.sizes.device)
 
     def _whole(self, wanted: Tensor, columns: Tensor) -> Tensor:
         return whole_counts(wanted, columns, self.total)

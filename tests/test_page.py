@@ -307,7 +307,7 @@ def test_what_is_decided_alone_and_not_among_all_is_marked(folders):
     assert text.count("% †") == 2
 
 
-def test_what_decided_among_all_is_does_not_hang_on_what_is_shown(folders):
+def test_claims_that_are_not_shown_count_among_all(folders):
     """Beside a row with a partner only what is decided is shown; what is not counts among all claims, too."""
     run(folders, "llama-7b", "quick", wanda=7.3)
     lines = [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -102,17 +103,15 @@ def test_jobs_of_this_machine_share_the_gpus_that_it_shows(tmp_path, monkeypatch
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
-    class Executor:
-        cluster, given = "local", set()
+    given = set()
 
-        def submit(self, _, notebook, output, parameters, gpus):
-            self.given.add(gpus)
-            return type("Job", (), {"done": lambda self: True, "exception": lambda self: None})()
+    def submit(_, notebook, output, parameters, gpus):
+        given.add(gpus)
+        return SimpleNamespace(done=lambda: True, exception=lambda: None)
 
-    executor = Executor()
-    executor.given = set()
+    executor = SimpleNamespace(cluster="local", submit=submit)
     assert not script["run_all"](executor, {"table1-a": {}, "table1-b": {}}, tmp_path, parallel=2, gpus=1)
-    assert executor.given == expected
+    assert given == expected
 
 
 def test_a_parameter_of_one_of_two_notebooks_is_its_own_and_methods_of_one_without_are_refused():

@@ -224,8 +224,8 @@ def carried(source: Path) -> list[Path]:
         ValueError: a link that leads out of the folder (but for the hub's own cache): nobody knows what a copy would
             make public.
     """
-    found = dict.fromkeys(path for pattern in CARRIED for path in sorted(source.glob(pattern)))
-    paths = [path for path in found if path.is_file()]
+    found = (path for pattern in CARRIED for path in sorted(source.glob(pattern)) if path.is_file())
+    paths = list(dict.fromkeys(found))  # a LICENSE.txt is of two patterns
     folder = source.resolve()
     inside = [folder] + [folder.parents[1] / "blobs"] * (folder.parent.name == "snapshots")
     for path in paths:

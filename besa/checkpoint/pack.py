@@ -54,9 +54,8 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
         if not packed:
             raise ValueError(f"nothing in {str(source)!r} is smaller packed: it has too few zeros; prune it first")
         carry_over(folder, temporary)
-        config = json.loads((folder / "config.json").read_bytes()) | {
-            "quantization_config": described(packed).to_dict()
-        }
+        config = json.loads((folder / "config.json").read_bytes())
+        config["quantization_config"] = described(packed).to_dict()
         write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
         write_index(shards, temporary)
         before, after = (sum(path.stat().st_size for path in paths) for paths in (marks, shards))
