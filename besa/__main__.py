@@ -5,6 +5,7 @@ What is heavy is imported where it is used, so that `--help` answers at once.
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +43,8 @@ def _options(
 
 @contextlib.contextmanager
 def _plainly(again: str = "starts anew") -> Iterator[None]:
-    """What a user can mend is one line, not a traceback."""
+    """What a user can mend is one line, not a traceback; a scheduler that ends the process counts as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what is half-written would stay
     try:
         from besa.machine import processes
 
@@ -61,6 +63,8 @@ def _plainly(again: str = "starts anew") -> Iterator[None]:
             raise
         typer.echo(f"besa: rank {os.environ['RANK']} lost the others ({str(error).splitlines()[0]})", err=True)
         raise typer.Exit(1) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -162,6 +166,7 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Perplexity and zero-shot accuracy of a model; `torchrun ... -m besa evaluate` shares the segments out."""
+    from besa.evaluate.perplexity import count_segments
     from besa.evaluate.tasks import load_task
     from besa.evaluate.zero_shot import check_request
     from besa.inputs.models import load_tokenizer
@@ -177,13 +182,14 @@ def evaluate(
     tokenizer = load_tokenizer(source, trust_remote_code)
     most = max_segments and max_segments * seq_len
     streams = {text: besa.test_tokens(text, tokenizer)[:most] for text in filter(None, texts.split(","))}
+    n_segments = {text: count_segments(tokens, seq_len) for text, tokens in streams.items()}
     for name in asked:
         load_task(name)
     model, _ = besa.load_model(source, dtype, device, trust_remote_code=trust_remote_code)
     quiet = processes.rank() > 0
     for text, tokens in streams.items():
         value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
-        _say(f"perplexity on {text}: {value:.4f} over {len(tokens) // seq_len} segments of {seq_len} tokens")
+        _say(f"perplexity on {text}: {value:.4f} over {n_segments[text]} segments of {seq_len} tokens")
     if asked:
         scores = besa.zero_shot(model, tokenizer, asked, limit, progress=not quiet, checkpoint=checkpoint)
         _say(scores.to_frame()[["acc", "stderr", "n", "of"]].to_string())

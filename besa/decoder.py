@@ -118,7 +118,7 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
     """Refuse what cannot be pruned, before any work.
 
     Args:
-        values: look at the weights too, which reads all of them.
+        values: look at the weights too, which reads all of them; without, they may be on the meta device.
 
     Raises:
         ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, part of a
@@ -182,7 +182,7 @@ def _no_linear(module: nn.Module) -> str | None:
 
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:
     owner = block.get_submodule(name.rpartition(".")[0])
-    if parameter.is_meta:
+    if values and parameter.is_meta:
         return "the weights are not in memory (meta device); `besa.prune_checkpoint` takes the model by its name"
     if parameter.is_inference():
         return "its weights were made within torch.inference_mode(); load the model outside"

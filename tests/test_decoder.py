@@ -151,6 +151,7 @@ def test_refuses_parts_that_take_more_than_hidden_states_of_each_window(windows)
 def test_refuses_meta_weights(tiny_llama):
     with pytest.raises(ValueError, match=r"block 0, .*meta"):
         check_model(tiny_llama.to("meta"))
+    check_model(tiny_llama, values=False)
 
 
 @pytest.mark.parametrize(

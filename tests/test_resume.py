@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import besa
-from besa.checkpoint.format import STATE
 from besa.checkpoint.resume import classes_of, code_hash, open_run
+from besa.inputs.models import STATE
 from besa.paper.analysis import WandaOneKind
 
 PACKAGE = Path(__file__).parents[1] / "besa"

@@ -19,13 +19,13 @@ import torch
 import transformers
 from test_decoder import ARCHITECTURES, build
 from tokenizers import models as token_models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import besa
 from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
-from besa.checkpoint import plan
+from besa.checkpoint import large, plan
 from besa.checkpoint import run as shards
 from besa.checkpoint.pack import pack_checkpoint
 from besa.machine import memory
@@ -113,11 +113,14 @@ def test_every_architecture_goes_through_and_back(architecture, tied, tmp_path):
     prune(source, tmp_path / "out", windows)
     besa.prune(model, windows, METHODS["besa"], progress=False)
     assert_same(load(tmp_path / "out"), model)
-    stored = {}
+    stored, total = {}, 0
     for path in (tmp_path / "out").glob("*.safetensors"):
-        stored |= {name: path.name for name in safetensors.torch.load_file(path)}
+        tensors = safetensors.torch.load_file(path)
+        stored |= dict.fromkeys(tensors, path.name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     assert stored.keys() == safetensors.torch.load_file(source / "model.safetensors").keys()  # none missing, none extra
-    assert json.loads((tmp_path / "out" / checkpoint.INDEX).read_text())["weight_map"] == stored
+    index = json.loads((tmp_path / "out" / checkpoint.INDEX).read_text())
+    assert index["weight_map"] == stored and index["metadata"]["total_size"] == total
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
@@ -424,12 +427,30 @@ def test_added_tokens_may_lie_beyond_the_embeddings(source, tmp_path, windows):
     assert weights(tmp_path / "out")
 
 
-def test_an_unfinished_run_is_packed_by_nobody_and_says_how_it_goes_on(source, tmp_path, windows):
+def test_experts_are_refused_before_their_weights_are_fetched(tmp_path, windows, monkeypatch):
+    shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        experts = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, num_local_experts=2))
+    for module in (shards, large):
+        monkeypatch.setattr(module, "load_shapes", lambda *_: experts)
+        monkeypatch.setattr(module, "find_checkpoint", lambda *_: pytest.fail("the weights were fetched"))
+    for check in (besa.prune_checkpoint, besa.plan_checkpoint):
+        with pytest.raises(ValueError, match=r"block 0, mlp\..*mixture-of-experts"):
+            check("me/experts", tmp_path / "out", windows, besa.Wanda(), device="cpu")
+    with pytest.raises(ValueError, match="mixture-of-experts"):
+        large.precision_that_fits("me/experts", windows, [besa.Wanda()], tmp_path, None, torch.device("cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run_is_read_by_nobody_and_says_how_it_goes_on(source, tmp_path, windows):
     out = tmp_path / "out"
     prune(source, out, windows, besa.Wanda())
     (out / checkpoint.INDEX).unlink()
-    with pytest.raises(ValueError, match="out is an unfinished run of `besa prune`, which the same command continues"):
-        pack_checkpoint(out, tmp_path / "packed")
+    unfinished = "out is an unfinished run of `besa prune`, which the same command continues"
+    for reads in (besa.load_model, lambda folder: pack_checkpoint(folder, tmp_path / "packed")):
+        with pytest.raises(ValueError, match=unfinished):
+            reads(out)
     assert not (tmp_path / "packed").exists()
 
 
@@ -752,6 +773,7 @@ LATE = {
     "evaluate MODEL --texts words,nope": "unknown text 'nope'; known: wikitext2, c4, ptb, sotu, wiki, or a folder",
     "evaluate MODEL --texts words,odd": "odd/test.jsonl, line 1: every line must be a JSON object",
     "evaluate MODEL --texts words,half": "the text 'half' has no test.jsonl in",
+    "evaluate MODEL --texts words --seq-len 99999": "8000 tokens do not fill one segment of seq_len=99999",
     "evaluate MODEL --texts words --device cuda:99": "device 'cuda:99' cannot be used here",
     "evaluate MODEL --texts words --device tpu": "device 'tpu' cannot be used here",
     "evaluate MODEL --texts words --dtype int8": "dtype 'int8' is not one of bfloat16, float16, float32",
@@ -816,6 +838,30 @@ def test_only_what_continues_says_so_when_it_is_interrupted(no_type_checks, sour
     for line, words in ((["pack", *places], "starts anew"), (["prune", *places, *options], "continues")):
         result = CliRunner().invoke(app, line)
         assert result.exit_code == 130 and result.output.endswith(f"besa: interrupted; the same command {words}\n")
+
+
+def test_a_scheduler_that_ends_the_process_leaves_nothing_half_written(no_type_checks, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "made" / "out")])
+    assert result.exit_code == 130 and result.output.endswith("besa: interrupted; the same command starts anew\n")
+    assert not [*(tmp_path / "made").iterdir()] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_export_blames_the_cache_that_is_full_not_its_output(no_type_checks, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "CACHE/model.safetensors was not written")
+
+    monkeypatch.setattr(checkpoint, "fetch", full)
+    result = CliRunner().invoke(app, ["export", "smollm2-135m", str(tmp_path / "out")])
+    assert "CACHE/model.safetensors" in result.output and str(tmp_path) not in result.output
+
+
+def test_what_could_be_no_new_folder_is_refused_before_anything_is_fetched(source, monkeypatch):
+    monkeypatch.setattr(checkpoint, "fetch", lambda *_: pytest.fail("it was fetched"))
+    for write in (checkpoint.export, pack_checkpoint):
+        with pytest.raises(ValueError, match="is not an empty folder; name another one"):
+            write("me/model", source)
 
 
 def test_a_dry_run_shows_the_plan(no_type_checks, source, tmp_path, text, monkeypatch):

@@ -21,8 +21,6 @@ from besa.machine.device import resolve_dtype
 from besa.machine.files import HALF_WRITTEN, replacing, sha256, write_text, writing
 from besa.packed_files import METHOD
 
-STATE = "besa"
-"""Folder in a run's output for what is no part of the checkpoint."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -40,8 +38,6 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def _no_safetensors(name: str, found: str) -> str:
-    if (Path(name) / STATE / "run.json").is_file():
-        return f"{name} is an unfinished run of `besa prune`, which the same command continues"
     return (
         f"{name} has neither model.safetensors nor {INDEX}{found}. Where you trust it, convert it: "
         f"AutoModelForCausalLM.from_pretrained({name!r}, dtype='auto').save_pretrained('NEW_FOLDER'), and the same for "
@@ -212,7 +208,7 @@ def write_index(shards: list[Path], folder: Path) -> None:
     for path in shards:
         with safetensors.safe_open(path, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), path.name)
-        total += path.stat().st_size
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 (no mapping)
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
@@ -263,20 +259,29 @@ def carry_over(source: Path, output: Path, written: dict[str, str] | None = None
     return sums, kept
 
 
+def check_new(folder: Path) -> None:
+    """Refuse what cannot become a folder of ours, before anything is fetched for it.
+
+    Raises:
+        ValueError: there is something in `folder`, something is mounted there, or its name is no UTF-8.
+    """
+    _check_name(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
+    if os.path.ismount(folder.resolve()):
+        raise ValueError(f"{str(folder)!r} is a mount point, which nothing can be renamed to; name a folder in it")
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` once everything is in it.
 
     Raises:
-        ValueError: there is something in `folder`, something is mounted there, or its name is no UTF-8.
+        ValueError: as `check_new`.
         OSError: the disk refuses it; nothing is left of it.
     """
-    _check_name(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is not an empty folder; name another one")
+    check_new(folder)
     folder = folder.resolve()  # where a link leads
-    if os.path.ismount(folder):
-        raise ValueError(f"{str(folder)!r} is a mount point, which nothing can be renamed to; name a folder in it")
     about = {"prefix": HALF_WRITTEN, "dir": folder.parent, "ignore_cleanup_errors": True}
     with writing(folder, "nothing is left of it"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -298,9 +303,10 @@ def export(name: str, folder: Path, dtype: str | None = None, trust_remote_code:
         ValueError: the name or dtype is unknown, or there is something in the folder.
     """
     precision = resolve_dtype(dtype, torch.device("cpu")) if dtype else None
+    check_new(folder)
+    model = open_checkpoint(find_checkpoint(name), trust_remote_code)
+    model = model.to(precision) if precision else model
     with new_folder(folder) as temporary:
-        model = open_checkpoint(find_checkpoint(name), trust_remote_code)
-        model = model.to(precision) if precision else model
         model.save_pretrained(temporary)
         load_tokenizer(name, trust_remote_code).save_pretrained(temporary)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from besa.checkpoint.format import find_checkpoint, precision_of
 from besa.checkpoint.plan import bytes_for, gib, n_streams
 from besa.checkpoint.run import check_measures_blocks, prune_checkpoint
-from besa.decoder import Span, find_blocks
+from besa.decoder import Span, check_model, find_blocks
 from besa.inputs.models import load_shapes, weight_bytes
 from besa.machine.device import resolve_dtype
 from besa.machine.memory import USABLE, free_device
@@ -81,6 +81,8 @@ def precision_that_fits(
     """
     shapes, pruning = load_shapes(name), [method for method in methods if method]
     precision = dtype or resolve_dtype(None, device)
+    if pruning:
+        check_model(shapes, values=False)
     for method in pruning:
         check_fit(shapes, windows, method, None)
     needed = [_bytes_needed(shapes, windows, precision, device, method, reconstruct) for method in pruning]

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
-    STATE,
     carried,
     carry_over,
     check_apart,
+    check_new,
     find_checkpoint,
     new_folder,
     open_checkpoint,
@@ -21,6 +21,7 @@ from besa.checkpoint.format import (
     write_shard,
 )
 from besa.decoder import find_blocks
+from besa.inputs.models import STATE
 from besa.machine.files import check_same, mark_of, write_text
 from besa.masks import KeepMasks
 from besa.packed import pack_block
@@ -44,7 +45,9 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
         ValueError: source and output do not go together, masks or codes are of other weights, or nothing would shrink.
         OSError: the disk refuses a file.
     """
-    folder, output = find_checkpoint(source), Path(output)
+    output = Path(output)
+    check_new(output)
+    folder = find_checkpoint(source)
     check_apart(folder, output)
     carried(folder)
     marks = {path: mark_of(path) for path in shard_paths(folder)}

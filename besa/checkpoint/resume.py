@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from besa.checkpoint.format import STATE, shard_paths
+from besa.checkpoint.format import shard_paths
+from besa.inputs.models import STATE
 from besa.machine import files
 from besa.machine.files import HALF_WRITTEN, mark_of, sha256, tensor_sha256, write_note
 from besa.machine.processes import n_ranks

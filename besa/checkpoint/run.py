@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
     INDEX,
-    STATE,
     carried,
     carry_over,
     check_apart,
@@ -47,7 +46,7 @@ from besa.checkpoint.resume import (
     remove_half_written,
 )
 from besa.decoder import Span, check_model, find_blocks, members, projections
-from besa.inputs.models import load_shapes, source_of
+from besa.inputs.models import STATE, load_shapes, source_of
 from besa.machine.device import resolve_device
 from besa.machine.fields import checked
 from besa.machine.files import check_same, mark_of, sha256, write_note, write_text, writing
@@ -159,6 +158,7 @@ def _unseen(
         return None
     check_free(output)
     shapes = load_shapes(str(source), trust_remote_code)
+    check_model(shapes, values=False)
     check_fit(shapes, windows, method, reconstruct)
     return shapes.to(shapes.config.dtype or torch.float32)
 

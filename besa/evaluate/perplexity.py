@@ -52,9 +52,7 @@ def perplexity(
             than the model's context, or a segment whose own perplexity is NaN or beyond float64; names the segment.
     """
     check_tokens(model, tokens, seq_len)
-    n_segments = len(tokens) // seq_len
-    if n_segments == 0:
-        raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
+    n_segments = count_segments(tokens, seq_len)
     config = model.config.get_text_config()
     segments, bos = tokens[: n_segments * seq_len].view(n_segments, seq_len), getattr(config, "bos_token_id", None)
     segments = with_bos(segments, config.model_type, bos)
@@ -80,6 +78,17 @@ def perplexity(
     value = Perplexity(math.exp(sum(losses) / (n_segments * (seq_len - 1))))
     value.losses = torch.tensor(losses, dtype=torch.float64) / (seq_len - 1)
     return value
+
+
+def count_segments(tokens: Int64[Tensor, "n_tokens"], seq_len: int) -> int:
+    """How many whole segments a text has.
+
+    Raises:
+        ValueError: none.
+    """
+    if len(tokens) < seq_len:
+        raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")
+    return len(tokens) // seq_len
 
 
 def _problem(nats: float, segment: int) -> str | None:

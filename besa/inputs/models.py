@@ -45,6 +45,8 @@ PAPER_MODELS = {
 }
 
 INDEX = "model.safetensors.index.json"
+STATE = "besa"
+"""Folder in a run's output for what is no part of the checkpoint."""
 CARRIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*")
 """Files beside the weights that belong to a checkpoint: configuration, tokenizer, its own code, licence."""
 _OTHER_FORMS = ("*/*.safetensors", "*/*.bin", "consolidated*")
@@ -220,11 +222,11 @@ def fetch(name: str, *weights: str) -> Path:
         weights: patterns of the files of weights that are to be there, too.
 
     Raises:
-        ValueError: it is no folder, and not delivered by the hub; says why, and the way out.
+        ValueError: it is an unfinished run's, or no folder and not delivered by the hub; says why, and the way out.
     """
     source = source_of(name)
     if Path(source).is_dir():
-        return Path(source)
+        return _finished(Path(source))
     patterns = {"allow_patterns": [*CARRIED, *weights], "ignore_patterns": [*_OTHER_FORMS]}
     try:
         return hub.fetch(huggingface_hub.snapshot_download, source, **patterns, tqdm_class=hub.Late)
@@ -233,6 +235,14 @@ def fetch(name: str, *weights: str) -> Path:
             f"cannot load the model {source!r}: it is no folder, and {refused}; without a hub, take "
             f"{', '.join(EMBEDDED)} or a local folder"
         ) from refused
+
+
+def _finished(folder: Path) -> Path:
+    """Refuse the output of a run that is not at its end: its index comes last."""
+    is_whole = any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
+    if (folder / STATE / "run.json").is_file() and not is_whole:
+        raise ValueError(f"{folder} is an unfinished run of `besa prune`, which the same command continues")
+    return folder
 
 
 def whole_shards(folder: Path) -> list[Path]:
