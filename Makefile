@@ -71,12 +71,14 @@ book: venv
 	.venv/bin/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir reproduce/book . build/book
 	cp build/book/README.html build/book/index.html
 
-# The notebooks, which take longest, come first: at the end one process would wait for the other.
+# What takes longest comes first, notebooks and the file of checkpoints: at the end one process would wait for the other.
+LONG := tests/test_shards.py
 test: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	BESA_PROFILE=smoke BESA_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile \
-		--no-loadscope-reorder --nbval-lax --nbval-current-env reproduce notebooks tests
+		--no-loadscope-reorder --nbval-lax --nbval-current-env \
+		reproduce notebooks $(LONG) $(filter-out $(LONG), $(sort $(wildcard tests/test_*.py)))
 
 # What is marked gpu, then one block of each shape against its floor: a table and records under results/cost.
 test-gpu: venv
