@@ -28,7 +28,7 @@ from besa.masks import ranks_of_rows, slices
 
 
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
-    """p_d = 1, ..., 0 in `n` equal steps, with the float32 rounding of the released code's `arange(1, -0.01, -0.01)`.
+    """`n` rates p_d = 1, ..., 0, equally far apart, rounded as the released code's `arange(1, -0.01, -0.01)`.
 
     The rounding moves some floor(C p_d) by one.
     """
@@ -120,15 +120,14 @@ class Allocation:
     weight: Float[Tensor, "rows columns"]
     ranking: Ranking
     rates: Float32[Tensor, "n"]
-    groups: int
     smooth: bool
     out: Float[Tensor, "rows columns"]
     """Holds the masked weight between forward and backward, so that no step allocates one."""
 
     @classmethod
-    def create(cls, weight: Tensor, importance: Tensor, rates: Tensor, groups: int, smooth: bool) -> "Allocation":
+    def create(cls, weight: Tensor, importance: Tensor, rates: Tensor, smooth: bool) -> "Allocation":
         ranking = rank_rows(importance, candidate_counts(rates, weight.shape[1]))
-        return cls(weight, ranking, rates, groups, smooth, torch.empty_like(weight))
+        return cls(weight, ranking, rates, smooth, torch.empty_like(weight))
 
     def __call__(
         self, logits: Float32[Tensor, "groups n"], weight: Float[Tensor, "rows columns"] | None = None

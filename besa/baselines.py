@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from besa.besa import Besa
 from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
@@ -44,11 +43,6 @@ class Wanda(Method):
     """Quantize the weights by plain min-max first and prune what that makes of them; with sparsity 0, quantize only."""
 
     name: ClassVar[str] = "wanda"
-
-    def check(self, model: PreTrainedModel) -> None:
-        super().check(model)
-        if self.quantize:
-            self.quantize.check(model, self.ignore)
 
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics()

@@ -153,8 +153,6 @@ class Besa(Method):
                 raise ValueError(f"block {index}, {name}: {rows} rows do not divide into groups of {self.row_group}")
         if self._has_budget:
             self._check_budgets(self._sizes(model))
-        if self.quantize:
-            self.quantize.check(model, self.ignore)
 
     @property
     def _has_budget(self) -> bool:

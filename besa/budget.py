@@ -72,7 +72,9 @@ class _BudgetedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, alpha, weight, ranking, out):
         ctx.alpha, ctx.weight, ctx.ranking = alpha.detach(), weight.detach(), ranking
-        ctx.pruned = _thresholds(alpha, *weight.shape)
+        rows, columns = weight.shape
+        # The rank that each row's kept weights start at.
+        ctx.pruned = (ctx.alpha * columns).round().long().repeat_interleave(rows // len(alpha))
         return masked_rows(weight, ranking.ranks, ctx.pruned, out).view_as(out)
 
     @staticmethod
@@ -88,11 +90,6 @@ class _BudgetedWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_weight = masked_rows(grad, ctx.ranking.ranks, ctx.pruned, torch.empty_like(grad))
         return -((below.gather(1, high) - below.gather(1, low)) / width)[:, 0], to_weight, None, None
-
-
-def _thresholds(alpha: Float32[Tensor, "groups"], rows: int, columns: int) -> Int64[Tensor, "rows"]:
-    """The rank that a row's kept weights start at."""
-    return (alpha.detach() * columns).round().long().repeat_interleave(rows // len(alpha))
 
 
 @dataclass(frozen=True)

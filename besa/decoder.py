@@ -383,13 +383,11 @@ def run_until(
     def stop(_, inputs: tuple[Tensor, ...]) -> None:
         raise _Entered(inputs[0])
 
-    handle = block.get_submodule(name).register_forward_pre_hook(stop)
     try:
-        run_block(block, hidden, call, weights)
+        with block.get_submodule(name).register_forward_pre_hook(stop):
+            run_block(block, hidden, call, weights)
     except _Entered as entered:
         return entered.args[0]
-    finally:
-        handle.remove()
     raise ValueError(f"{name}: never called; conditional projections are not supported")
 
 
@@ -399,11 +397,8 @@ def run_past(
 ) -> tuple[Float[Tensor, "*batch columns"], Float[Tensor, "batch seq_len n_out"]]:
     """What enters a projection of a block, which it calls, and what leaves the block."""
     entered: list[Tensor] = []
-    handle = block.get_submodule(name).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-    try:
+    with block.get_submodule(name).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
         output = run_block(block, hidden, call)
-    finally:
-        handle.remove()
     return entered[0], output
 
 
@@ -451,7 +446,7 @@ class Remembered:
         return output
 
     def _put_out(self, number: int) -> Tensor:
-        entered = self._room[number : number + 1].to(device_of(self._part), non_blocking=True)
+        entered = to_device_of(self._part, self._room[number : number + 1])
         return self._block.get_submodule(self._last)(entered)
 
 
@@ -462,12 +457,10 @@ def inputs_shared(
     """Names of projections in the order in which the block calls them, those that are fed by one tensor together."""
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # id -> (the tensor, kept alive so that the id stays its own; names)
     note = lambda name: lambda _, inputs: seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in linear.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in linear.items():
+            hooks.enter_context(module.register_forward_pre_hook(note(name)))
         run_block(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [names for _, names in seen.values()]
 
 
@@ -493,12 +486,9 @@ def record_part(
         rest = BlockCall(bound.args[1:], bound.kwargs, isinstance(output, tuple))
         seen.append((bound.args[0], rest, output[0] if rest.in_tuple else output))
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_hook(hook, with_kwargs=True):
         for window in hidden.split(1):
             run_block(block, to_device_of(block, window), call, weights)
-    finally:
-        handle.remove()
     inputs, calls, outputs = zip(*seen, strict=True)
     if not all(_same(calls[0], other) for other in calls):
         raise ValueError(f"{part} takes more than hidden states of each window: take reconstruct=1, the whole block")
@@ -517,11 +507,8 @@ def run_blocks(
         options: what the model takes beside the tokens, such as its own `attention_mask` and `position_ids`.
     """
     left: list[Any] = []
-    handle = find_blocks(model)[-1].register_forward_hook(lambda _, __, output: left.append(output))
-    try:
+    with find_blocks(model)[-1].register_forward_hook(lambda _, __, output: left.append(output)):
         model.base_model(tokens.to(model.device), use_cache=False, **options)
-    finally:
-        handle.remove()
     in_tuple = isinstance(left[0], tuple)
     return left[0][0] if in_tuple else left[0], BlockCall((), {}, in_tuple)
 

@@ -200,7 +200,7 @@ def finetune(
     result = FineTuned(config)
     with measure(model.device) as cost, frozen(model), frozen(dense or model):
         state = StateFile(checkpoint, "finetune", partial(_identity, model, windows, pruned, config, dense))
-        with _open(model, report, pruned, config) as trained:
+        with _Masters(pruned) if config.kind == "full" else _Adapters(model, report, config) as trained:
             training = _Training(model, windows, trained, result, dense)
             training.resume(state.read())
             with tqdm(total=training.n_steps, desc="finetune", unit="step", disable=not progress) as bar:
@@ -363,10 +363,6 @@ class _Adapters:
         """Leave the sum of weights and these values in the model."""
         _assign(self.parameters, values)
         self.adapted.merge_and_unload()
-
-
-def _open(model: PreTrainedModel, report: Masks, pruned: Pruned, config: FineTune) -> _Masters | _Adapters:
-    return _Masters(pruned) if config.kind == "full" else _Adapters(model, report, config)
 
 
 def _assign(parameters: Sequence[Tensor], values: list[Tensor]) -> None:

@@ -57,14 +57,12 @@ def collect_statistics(
         else:
             statistics[name] = statistics[owner]
 
-    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in projections.items()]
-    for last in list(projections.values())[-1:]:  # there is none where a block is ignored
-        handles.append(last.register_forward_hook(lambda *_: current.clear()))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in projections.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(hook, name)))
+        for last in list(projections.values())[-1:]:  # there is none where a block is ignored
+            hooks.enter_context(last.register_forward_hook(lambda *_: current.clear()))
         yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _accumulate(statistics: dict[str, InputStatistics], name: str, x: Tensor, n_samples: int, hessian: bool) -> None:

@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa.machine.device import deterministic
-from besa.machine.threads import in_threads, numba, over_rows
+from besa.machine.threads import numba, over_rows
 
 if numba is not None:
     import numpy as np
+
+    from besa.machine.threads import in_threads
 
 
 @dataclass(frozen=True)

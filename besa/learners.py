@@ -63,8 +63,7 @@ class Learner:
         method = self.method
         rates, groups = candidate_rates(method.candidates).to(device), self._groups(weights)
         self.allocations = {
-            name: Allocation.create(weight, importances(name), rates, groups[name], method.smooth)
-            for name, weight in weights.items()
+            name: Allocation.create(weight, importances(name), rates, method.smooth) for name, weight in weights.items()
         }
         # Starting at 0, every candidate is equally likely: sparsity one half.
         self.theta = _Flat({name: (n, method.candidates) for name, n in groups.items()}, 0.0, device)

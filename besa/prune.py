@@ -139,6 +139,8 @@ class Method:
                     f"block {index}, {name}: {columns} columns do not divide into the groups of {m} of pattern "
                     f"{self.pattern!r}; take another M, or ignore the projection"
                 )
+        if self.quantize:
+            self.quantize.check(model, self.ignore)
 
     @property
     def measures_model(self) -> bool:

@@ -96,16 +96,10 @@ class Report:
     def summary(self) -> pd.DataFrame:
         """One row per kind of projection: its sparsity over all blocks, lowest and highest, and its mean error."""
         frame = self.to_frame()
-        kinds = frame.groupby("projection", sort=False)
-        low_high = kinds["sparsity"].agg(["min", "max"])
-        weights = frame["rows"] * frame["columns"]
-        sparsity = (
-            frame["zeros"].groupby(frame["projection"], sort=False).sum()
-            / weights.groupby(frame["projection"], sort=False).sum()
-        )
-        return low_high.assign(projection_error=kinds["projection_error"].mean()).assign(sparsity=sparsity)[
-            ["sparsity", "min", "max", "projection_error"]
-        ]
+        kinds = frame.assign(weights=frame["rows"] * frame["columns"]).groupby("projection", sort=False)
+        table = kinds["sparsity"].agg(["min", "max"]).assign(projection_error=kinds["projection_error"].mean())
+        table.insert(0, "sparsity", kinds["zeros"].sum() / kinds["weights"].sum())
+        return table
 
     def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
         """Heat map of the sparsity, blocks x projections."""

@@ -48,10 +48,8 @@ def block_losses(
         if not torch.isfinite(added[index]).all():
             raise ValueError(f"the loss with block {index} pruned is not finite; {way_out(model.dtype)}")
         hidden = dense
-    whole = sum(
-        _loss_from(model, len(blocks), *each) for each in zip(hidden, [calls] * len(hidden), windows, strict=True)
-    )
-    return added - whole / len(windows)
+    pairs = zip(hidden, windows, strict=True)
+    return added - sum(_loss_from(model, len(blocks), state, calls, tokens) for state, tokens in pairs) / len(windows)
 
 
 def _loss_from(model: PreTrainedModel, start: int, hidden: Tensor, calls: list[BlockCall], tokens: Tensor) -> float:

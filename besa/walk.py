@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -428,21 +429,17 @@ def _projection_errors(linear: dict[str, nn.Linear], weights: dict[str, Tensor])
     errors: dict[str, float] = {}
     before = {name: projection.weight for name, projection in linear.items()}
 
-    def hook(name: str, x: Tensor) -> None:
+    def hook(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if name not in errors:
+            x = inputs[0]
             output = nn.functional.linear(x, before[name]).float()
             lost = nn.functional.linear(x, before[name] - weights[name]).float()
             errors[name] = float(lost.square().sum() / output.square().sum().clamp_min(1e-30))
 
-    handles = [
-        projection.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, inputs[0]))
-        for name, projection in linear.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, projection in linear.items():
+            hooks.enter_context(projection.register_forward_pre_hook(partial(hook, name)))
         yield errors
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

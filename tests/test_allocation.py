@@ -1,7 +1,11 @@
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+import besa
 from besa import kernels
 from besa.allocation import Allocation, candidate_counts, candidate_rates, rank_rows, reachable_sparsity, simplex
 from besa.machine import threads
@@ -24,7 +28,7 @@ def test_gradient_equals_autograd_through_the_probability_matrix(groups, n, smoo
     torch.manual_seed(groups + n)
     weight, scores, grad = torch.randn(3, 12, 40)
     logits = torch.randn(groups, n, requires_grad=True)
-    masked, _ = Allocation.create(weight, scores, candidate_rates(n), groups, smooth)(logits)
+    masked, _ = Allocation.create(weight, scores, candidate_rates(n), smooth)(logits)
     expected = straight_through(weight, scores, logits, smooth)
     torch.testing.assert_close(masked, expected)
     (ours,) = torch.autograd.grad((masked * grad).sum(), logits)
@@ -73,6 +77,17 @@ def test_compiled_kernels_equal_plain_torch(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "numba", None)
     assert torch.equal(compiled, kernels.masked_rows(weight, ranking.ranks, counts, torch.empty_like(weight)))
     torch.testing.assert_close(sums, kernels.bucket_sums(grad, weight, ranking, 101), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_are_there_where_numba_is_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for module, package in ((threads, besa.machine), (kernels, besa)):
+        monkeypatch.delitem(sys.modules, module.__name__)
+        monkeypatch.setattr(package, module.__name__.rpartition(".")[2], module)  # put back behind this test
+    plain, weight = importlib.import_module("besa.kernels"), torch.ones(2, 3)
+    assert plain is not kernels and plain.numba is None
+    masked = plain.masked_rows(weight, torch.arange(3).repeat(2, 1), torch.tensor([0, 2]), torch.empty_like(weight))
+    assert masked.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_a_compiled_update_of_sparsegpt_is_plain_torchs_to_the_bit(monkeypatch):

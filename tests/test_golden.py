@@ -41,7 +41,7 @@ def test_projection_equals_the_released_code(case):
     close(scores, golden["importance"])
 
     rates = candidate_rates(101)
-    allocation = Allocation.create(weight, scores, rates, len(logits), smooth=case != "row_nosmooth")
+    allocation = Allocation.create(weight, scores, rates, smooth=case != "row_nosmooth")
     masked, alpha = allocation(logits)
     close(alpha.mean(), golden["sparsity"])
     assert torch.equal(allocation.keep_mask(logits), golden["keep_mask"].bool())

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -425,6 +426,11 @@ def test_added_tokens_may_lie_beyond_the_embeddings(source, tmp_path, windows):
     assert len(tokenizer) > 97
     prune(source, tmp_path / "out", windows, besa.Wanda())
     assert weights(tmp_path / "out")
+
+
+def test_a_checkpoint_may_lie_in_the_root_folder():
+    root = Path("/").resolve()  # as containers mount them
+    assert all(path.parent == root for path in checkpoint.carried(root))
 
 
 def test_experts_are_refused_before_their_weights_are_fetched(tmp_path, windows, monkeypatch):

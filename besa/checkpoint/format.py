@@ -132,7 +132,7 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
     return model.eval().requires_grad_(False)
 
 
-def check_tokenizer(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
+def check_tokenizer(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
     """Refuse a tokenizer that is not the model's; a checkpoint may come without one.
 
     Raises:
@@ -223,7 +223,7 @@ def carried(source: Path) -> list[Path]:
     found = (path for pattern in CARRIED for path in sorted(source.glob(pattern)) if path.is_file())
     paths = list(dict.fromkeys(found))  # a LICENSE.txt is of two patterns
     folder = source.resolve()
-    inside = [folder] + [folder.parents[1] / "blobs"] * (folder.parent.name == "snapshots")
+    inside = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
     for path in paths:
         if not any(path.resolve().is_relative_to(root) for root in inside):
             raise ValueError(

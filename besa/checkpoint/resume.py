@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 import textwrap
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import besa
 from besa.checkpoint.format import shard_paths
 from besa.inputs.models import STATE
 from besa.machine import files
 from besa.machine.files import HALF_WRITTEN, mark_of, sha256, tensor_sha256, write_note
 from besa.machine.processes import n_ranks
+from besa.machine.provenance import installed_version
 from besa.prune import Method
 
 _AFTERWARDS = ("finetune.py", "adapters.py", "packed.py", "packed_files.py", "packed_kernels.py", "checkpoint/pack.py")
@@ -120,12 +121,14 @@ def _first_difference(there: dict[str, Any], now: dict[str, Any]) -> tuple[str, 
     return next((name, old, new) for name, old, new in pairs if old != new)
 
 
-def identity_of(source: Path, output: Path, windows: Tensor, method: Method, device: torch.device) -> dict[str, Any]:
+def identity_of(
+    source: Path, output: Path, windows: Tensor, method: Method, device: torch.device, progress: bool
+) -> dict[str, Any]:
     """What the output's bytes depend on, beside the kind of processor."""
     return {
         "method": method.config(),
         "windows": {"shape": list(windows.shape), "sha256": tensor_sha256(windows)},
-        "source": _source_sums(source, output),
+        "source": _source_sums(source, output, progress),
         "device": device.type,
         "ranks": n_ranks(),
         "versions": _versions() | classes_of(method),
@@ -147,14 +150,8 @@ def classes_of(method: Method) -> dict[str, str | None]:
 
 
 def _versions() -> dict[str, str | None]:
-    from besa import __version__  # the package imports this file
-
-    found: dict[str, str | None] = {"besa": f"{__version__}+{_own_code()}"}
-    for package in ("torch", "transformers", "prodigyopt", "numba"):
-        found[package] = None
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    packages = ("torch", "transformers", "prodigyopt", "numba")
+    return {"besa": f"{besa.__version__}+{_own_code()}"} | {each: installed_version(each) for each in packages}
 
 
 @functools.cache  # what this process runs does not change with its files
@@ -183,14 +180,14 @@ def _without_words(source: str) -> bytes:
     return ast.dump(tree).encode()
 
 
-def _source_sums(source: Path, output: Path) -> dict[str, str]:
+def _source_sums(source: Path, output: Path, progress: bool) -> dict[str, str]:
     """sha256 by file; a file of the same size and time as when it was last summed is not read again."""
     path = output / STATE / "source.json"
     known = note_or_nothing(path)
     seen = {}
     code = [path for path in sorted(source.glob("*.py")) if path.is_file()]
     paths = [*shard_paths(source), source / "config.json", *code]
-    for file in tqdm(paths, desc="sha256", unit="file", leave=False):
+    for file in tqdm(paths, desc="sha256", unit="file", leave=False, disable=not progress):
         mark, old = mark_of(file), known.get(file.name)
         same = isinstance(old, dict) and old.get("mark") == mark and isinstance(old.get("sha256"), str)
         seen[file.name] = old if same else {"mark": mark, "sha256": sha256(file)}

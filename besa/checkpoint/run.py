@@ -291,7 +291,7 @@ class Shards:
             raise ValueError(f"another process writes to {str(self.output)!r}; wait for it, or stop it") from None
         remove_half_written(self.output)
         notes, damaged = finished_blocks(self.output)
-        identity = identity_of(self.source, self.output, self.windows, self.method, self.device)
+        identity = identity_of(self.source, self.output, self.windows, self.method, self.device, self.progress)
         identity["reconstruct"] = self.reconstruct.config() if self.reconstruct else None
         open_run(self.output, identity, len(notes) + len(damaged), {"provenance": provenance(str(self.device))})
         for name in damaged:

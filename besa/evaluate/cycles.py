@@ -105,15 +105,15 @@ def _cycles(work: int, pe_columns: int) -> int:
 def simulate_model(
     model: PreTrainedModel,
     keep_masks: Mapping[tuple[int, str], Bool[Tensor, "rows columns"]] | None = None,
-    patched: tuple[str, ...] = ("down_proj",),
 ) -> pd.DataFrame:
     """`simulate_cycles` of every projection of a model, from its keep-masks.
+
+    The accelerator gets `down_proj` in square patches, cut along its columns (the last one as wide as what is left);
+    their cycles add up.
 
     Args:
         model: any decoder whose blocks `besa.decoder` finds; its weights are not looked at.
         keep_masks: `Report.keep_masks`; None for a model of which nothing is pruned.
-        patched: last parts of the names of projections that the accelerator gets in square patches, cut along their
-            columns (the last one as wide as what is left); their cycles add up.
 
     Returns:
         One row per block and projection: `block`, `projection`, `kind` (the last part of its name), `rows`, `columns`,
@@ -124,7 +124,7 @@ def simulate_model(
         for name, projection in projections(block).items():
             (rows, columns), kind = projection.weight.shape, name.rpartition(".")[2]
             keep_mask = keep_masks[index, name] if keep_masks else torch.ones(rows, columns, dtype=torch.bool)
-            patches = keep_mask.split(rows, dim=1) if kind in patched else [keep_mask]
+            patches = keep_mask.split(rows, dim=1) if kind == "down_proj" else [keep_mask]
             runs = [simulate_cycles(patch) for patch in patches]
             kept = sum(run.dense_kept + run.sparse_kept for run in runs)
             table.append(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 
 from besa.inputs import assets
-from besa.inputs.text import Kinds, read_lines
+from besa.inputs.text import Kinds, local_file, read_lines
 
 if TYPE_CHECKING:
     import lm_eval.api.task
@@ -129,11 +129,9 @@ def _definition(name: str, documents: Path | None, builtin: Path) -> dict[str, A
 
 def _local(name: str) -> Path | None:
     """The user's own file, where there is one, its lines checked."""
-    folder = os.environ.get("BESA_DATA")
-    local = Path(folder).expanduser() / name / f"{TASKS[name].split}.jsonl" if folder else None
-    if not (local and local.is_file()):
-        return None
-    read_lines(local, TASKS[name].fields)
+    local = local_file(name, TASKS[name].split)
+    if local:
+        read_lines(local, TASKS[name].fields)
     return local
 
 

@@ -170,9 +170,8 @@ test_tokens.__test__ = False  # a function of the module, not a test for pytest 
 def load_documents(name: str, split: str) -> Sequence[str]:
     """The documents of one split of a text, in their order at the source."""
     text = _text(name)
-    folder = _local(name)
-    if folder and (folder / f"{split}.jsonl").is_file():
-        return [line["text"] for line in read_lines(folder / f"{split}.jsonl", {"text": str})]
+    if local := local_file(name, split):
+        return [line["text"] for line in read_lines(local, {"text": str})]
     if name == "sotu":
         return _sotu(split)
     if name == "wiki":
@@ -219,6 +218,12 @@ def _local(name: str) -> Path | None:
     base = os.environ.get("BESA_DATA")
     folder = Path(base).expanduser() / name if base else None
     return folder if folder and folder.is_dir() else None
+
+
+def local_file(name: str, split: str) -> Path | None:
+    """`$BESA_DATA/<name>/<split>.jsonl`, where it is there."""
+    path = (folder := _local(name)) and folder / f"{split}.jsonl"
+    return path if path and path.is_file() else None
 
 
 def _text(name: str) -> Text:
@@ -361,9 +366,10 @@ def _pack(
     end_of_text: int | None,
 ) -> Int64[Tensor, "n_samples seq_len"]:
     end = torch.tensor([] if end_of_text is None else [end_of_text], dtype=torch.int64)
-    parts, n_tokens = [], 0
-    for document in _shuffled(documents, rng):
-        parts += [encode(document), end]
+    order, parts, n_tokens = list(range(len(documents))), [], 0
+    rng.shuffle(order)
+    for index in order:
+        parts += [encode(documents[index]), end]
         n_tokens += len(parts[-2]) + len(end)
         if n_tokens >= n_samples * seq_len:
             return torch.cat(parts)[: n_samples * seq_len].view(n_samples, seq_len)
@@ -371,9 +377,3 @@ def _pack(
         f"{name!r} has {n_tokens} tokens in {len(documents)} documents, {n_samples} windows of {seq_len} need "
         f"{n_samples * seq_len}: take at most n_samples={n_tokens // seq_len}."
     )
-
-
-def _shuffled(documents: Sequence[str], rng: random.Random) -> Iterator[str]:
-    order = list(range(len(documents)))
-    rng.shuffle(order)
-    return (documents[index] for index in order)

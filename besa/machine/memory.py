@@ -111,7 +111,7 @@ def _watch_anonymous(cost: Cost) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(0.02):
-            cost.peak_anonymous_bytes = max(cost.peak_anonymous_bytes, anonymous_bytes())
+            cost.peak_anonymous_bytes = max(cost.peak_anonymous_bytes, _status("RssAnon"))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -120,11 +120,6 @@ def _watch_anonymous(cost: Cost) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-
-
-def anonymous_bytes() -> int:
-    """Host memory of this process that no file backs: what cannot be dropped and read again (Linux only, else 0)."""
-    return _status("RssAnon")
 
 
 def _status(field: str) -> int:

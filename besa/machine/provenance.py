@@ -36,7 +36,7 @@ def provenance(device: str = "auto") -> dict[str, Any]:
     """
     own = _is_source_tree() and _git("rev-parse", "--show-toplevel") == ROOT.as_posix()
     packages = ("torch", "transformers", "datasets", "prodigyopt", "numba", "numpy", "lm_eval")
-    installed = {package: _version(package) for package in packages}
+    installed = {package: installed_version(package) for package in packages}
     installed["torch"] = str(torch.__version__)  # PyPI's metadata leave out the build, such as +cu130
     return {
         "commit": (own and _git("rev-parse", "HEAD")) or f"besa {besa.__version__}",
@@ -55,7 +55,8 @@ def _is_source_tree() -> bool:
     return project.is_file() and tomllib.loads(project.read_text("utf-8")).get("project", {}).get("name") == "besa"
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a package by its name at PyPI; None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
 
