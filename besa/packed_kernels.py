@@ -30,7 +30,7 @@ try:
     from numba.core import cgutils, types
     from numba.extending import intrinsic
 
-    from besa.machine.threads import in_threads
+    from besa.machine.threads import compiled, in_threads
 except ImportError:  # numba trails new Python releases
     numba = None
 
@@ -561,13 +561,13 @@ if numba is not None:
         for row in range(first, last):
             _multiply_row(mask, row, values, starts[row], scale, zero_point, permutations, xs, x_sums, bias, out)
 
-    @numba.njit(nogil=True, cache=True)
+    @compiled
     @no_type_check
     def _ahead(at, start, later, word, step):
         """How far on the values lie that are needed next: what a step took so far, or where a `later` row starts."""
         return later - at if later else (at - start) // max(word, 1) * step
 
-    @numba.njit(nogil=True, cache=True)
+    @compiled
     @no_type_check
     def _store_tiles(sums, out, top, n):
         """`n` rows of `out` (rows, inputs) from `top` on become sums (pairs of tiles, passes, 2, lanes, 16, 16)."""
@@ -626,7 +626,7 @@ if numba is not None:
         for row in range(first, last):
             _unpack_row(mask, row, values, starts[row], scale, zero_point, permutations, out)
 
-    @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+    @functools.partial(compiled, fastmath={"reassoc"})
     @no_type_check
     def inputs_of_codes(tokens, n_inputs, n_words, n_groups):
         """Inputs for bfloat16 products with codes: of each word the even columns, then the odd ones; sums by group.

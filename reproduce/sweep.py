@@ -111,7 +111,7 @@ def main(
     parallel: Annotated[int, typer.Option(help="jobs at a time", min=1)] = 1,
     gpus: Annotated[int, typer.Option(help="per job; without any, a job computes on CPUs")] = 0,
     hours: Annotated[int, typer.Option(help="time limit of a job", min=1)] = 24,
-    partition: Annotated[str | None, typer.Option(help="of Slurm")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for sbatch: partition, account, mem, ...")] = None,
     folder: Annotated[Path, typer.Option(help="for executed notebooks and logs")] = ROOT / "results" / "sweep",
 ) -> None:
     """Run every cell of notebooks x models x methods that is not finished."""
@@ -125,10 +125,12 @@ def main(
         raise typer.BadParameter(
             f"{parallel} jobs of {gpus} GPU(s) at a time, but this machine has {torch.cuda.device_count()}"
         )
+    asked = {f"slurm_{name}": value for name, value in map(parsed, slurm or [])}
     executor = submitit.AutoExecutor(folder=folder / "logs", cluster=cluster)
-    executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus)
-    if partition:
-        executor.update_parameters(slurm_partition=partition)
+    try:
+        executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus or None, **asked)
+    except NameError as error:
+        raise typer.BadParameter(str(error)) from error
     failed = run_all(executor, todo, folder, parallel, gpus)
     for name, log in failed.items():
         typer.echo(f"failed: {name}, see {log}", err=True)

@@ -90,6 +90,14 @@ def test_kernels_are_there_where_numba_is_not(monkeypatch):
     assert masked.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+def test_where_no_folder_can_be_written_kernels_are_compiled_for_the_process_alone(monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(straight_through)
+    assert threads.compiled(lambda x: x + 1)(2) == 3
+
+
 def test_a_compiled_update_of_sparsegpt_is_plain_torchs_to_the_bit(monkeypatch):
     pytest.importorskip("numba")
     torch.manual_seed(0)

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import time
@@ -202,6 +203,15 @@ def sentencepiece_tokenizer():
     ids = [(name, special.index(name)) for name in ("<s>", "</s>")]
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def test_a_disk_that_refuses_datasets_its_copy_is_not_a_damaged_file(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "/home/me/.cache")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(OSError, match=r"\[Errno 30\].*x.parquet .*; set HF_DATASETS_CACHE to a folder with room"):
+        text._column(tmp_path / "x.parquet", "text")
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "words"])

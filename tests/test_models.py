@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import besa
 from besa.checkpoint.format import find_checkpoint, open_checkpoint
 from besa.inputs import models
-from besa.machine.device import resolve_dtype
+from besa.machine import processes
+from besa.machine.device import computes_bfloat16, resolve_dtype
 
 
 def test_a_local_folder_loads(tiny_llama, smollm2, tmp_path):
@@ -256,6 +257,19 @@ def test_dtype_defaults_to_what_the_device_computes_in(monkeypatch, native, on_c
     assert resolve_dtype(None, torch.device("cpu")) == getattr(torch, on_cpu)
     assert resolve_dtype(None, torch.device("cuda")) == getattr(torch, on_gpu)
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("platform, computes", [("linux", True), ("darwin", False)])
+def test_on_apple_silicon_torch_has_no_fast_bfloat16(monkeypatch, platform, computes):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"bf16": True})
+    monkeypatch.setattr("sys.platform", platform)
+    assert computes_bfloat16(torch.device("cpu")) is computes
+
+
+def test_a_torch_without_its_distributed_part_is_one_process(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_available", lambda: False)
+    monkeypatch.delattr("torch.distributed.is_initialized")
+    assert (processes.n_ranks(), processes.rank()) == (1, 0)
 
 
 def test_a_model_larger_than_the_gpu_is_spread_over_all_gpus_and_the_host(tiny_llama, monkeypatch, tmp_path):

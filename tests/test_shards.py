@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import besa
 from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
-from besa.checkpoint import large, plan
+from besa.checkpoint import large, plan, resume
 from besa.checkpoint import run as shards
 from besa.checkpoint.pack import pack_checkpoint
 from besa.machine import memory
@@ -267,9 +267,22 @@ def test_an_output_without_a_finished_block_takes_any_run(source, tmp_path, wind
 def test_two_processes_do_not_write_to_one_output(source, tmp_path, windows):
     with (
         shards.opened(source, tmp_path / "out", windows, METHODS["besa"], "cpu", False, False, None),
-        pytest.raises(ValueError, match="another process writes to"),
+        pytest.raises(ValueError, match=r"another process writes to .*; if none is left, delete .*/out/besa/lock"),
     ):
         prune(source, tmp_path / "out", windows)
+
+
+def test_sums_of_a_source_that_are_made_are_kept_when_the_run_ends(source, tmp_path, windows, monkeypatch):
+    def ends_behind_the_first(path):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return sha256(path)
+
+    monkeypatch.setattr(resume, "sha256", ends_behind_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", windows)
+    kept = json.loads((tmp_path / "out" / "besa" / "source.json").read_text())
+    assert kept["model.safetensors"]["sha256"] == sha256(source / "model.safetensors") and "config.json" not in kept
 
 
 def test_a_changed_configuration_of_the_source_is_refused(source, tmp_path, windows):
@@ -330,6 +343,9 @@ def test_another_version_is_refused(source, tmp_path, windows, monkeypatch):
     prune(source, tmp_path / "out", windows)
     monkeypatch.setattr(besa, "__version__", "99")
     with pytest.raises(ValueError, match=r"another versions \(besa\): '.*' there, '99\+.*' now"):
+        prune(source, tmp_path / "out", windows)
+    monkeypatch.setattr("platform.python_version_tuple", lambda: ("4", "2", "0"))
+    with pytest.raises(ValueError, match=r"another versions \(python\): '3\..*' there, '4.2' now"):
         prune(source, tmp_path / "out", windows)
 
 

@@ -70,6 +70,7 @@ def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short
         ("-p", "sparsity 0.6", "parameter 'sparsity 0.6' is not NAME=VALUE"),
         ("-p", "recipe={", "parameter 'recipe={' is not NAME=VALUE, with a value in YAML"),
         ("-p", "=7", "no parameter ''"),
+        ("--slurm", "partition", "parameter 'partition' is not NAME=VALUE"),
     ],
 )
 def test_bad_options_are_refused_before_any_job(tmp_path, option, value, words):
@@ -77,6 +78,12 @@ def test_bad_options_are_refused_before_any_job(tmp_path, option, value, words):
     result = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
     assert result.exit_code == 2 and words in " ".join(result.output.split())
     assert not (tmp_path / "sweep").exists()
+
+
+def test_what_sbatch_does_not_take_is_refused_before_any_job(tmp_path):
+    arguments = ["--models", "smollm2-135m", "--folder", str(tmp_path), "--slurm", "mem=8GB", "--slurm", "partiton=gpu"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
+    assert result.exit_code == 2 and "Unknown argument 'partiton'" in result.output
 
 
 def test_a_notebook_is_replaced_only_by_one_that_ran_through(tmp_path, monkeypatch):

@@ -289,6 +289,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             temporary = Path(around) / folder.name
             temporary.mkdir()
             yield temporary
+            if folder.is_dir():
+                folder.rmdir()  # an empty one, which Windows does not replace
             os.replace(temporary, folder)
 
 

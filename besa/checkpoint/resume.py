@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import platform
 import re
 import shutil
 import tempfile
@@ -151,7 +152,9 @@ def classes_of(method: Method) -> dict[str, str | None]:
 
 def _versions() -> dict[str, str | None]:
     packages = ("torch", "transformers", "prodigyopt", "numba")
-    return {"besa": f"{besa.__version__}+{_own_code()}"} | {each: installed_version(each) for each in packages}
+    python = ".".join(platform.python_version_tuple()[:2])  # before the code, whose hash another one changes
+    own = {"python": python, "besa": f"{besa.__version__}+{_own_code()}"}
+    return own | {each: installed_version(each) for each in packages}
 
 
 @functools.cache  # what this process runs does not change with its files
@@ -191,6 +194,7 @@ def _source_sums(source: Path, output: Path, progress: bool) -> dict[str, str]:
         mark, old = mark_of(file), known.get(file.name)
         same = isinstance(old, dict) and old.get("mark") == mark and isinstance(old.get("sha256"), str)
         seen[file.name] = old if same else {"mark": mark, "sha256": sha256(file)}
+        write_note(path, known | seen)  # a run that is ended meanwhile does not begin anew
     write_note(path, seen)
     return {name: entry["sha256"] for name, entry in seen.items()}
 

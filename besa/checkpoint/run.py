@@ -288,7 +288,10 @@ class Shards:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise ValueError(f"another process writes to {str(self.output)!r}; wait for it, or stop it") from None
+            raise ValueError(
+                f"another process writes to {str(self.output)!r}; wait for it, or stop it. Processes that are to share "
+                f"the windows are started by torchrun; if none is left, delete {self._lock.lock_file}"
+            ) from None
         remove_half_written(self.output)
         notes, damaged = finished_blocks(self.output)
         identity = identity_of(self.source, self.output, self.windows, self.method, self.device, self.progress)
@@ -440,7 +443,7 @@ class Shards:
             save_quantized(codes, paths[2])
         else:  # of another run, which was killed before it noted the block
             self._beside("codes", number).unlink(missing_ok=True)
-        sums = {str(path.relative_to(self.output)): sha256(path) for path in paths}
+        sums = {path.relative_to(self.output).as_posix(): sha256(path) for path in paths}
         write_note(self.output / STATE / f"block-{number:05d}.json", note | {"files": sums})
 
     def _beside(self, what: str, number: int) -> Path:

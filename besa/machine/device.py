@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,8 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = torch.cpu.get_capabilities()
-    return any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    arm = ("bf16",) if sys.platform != "darwin" else ()  # Apple's have instructions that torch does not use
+    return any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", *arm))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -86,10 +86,14 @@ def measure(device: torch.device | None = None) -> Iterator[Cost]:
     cost.peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()
 
 
-def _reset_peak_resident() -> None:
-    # glibc keeps what earlier work freed, unless asked; others have no such function, Windows no such library.
+def give_back() -> None:
+    """Ask for what earlier work freed, which glibc keeps; others have no such function, Windows no such library."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_peak_resident() -> None:
+    give_back()
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is the whole process's
         Path("/proc/self/clear_refs").write_text("5")
 

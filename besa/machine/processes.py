@@ -20,7 +20,7 @@ def joined() -> Iterator[None]:
     Raises:
         ValueError: more processes on this machine than it has GPUs.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _is_joined():
         yield
         return
     if torch.cuda.is_available():
@@ -36,13 +36,17 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()  # not on an error: nccl would wait for ranks that wait for this one
 
 
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()  # some builds of torch have no more of it than that
+
+
 def n_ranks() -> int:
     """How many processes there are.
 
     Raises:
         ValueError: torchrun started several, which do not know of each other.
     """
-    if dist.is_initialized():
+    if _is_joined():
         return dist.get_world_size()
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
         raise ValueError(
@@ -54,7 +58,7 @@ def n_ranks() -> int:
 
 def rank() -> int:
     """Which one this is, from 0; rank 0 writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _is_joined() else 0
 
 
 def sum_(tensor: Tensor) -> Tensor:

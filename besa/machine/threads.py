@@ -102,7 +102,15 @@ if numba is not None:
         names = ("co_filename", "co_firstlineno", "co_name", "co_qualname")
         code = _enter.__code__.replace(**{name: getattr(kernel.__code__, name) for name in names})
         enter = FunctionType(code, {"run": run, "__name__": kernel.__module__}, kernel.__name__)
-        return numba.njit(nogil=True, cache=True)(enter)
+        return compiled(enter)
+
+    @no_type_check
+    def compiled(function, **options):
+        """What numba makes of a function, which it keeps for later processes where it finds a folder to write to."""
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # neither beside the source nor in the home
+            return numba.njit(nogil=True, **options)(function)
 
     @no_type_check
     def _enter(team, n, first, last, args):
