@@ -6,6 +6,7 @@ import time
 import pytest
 import tokenizers
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import besa
@@ -223,6 +224,8 @@ def test_the_pieces_of_a_huge_text_have_the_tokens_of_the_whole(smollm2, monkeyp
     for at_once in (997, 20_000):
         monkeypatch.setattr(text, "AT_ONCE", at_once)
         assert besa.test_tokens("sotu", tokenizer).tolist() == expected
+        pieces = [*text._token_ids(tokenizer, "\n\n".join(documents), tqdm(disable=True))]
+        assert len(pieces) > len("\n\n".join(documents)) / at_once  # never the whole at once
 
 
 def test_a_line_without_spaces_is_cut_all_the_same(smollm2, monkeypatch):

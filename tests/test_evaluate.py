@@ -39,7 +39,10 @@ def test_perplexity_does_not_depend_on_how_the_head_is_cut(tiny_llama, monkeypat
     tokens = torch.arange(64) % 97
     whole = besa.perplexity(tiny_llama, tokens, 64, progress=False)
     monkeypatch.setitem(evaluate.LOGITS_AT_ONCE, "cpu", 97 * 5)
+    head, sizes = evaluate.run_head, []
+    monkeypatch.setattr(evaluate, "run_head", lambda *given: sizes.append(given[1].shape[1]) or head(*given))
     assert besa.perplexity(tiny_llama, tokens, 64, progress=False) == pytest.approx(whole, rel=1e-6)
+    assert max(sizes) == 5 and sum(sizes) == 63
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors
 import torch
 from test_shards import load, prune, source, weights  # noqa: F401 (a fixture)
+from typer.testing import CliRunner
 
 import besa
+from besa.__main__ import app
 from besa.checkpoint import format as checkpoint
 from besa.checkpoint import pack, resume
 from besa.checkpoint import run as shards
@@ -159,9 +159,8 @@ def test_code_runs_only_with_the_flag_and_nobody_is_asked(with_code, tmp_path, m
 
 
 def test_evaluate_does_not_take_yes_from_a_pipe(with_code, tmp_path):
-    command = [sys.executable, "-m", "besa", "evaluate", str(with_code), "--device", "cpu", "--texts", ""]
-    done = subprocess.run(command, input="y\n", capture_output=True, text=True)
-    assert done.returncode == 1 and "--trust-remote-code" in done.stderr
+    done = CliRunner().invoke(app, ["evaluate", str(with_code), "--device", "cpu", "--texts", ""], input="y\n")
+    assert done.exit_code == 1 and "--trust-remote-code" in done.output
     assert not (tmp_path / "executed").exists()
 
 
@@ -171,6 +170,12 @@ DAMAGE = [b"", b"{", b"[]", b"{}", b"null", b"\xff\x00", b"[" * 100000]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_note_is_read_as_nothing(tmp_path, damage):
+    (tmp_path / "note.json").write_bytes(damage)
+    assert resume.note_or_nothing(tmp_path / "note.json") == {}
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}"])
 def test_damaged_notes_heal_or_are_named(made, tmp_path, damage):
     out = made()
     before, notes = weights(out), {path: path.read_bytes() for path in (out / "besa").glob("*.json")}

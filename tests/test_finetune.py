@@ -1,11 +1,13 @@
 """Fine-tuning of the whole model: the loss falls, every zero stays, an interruption changes no bit."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from test_decoder import ARCHITECTURES, build
 from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 import besa
 from besa.decoder import find_blocks, projections
@@ -88,8 +90,11 @@ def test_models_of_every_architecture_learn_and_keep_their_zeros(architecture, k
         assert keep_mask is None or not weight[~keep_mask].any()
 
 
-def test_the_first_steps_loss_and_gradient_are_the_models_own(pruned, text):
+@pytest.mark.parametrize("at_once", [None, 97 * 5])
+def test_the_first_steps_loss_and_gradient_are_the_models_own(pruned, text, monkeypatch, at_once):
     """One step of plain gradient descent's direction: AdamW's first step is lr times the gradient's sign."""
+    if at_once:  # the head in parts
+        monkeypatch.setattr(sys.modules["besa.finetune"], "LOGITS_AT_ONCE", at_once)
     model, report = pruned
     before, other = weights_of(model), copy.deepcopy(model)
     options = {"lr": 1e-3, "epochs": 1, "batch_size": 12, "held_out": 0.25}
@@ -248,12 +253,13 @@ def test_a_finished_checkpoint_is_read_and_one_of_another_run_refused(pruned, te
             besa.finetune(model, text, report, config, checkpoint=nowhere, progress=False)
 
 
-def test_the_seed_decides_every_bit(pruned, text):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_decides_every_bit(pruned, text, kind):
     model, report = pruned
     torch.manual_seed(5)
     runs = [copy.deepcopy(model) for _ in range(3)]
     for seed, run in zip((0, 0, 1), runs):
-        besa.finetune(run, text, report, FineTune(**FAST | {"epochs": 1}, seed=seed), progress=False)
+        besa.finetune(run, text, report, FineTune(kind, **FAST | {"epochs": 1}, seed=seed), progress=False)
     assert_same(runs[0], weights_of(runs[1]))
     with pytest.raises(AssertionError):
         assert_same(runs[0], weights_of(runs[2]))
@@ -274,6 +280,17 @@ def test_distillation_moves_towards_the_dense_model(tiny_llama, text):
     assert result.steps[0]["loss"] == pytest.approx(first, rel=0.3)  # of two of the windows
     assert result.steps[-1]["loss"] < 0.6 * first
     assert all(parameter.grad is None for parameter in dense.parameters())
+
+
+def test_a_loss_may_be_part_cross_entropy_part_divergence(pruned, tiny_llama, text):
+    model, report = pruned
+    torch.manual_seed(3)
+    dense = LlamaForCausalLM(tiny_llama.config).eval()
+    parts = loss_of(model, text[:12]), divergence(model, dense, text[:12])
+    config = FineTune("full", epochs=1, batch_size=12, held_out=0.25, distill=0.25)
+    result = besa.finetune(model, text, report, config, dense=dense, progress=False)
+    assert result.steps[0]["loss"] == pytest.approx(0.75 * parts[0] + 0.25 * parts[1], rel=1e-5)
+    assert parts[1] > 0.01
 
 
 def test_a_teacher_larger_than_the_gpu_teaches_what_one_that_fits_does(tiny_llama, spread, text, tmp_path):

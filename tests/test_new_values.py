@@ -11,8 +11,9 @@ from test_shards import assert_same, load, save
 
 import besa
 from besa.decoder import Remembered, find_blocks, projections
+from besa.evaluate.perplexity import hidden_state_errors
 from besa.reconstruct import Reconstruct
-from besa.walk import frozen, walk
+from besa.walk import Block, frozen, walk
 
 METHODS = {
     "wanda": besa.Wanda(),
@@ -72,6 +73,16 @@ def test_outputs_move_toward_the_dense_models(problem):
         moments = y.T @ y, (y + a * (x - y)).T @ y
         found = Reconstruct(iterations=2000, damping=1e-7).closed_form(weight, *moments, keep_mask)
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_toward_dense_brings_hidden_states_nearer_to_the_dense_models(tiny_llama, windows):
+    errors = []
+    for a in (0.0, 1.0):
+        model = copy.deepcopy(tiny_llama)
+        besa.prune(model, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct(toward_dense=a))
+        rows = hidden_state_errors(model, tiny_llama, windows, progress=False)
+        errors.append(sum(row["error"] for row in rows if row["block"] == 2))
+    assert errors[1] < 0.98 * errors[0]
 
 
 def test_moments_are_of_what_enters_here_and_in_the_dense_model(tiny_llama, windows):
@@ -171,6 +182,14 @@ def test_training_lowers_the_held_out_error_or_keeps_what_was_there(tiny_llama, 
     kept = besa.prune(copy.deepcopy(tiny_llama), windows, besa.Wanda(), progress=False, reconstruct=wild)
     closed = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct("closed"))
     assert kept.rows[0]["block_error"] == closed.rows[0]["block_error"]
+
+
+def test_what_is_held_out_is_not_trained_on(tiny_llama, windows, monkeypatch):
+    run, numbers = Block.run, {True: set(), False: set()}
+    spy = lambda block, number, *more: numbers[torch.is_grad_enabled()].add(number) or run(block, number, *more)
+    monkeypatch.setattr(Block, "run", spy)
+    besa.prune(tiny_llama, windows, besa.Wanda(), progress=False, reconstruct=Reconstruct("block", held_out=0.3))
+    assert numbers[True] == {0, 1, 2, 3} and numbers[False] == {0, 1, 2, 3, 4, 5}
 
 
 def test_training_betters_the_closed_form_of_every_block(tiny_llama):

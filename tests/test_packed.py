@@ -1,5 +1,6 @@
 import copy
 import functools
+import itertools
 import json
 import operator
 import pickle
@@ -196,7 +197,11 @@ def test_many_tokens_take_slices_of_rows(monkeypatch):
     linear = pruned_linear(37, 100, torch.float32, 0.5)
     x = torch.randn(50, 100)
     monkeypatch.setattr(packed_module, "SCRATCH", 1000)  # 7 rows of 128
-    torch.testing.assert_close(PackedLinear.from_linear(linear)._multiply_dense(x), linear(x))
+    monkeypatch.setattr(packed_module, "BLOCK", 1)
+    packed, dense, slices = PackedLinear.from_linear(linear), PackedLinear.dense, []
+    monkeypatch.setattr(PackedLinear, "dense", lambda *given: slices.append(given[1:3]) or dense(*given))
+    torch.testing.assert_close(packed._multiply_dense(x), linear(x))
+    assert slices == [*itertools.pairwise([0, 7, 14, 21, 28, 35, 37])]
 
 
 def test_gradients_reach_the_inputs():
@@ -419,6 +424,7 @@ def test_a_thread_that_asks_while_another_looks_the_tensors_through_gets_the_sam
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_packed_model_goes_through_a_compiler(tiny_llama, windows, dtype):
     model = tiny_llama.to(dtype)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     besa.pack(model, besa.prune(model, windows, besa.Wanda(sparsity=0.6), progress=False))
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")(windows).logits
@@ -427,8 +433,10 @@ def test_a_packed_model_goes_through_a_compiler(tiny_llama, windows, dtype):
 
 @torch.no_grad()
 def test_the_embedded_model_writes_the_same_text_packed(smollm2):
+    """Six of its blocks."""
     dense, tokenizer = smollm2
     model = copy.deepcopy(dense)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:6], 6
     for block in find_blocks(model):
         for projection in projections(block).values():
             weight = projection.weight.data

@@ -784,12 +784,6 @@ def test_ranks_that_cannot_share_a_step_are_told_so(source, tmp_path, text):
     assert "2 ranks cannot share the 3 window(s) of a step" in output
 
 
-def test_bad_options_are_one_line_and_an_exit_status(source, tmp_path, text):
-    output = finish(command("prune", source, tmp_path / "out", "--method", "voodoo", *OPTIONS, data=text), 1)
-    assert "besa: unknown method 'voodoo'; known:" in output and "Traceback" not in output
-    assert not (tmp_path / "out").exists()
-
-
 TYPO = "unknown model 'llama7b'; did you mean llama-7b"
 LATE = {
     "evaluate MODEL --texts words,nope": "unknown text 'nope'; known: wikitext2, c4, ptb, sotu, wiki, or a folder",
@@ -809,6 +803,7 @@ LATE = {
     "evaluate EMPTY": "the folder has not delivered it",
     "prune llama7b OUT": TYPO,
     "prune GONE OUT --calibration words --n-samples 2 --seq-len 9": "is no folder, and the hub did not deliver it",
+    "prune MODEL OUT --method voodoo": "unknown method 'voodoo'; known:",
     "prune MODEL OUT --device cuda:99": "device 'cuda:99' cannot be used here",
     "prune MODEL OUT --calibration nope": "unknown text 'nope'",
     "prune MODEL OUT --calibration odd": "odd/train.jsonl, line 2: every line must be a JSON object in UTF-8 with",

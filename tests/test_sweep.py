@@ -3,8 +3,6 @@
 import json
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +23,7 @@ def sweep(folder, models, *more):
     parameters = {"profile": "smoke", "datasets": "wiki", "results": folder / "results"}
     for name, value in parameters.items():
         arguments += ["-p", f"{name}={value}"]
-    start = [sys.executable, str(ROOT / "reproduce" / "sweep.py")]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True)
+    return CliRunner().invoke(command, [*map(str, arguments)])
 
 
 def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short_texts, tmp_path, monkeypatch):
@@ -34,21 +31,21 @@ def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short
     folder = tmp_path / "sweep"
     models = f"{tiny_folder},{tmp_path / 'missing'}"
     first = sweep(folder, models, "--methods", "wanda")
-    assert first.returncode == 1, first.stderr
+    assert first.exit_code == 1, first.stderr
     assert "failed: table1-missing-wanda, see" in first.stderr
     log = Path(first.stderr.rpartition("see ")[2].strip())
     assert "cannot load the model" in log.read_text()
     (record,) = (folder / "results" / "records").glob("tiny-smoke-wanda-*.json")
     before = record.stat().st_mtime_ns
     second = sweep(folder, tiny_folder, "--methods", "wanda")
-    assert second.returncode == 0 and "finished before: table1-tiny-wanda" in second.stdout
+    assert second.exit_code == 0 and "finished before: table1-tiny-wanda" in second.stdout
     assert record.stat().st_mtime_ns == before
     executed = folder / "table1-tiny-wanda.ipynb"
     parameters = json.loads(executed.read_text())["metadata"]["papermill"]["parameters"]
     assert script["is_finished"](executed, parameters) and not script["is_finished"](executed, parameters | {"x": 1})
     executed.write_text("{")  # a kill while papermill wrote it
     third = sweep(folder, tiny_folder, "--methods", "wanda")
-    assert third.returncode == 0 and "finished before" not in third.stdout
+    assert third.exit_code == 0 and "finished before" not in third.stdout
 
 
 @pytest.mark.parametrize(
