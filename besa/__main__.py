@@ -41,10 +41,18 @@ def _options(
     pass
 
 
+def _end(*_: Any) -> None:
+    """A scheduler's signal counts as Ctrl-C, once: what is half-written is removed in peace."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def _plainly(again: str = "starts anew") -> Iterator[None]:
-    """What a user can mend is one line, not a traceback; a scheduler that ends the process counts as Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or what is half-written would stay
+    """What a user can mend is one line, not a traceback."""
+    heeds = "RANK" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # torchrun kills who waits
+    if heeds:
+        signal.signal(signal.SIGTERM, _end)
     try:
         from besa.machine import processes
 
@@ -64,7 +72,8 @@ def _plainly(again: str = "starts anew") -> Iterator[None]:
         typer.echo(f"besa: rank {os.environ['RANK']} lost the others ({str(error).splitlines()[0]})", err=True)
         raise typer.Exit(1) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if heeds:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @app.command()

@@ -121,9 +121,10 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
         values: look at the weights too, which reads all of them; without, they may be on the meta device.
 
     Raises:
-        ValueError: a block or projection that is quantized, on the meta device, not finite, not a Linear, part of a
-            mixture of experts, or whose weight is made of others (adapters, weight normalization, torch's own
-            pruning) or is that of another one; the message names it. Or the call stands in `torch.inference_mode()`.
+        ValueError: a block or projection that is quantized, not finite or (with `values`) on the meta device, not a
+            Linear, part of a mixture of experts, or whose weight is made of others (adapters, weight normalization,
+            torch's own pruning) or is that of another one; the message names it. Or the call stands in
+            `torch.inference_mode()`.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be learned within torch.inference_mode(); call it outside, or in no_grad()")

@@ -111,7 +111,7 @@ def main(
     parallel: Annotated[int, typer.Option(help="jobs at a time", min=1)] = 1,
     gpus: Annotated[int, typer.Option(help="per job; without any, a job computes on CPUs")] = 0,
     hours: Annotated[int, typer.Option(help="time limit of a job", min=1)] = 24,
-    slurm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for sbatch: partition, account, mem, ...")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="for sbatch: partition=a100, mem=64G, exclusive, ...")] = None,
     folder: Annotated[Path, typer.Option(help="for executed notebooks and logs")] = ROOT / "results" / "sweep",
 ) -> None:
     """Run every cell of notebooks x models x methods that is not finished."""
@@ -125,12 +125,9 @@ def main(
         raise typer.BadParameter(
             f"{parallel} jobs of {gpus} GPU(s) at a time, but this machine has {torch.cuda.device_count()}"
         )
-    asked = {f"slurm_{name}": value for name, value in map(parsed, slurm or [])}
     executor = submitit.AutoExecutor(folder=folder / "logs", cluster=cluster)
-    try:
-        executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus or None, **asked)
-    except NameError as error:
-        raise typer.BadParameter(str(error)) from error
+    asked = {name: value if equals else True for name, equals, value in (each.partition("=") for each in slurm or [])}
+    executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus or None, slurm_additional_parameters=asked)
     failed = run_all(executor, todo, folder, parallel, gpus)
     for name, log in failed.items():
         typer.echo(f"failed: {name}, see {log}", err=True)

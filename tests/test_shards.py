@@ -469,7 +469,7 @@ def test_an_unfinished_run_is_read_by_nobody_and_says_how_it_goes_on(source, tmp
     out = tmp_path / "out"
     prune(source, out, windows, besa.Wanda())
     (out / checkpoint.INDEX).unlink()
-    unfinished = "out is an unfinished run of `besa prune`, which the same command continues"
+    unfinished = "out is an unfinished run of `besa prune`, whose own command continues it"
     for reads in (besa.load_model, lambda folder: pack_checkpoint(folder, tmp_path / "packed")):
         with pytest.raises(ValueError, match=unfinished):
             reads(out)
@@ -858,11 +858,16 @@ def test_only_what_continues_says_so_when_it_is_interrupted(no_type_checks, sour
 
 
 def test_a_scheduler_that_ends_the_process_leaves_nothing_half_written(no_type_checks, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+    end, remove = lambda *_: signal.raise_signal(signal.SIGTERM), shutil.rmtree
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", end)
+    monkeypatch.setattr("shutil.rmtree", lambda *given, **more: (end(), remove(*given, **more)))  # once more, meanwhile
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "made" / "out")])
     assert result.exit_code == 130 and result.output.endswith("besa: interrupted; the same command starts anew\n")
-    assert not [*(tmp_path / "made").iterdir()] and signal.getsignal(signal.SIGTERM) == before
+    assert not [*(tmp_path / "made").iterdir()] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as `trap '' TERM` leaves it
+    CliRunner().invoke(app, ["export", str(source), str(tmp_path / "made" / "out")])
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
 
 
 def test_export_blames_the_cache_that_is_full_not_its_output(no_type_checks, tmp_path, monkeypatch):

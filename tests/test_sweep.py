@@ -1,14 +1,18 @@
 """Sweeps: every cell runs, a failing one takes no other along, and finished ones are not run again."""
 
+import itertools
 import json
 import runpy
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import submitit
 import typer
 from typer.testing import CliRunner
 
@@ -18,33 +22,34 @@ command = typer.Typer(add_completion=False)
 command.command()(script["main"])
 
 
-def sweep(folder, models, *more):
-    arguments = ["--models", models, "--notebooks", "table1", "--folder", folder, "--parallel", "2", *more]
+def arguments(folder, models):
+    asked = ["--models", models, "--notebooks", "table1", "--folder", folder, "--parallel", "2", "--methods", "wanda"]
     parameters = {"profile": "smoke", "datasets": "wiki", "results": folder / "results"}
     for name, value in parameters.items():
-        arguments += ["-p", f"{name}={value}"]
-    return CliRunner().invoke(command, [*map(str, arguments)])
+        asked += ["-p", f"{name}={value}"]
+    return [*map(str, asked)]
 
 
 def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short_texts, tmp_path, monkeypatch):
     monkeypatch.setenv("BESA_DATA", str(short_texts))
     folder = tmp_path / "sweep"
-    models = f"{tiny_folder},{tmp_path / 'missing'}"
-    first = sweep(folder, models, "--methods", "wanda")
-    assert first.exit_code == 1, first.stderr
+    start = [sys.executable, str(ROOT / "reproduce" / "sweep.py")]
+    both = arguments(folder, f"{tiny_folder},{tmp_path / 'missing'}")
+    first = subprocess.run([*start, *both], capture_output=True, text=True)
+    assert first.returncode == 1, first.stderr
     assert "failed: table1-missing-wanda, see" in first.stderr
     log = Path(first.stderr.rpartition("see ")[2].strip())
     assert "cannot load the model" in log.read_text()
     (record,) = (folder / "results" / "records").glob("tiny-smoke-wanda-*.json")
     before = record.stat().st_mtime_ns
-    second = sweep(folder, tiny_folder, "--methods", "wanda")
+    second = CliRunner().invoke(command, arguments(folder, tiny_folder))
     assert second.exit_code == 0 and "finished before: table1-tiny-wanda" in second.stdout
     assert record.stat().st_mtime_ns == before
     executed = folder / "table1-tiny-wanda.ipynb"
     parameters = json.loads(executed.read_text())["metadata"]["papermill"]["parameters"]
     assert script["is_finished"](executed, parameters) and not script["is_finished"](executed, parameters | {"x": 1})
     executed.write_text("{")  # a kill while papermill wrote it
-    third = sweep(folder, tiny_folder, "--methods", "wanda")
+    third = CliRunner().invoke(command, arguments(folder, tiny_folder))
     assert third.exit_code == 0 and "finished before" not in third.stdout
 
 
@@ -67,7 +72,6 @@ def test_a_failed_cell_loses_no_other_and_the_sweep_continues(tiny_folder, short
         ("-p", "sparsity 0.6", "parameter 'sparsity 0.6' is not NAME=VALUE"),
         ("-p", "recipe={", "parameter 'recipe={' is not NAME=VALUE, with a value in YAML"),
         ("-p", "=7", "no parameter ''"),
-        ("--slurm", "partition", "parameter 'partition' is not NAME=VALUE"),
     ],
 )
 def test_bad_options_are_refused_before_any_job(tmp_path, option, value, words):
@@ -77,10 +81,17 @@ def test_bad_options_are_refused_before_any_job(tmp_path, option, value, words):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_what_sbatch_does_not_take_is_refused_before_any_job(tmp_path):
-    arguments = ["--models", "smollm2-135m", "--folder", str(tmp_path), "--slurm", "mem=8GB", "--slurm", "partiton=gpu"]
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(command, arguments)
-    assert result.exit_code == 2 and "Unknown argument 'partiton'" in result.output
+def test_slurm_is_given_what_was_asked_for_to_the_letter(tmp_path, monkeypatch):
+    asked, given = ["time=2:00:00", "account=0123", "reservation=x", "exclusive"], []
+    arguments = ["--models", "smollm2-135m", "--cluster", "slurm", "--folder", str(tmp_path), "--gpus", "2"]
+    monkeypatch.setattr("shutil.which", lambda *_: "srun")
+    keep = lambda executor, *_: given.append(executor.parameters) or {}
+    monkeypatch.setitem(script["main"].__globals__, "run_all", keep)
+    result = CliRunner().invoke(command, [*arguments, *itertools.chain(*(("--slurm", each) for each in asked))])
+    assert result.exit_code == 0, result.output
+    text = submitit.slurm.slurm._make_sbatch_string("python x", tmp_path, **given[0])
+    for line in ("time=2:00:00", "account=0123", "reservation=x", "exclusive", "gpus-per-node=2"):
+        assert f"#SBATCH --{line}\n" in text
 
 
 def test_a_notebook_is_replaced_only_by_one_that_ran_through(tmp_path, monkeypatch):

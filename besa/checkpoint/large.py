@@ -76,8 +76,9 @@ def precision_that_fits(
         The precision to compute in.
 
     Raises:
-        ValueError: a method does not fit the model; or the model is too large for memory, and a method must see it
-            whole, it is stored in another precision than the one that was named, or pruned has no room on the disk.
+        ValueError: the model cannot be pruned, or a method does not fit it; or the model is too large for memory, and a
+            method must see it whole, it is stored in another precision than the one that was named, or pruned has no
+            room on the disk.
     """
     shapes, pruning = load_shapes(name), [method for method in methods if method]
     precision = dtype or resolve_dtype(None, device)

@@ -194,7 +194,8 @@ def _source_sums(source: Path, output: Path, progress: bool) -> dict[str, str]:
         mark, old = mark_of(file), known.get(file.name)
         same = isinstance(old, dict) and old.get("mark") == mark and isinstance(old.get("sha256"), str)
         seen[file.name] = old if same else {"mark": mark, "sha256": sha256(file)}
-        write_note(path, known | seen)  # a run that is ended meanwhile does not begin anew
+        if not same:
+            write_note(path, known | seen)  # a run that is ended meanwhile does not begin anew
     write_note(path, seen)
     return {name: entry["sha256"] for name, entry in seen.items()}
 

@@ -84,7 +84,7 @@ def count_segments(tokens: Int64[Tensor, "n_tokens"], seq_len: int) -> int:
     """How many whole segments a text has.
 
     Raises:
-        ValueError: none.
+        ValueError: fewer than `seq_len` tokens.
     """
     if len(tokens) < seq_len:
         raise ValueError(f"{len(tokens)} tokens do not fill one segment of seq_len={seq_len}; lower seq_len")

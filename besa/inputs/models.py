@@ -82,8 +82,9 @@ def load_model(
         trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.
 
     Raises:
-        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, a file of its weights is
-            not whole, it lacks tensors, has some too many or of another shape, or the GPU has no room for any of it.
+        ValueError: the name, dtype or device is unknown, neither hub nor folder has the model, it is an unfinished
+            run's, a file of its weights is not whole, it lacks tensors, has some too many or of another shape, or the
+            GPU has no room for any of it.
     """
     name, device = str(name), resolve_device(device)
     dtype = resolve_dtype(dtype, device)
@@ -241,7 +242,7 @@ def _finished(folder: Path) -> Path:
     """Refuse the output of a run that is not at its end: its index comes last."""
     is_whole = any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
     if (folder / STATE / "run.json").is_file() and not is_whole:
-        raise ValueError(f"{folder} is an unfinished run of `besa prune`, which the same command continues")
+        raise ValueError(f"{folder} is an unfinished run of `besa prune`, whose own command continues it")
     return folder
 
 

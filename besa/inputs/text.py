@@ -5,6 +5,7 @@ c4 train and validation), then among the embedded assets, then on the Hugging Fa
 """
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -106,6 +107,7 @@ def calibration_windows(
         ValueError: unknown text or sampler, a number below 1, too little text (says how much there is), or a local file
             that holds something else, by its line.
         FileNotFoundError: the text is neither local nor embedded and the hub did not deliver it.
+        OSError: as `check_written`.
     """
     if n_samples < 1 or seq_len < 1:
         raise ValueError(f"n_samples ({n_samples}) and seq_len ({seq_len}) must be at least 1")
@@ -157,6 +159,7 @@ def test_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, 
     Raises:
         ValueError: unknown text, or a local file that holds something else, by its line.
         FileNotFoundError: the text is neither local nor embedded and the hub did not deliver it.
+        OSError: as `check_written`.
     """
     text = _text(name)
     documents = load_documents(name, text.test_split)[: text.max_documents]
@@ -275,6 +278,7 @@ def _column(path: Path, column: str) -> Sequence[str]:
 
     Raises:
         FileNotFoundError: the file is not what it should be.
+        OSError: as `check_written`.
     """
     import datasets  # slow to import, and only the hub needs it
 
@@ -282,17 +286,23 @@ def _column(path: Path, column: str) -> Sequence[str]:
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train")[column]
     except Exception as error:  # datasets raises many kinds
-        refused = next((each for each in (error, error.__cause__) if getattr(each, "errno", None)), None)
-        if refused:
-            raise OSError(
-                refused.errno,
-                f"datasets cannot write its copy of {path.resolve()} ({refused}); set HF_DATASETS_CACHE to a folder "
-                "with room",
-            ) from error
+        check_written(error, path)
         raise FileNotFoundError(
             f"{path.resolve()}, from the hub, is damaged or has no column {column!r} ({type(error).__name__}); remove "
             "it, and the same call fetches it again"
         ) from error
+
+
+def check_written(error: Exception, path: Path) -> None:
+    """Tell a disk that takes nothing from a file that is damaged, where datasets fails on it.
+
+    Raises:
+        OSError: the disk, full or read-only, refuses the copy that datasets makes of every file.
+    """
+    for each in (error, error.__cause__):
+        if getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            what = f"datasets cannot write its copy of {path.resolve()} ({each})"
+            raise OSError(each.errno, f"{what}; set HF_DATASETS_CACHE to a folder with room") from error
 
 
 @contextlib.contextmanager
