@@ -295,12 +295,13 @@ def test_a_changed_configuration_of_the_source_is_refused(source, tmp_path, wind
 
 def test_a_source_that_is_replaced_as_soon_as_it_is_opened_is_noticed(source, tmp_path, windows, monkeypatch):
     def opening(folder, *arguments):
-        model = checkpoint.open_checkpoint(folder, *arguments)
+        model = open_checkpoint(folder, *arguments)
         shutil.copy(folder / "model.safetensors", tmp_path / "new")
         (tmp_path / "new").replace(folder / "model.safetensors")
         return model
 
-    monkeypatch.setattr(shards, "open_checkpoint", opening)
+    open_checkpoint = checkpoint.open_checkpoint
+    monkeypatch.setattr(checkpoint, "open_checkpoint", opening)
     with pytest.raises(ValueError, match=r"model.safetensors was replaced, changed or cut since it was opened"):
         prune(source, tmp_path / "out", windows)
 
@@ -456,6 +457,7 @@ def test_experts_are_refused_before_their_weights_are_fetched(tmp_path, windows,
         experts = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, num_local_experts=2))
     for module in (shards, large):
         monkeypatch.setattr(module, "load_shapes", lambda *_: experts)
+    for module in (checkpoint, large):
         monkeypatch.setattr(module, "find_checkpoint", lambda *_: pytest.fail("the weights were fetched"))
     for check in (besa.prune_checkpoint, besa.plan_checkpoint):
         with pytest.raises(ValueError, match=r"block 0, mlp\..*mixture-of-experts"):

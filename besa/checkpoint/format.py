@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from besa.decoder import find_blocks
 from besa.inputs import assets
 from besa.inputs.models import CARRIED, INDEX, check_loaded, fetch, load_tokenizer, source_of, whole_shards
 from besa.machine.device import resolve_dtype
-from besa.machine.files import HALF_WRITTEN, replacing, sha256, write_text, writing
+from besa.machine.files import HALF_WRITTEN, mark_of, replacing, sha256, write_text, writing
 from besa.packed_files import METHOD
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -132,6 +133,21 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
     return model.eval().requires_grad_(False)
 
 
+def open_source(
+    source: str | Path, output: Path, trust_remote_code: bool
+) -> tuple[Path, PreTrainedModel, dict[Path, list[str | int]]]:
+    """The folder of what is to be made into an output, its model, and its files' marks from before they were mapped.
+
+    Raises:
+        ValueError: as `find_checkpoint`, `check_apart`, `carried` and `open_checkpoint`.
+    """
+    folder = find_checkpoint(source)
+    check_apart(folder, output)
+    carried(folder)
+    marks = {path: mark_of(path) for path in shard_paths(folder)}
+    return folder, open_checkpoint(folder, trust_remote_code), marks
+
+
 def check_tokenizer(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
     """Refuse a tokenizer that is not the model's; a checkpoint may come without one.
 
@@ -191,6 +207,12 @@ def stored_names(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
             f"{type(model).__name__} joins several tensors when it is saved; besa cannot write it in shards"
         )
     return names
+
+
+def prefixes_of(model: PreTrainedModel) -> list[str]:
+    """The name of each block in its model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in find_blocks(model)]
 
 
 def rest_of(model: PreTrainedModel, prefixes: list[str]) -> dict[str, Tensor]:

@@ -7,22 +7,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
-    carried,
     carry_over,
-    check_apart,
     check_new,
-    find_checkpoint,
     new_folder,
-    open_checkpoint,
+    open_source,
+    prefixes_of,
     rest_of,
-    shard_paths,
     stored_names,
     write_index,
     write_shard,
 )
 from besa.decoder import find_blocks
 from besa.inputs.models import STATE
-from besa.machine.files import check_same, mark_of, write_text
+from besa.machine.files import check_same, write_text
 from besa.masks import KeepMasks
 from besa.packed import pack_block
 from besa.packed_files import described, packed_projections
@@ -47,11 +44,7 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
     """
     output = Path(output)
     check_new(output)
-    folder = find_checkpoint(source)
-    check_apart(folder, output)
-    carried(folder)
-    marks = {path: mark_of(path) for path in shard_paths(folder)}
-    model = open_checkpoint(folder, trust_remote_code)
+    folder, model, marks = open_source(source, output, trust_remote_code)
     with new_folder(output) as temporary:
         shards, packed = _write_shards(model, folder / STATE, temporary, marks)
         if not packed:
@@ -73,9 +66,8 @@ def _write_shards(
     Args:
         marks: of the files that the model is mapped from.
     """
-    names = {id(module): name for name, module in model.named_modules()}
     blocks, masks, packed = find_blocks(model), KeepMasks(), {}
-    prefixes, shards = [names[id(block)] for block in blocks], []
+    prefixes, shards = prefixes_of(model), []
     for path in sorted(state.glob("masks-*.safetensors")):
         masks.load(path)
     codes = QuantizedFiles(*sorted(state.glob("codes-*.safetensors")))

@@ -23,14 +23,11 @@ from transformers import PreTrainedModel
 
 from besa.checkpoint.format import (
     INDEX,
-    carried,
     carry_over,
-    check_apart,
     check_tokenizer,
-    find_checkpoint,
-    open_checkpoint,
+    open_source,
+    prefixes_of,
     rest_of,
-    shard_paths,
     stored_names,
     write_index,
     write_shard,
@@ -49,7 +46,7 @@ from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.inputs.models import STATE, load_shapes, source_of
 from besa.machine.device import resolve_device
 from besa.machine.fields import checked
-from besa.machine.files import check_same, mark_of, sha256, write_note, write_text, writing
+from besa.machine.files import check_same, sha256, write_note, write_text, writing
 from besa.machine.memory import Cost, measure
 from besa.machine.processes import from_rank_0, n_ranks, rank
 from besa.machine.provenance import provenance
@@ -176,7 +173,7 @@ def _plan(
     """Memory and disk of the blocks that are not finished, and of all else in a model."""
     blocks, mine = find_blocks(model), windows[rank() :: n_ranks()]
     left = [block for index, block in enumerate(blocks) if index not in finished]
-    rest = sum(tensor.nbytes for tensor in rest_of(model, _prefixes(model)).values())
+    rest = sum(tensor.nbytes for tensor in rest_of(model, prefixes_of(model)).values())
     return make_plan(
         block_bytes=bytes_for(Span(blocks[: method.span]), method, device, mine, reconstruct),
         n_streams=n_streams(reconstruct),
@@ -188,12 +185,6 @@ def _plan(
         output=next(folder for folder in (output, *output.absolute().parents) if folder.exists()),
         wanted=wanted,
     )
-
-
-def _prefixes(model: PreTrainedModel) -> list[str]:
-    """The name of each block in its model."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(block)] for block in find_blocks(model)]
 
 
 def _bytes_of(block: nn.Module, method: Method) -> int:
@@ -232,11 +223,7 @@ def opened(
     place, output = resolve_device(device), Path(output)
     if shapes := _unseen(source, output, windows, method, trust_remote_code, reconstruct):
         _plan(shapes, windows, method, place, output, "auto", reconstruct)  # refused before the hub sends it
-    folder = find_checkpoint(source)
-    check_apart(folder, output)
-    carried(folder)
-    marks = {path: mark_of(path) for path in shard_paths(folder)}
-    model = open_checkpoint(folder, trust_remote_code)
+    folder, model, marks = open_source(source, output, trust_remote_code)
     check_model(model, values=False)
     check_tokenizer(model, folder, trust_remote_code)
     check_fit(model, windows, method, reconstruct)
@@ -269,7 +256,7 @@ class Shards:
         self.source, self.output, self.model, self.windows, self.method = source, output, model, windows, method
         self.device, self.progress, self.reconstruct = device, progress and rank() == 0, reconstruct
         self.tell: Callable[[str], None] = tqdm.write if self.progress else lambda _: None
-        self.prefixes = _prefixes(model)
+        self.prefixes = prefixes_of(model)
         self.hidden_states: HiddenStates = "device"
         self._streams: list[Path] = []
         self._marks = marks
