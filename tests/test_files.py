@@ -158,7 +158,7 @@ def test_code_runs_only_with_the_flag_and_nobody_is_asked(with_code, tmp_path, m
     assert (tmp_path / "executed").exists()
 
 
-def test_evaluate_does_not_take_yes_from_a_pipe(with_code, tmp_path):
+def test_evaluate_does_not_take_yes_from_a_pipe(no_type_checks, with_code, tmp_path):
     done = CliRunner().invoke(app, ["evaluate", str(with_code), "--device", "cpu", "--texts", ""], input="y\n")
     assert done.exit_code == 1 and "--trust-remote-code" in done.output
     assert not (tmp_path / "executed").exists()
