@@ -781,9 +781,12 @@ def test_a_rank_that_dies_takes_the_job_down_and_it_continues(deep_source, by_tw
     assert weights(out) == weights(by_two)
 
 
-def test_ranks_that_cannot_share_a_step_are_told_so(source, tmp_path, text):
-    output = finish(command("prune", source, tmp_path / "out", "--batch-size", 3, *OPTIONS, data=text, ranks=2), 1)
-    assert "2 ranks cannot share the 3 window(s) of a step" in output
+def test_ranks_that_cannot_share_a_step_are_told_so(no_type_checks, source, tmp_path, text, monkeypatch):
+    monkeypatch.setenv("BESA_DATA", text)
+    monkeypatch.setattr("besa.machine.processes.n_ranks", lambda: 2)
+    line = ["prune", source, tmp_path / "out", "--batch-size", 3, *OPTIONS]
+    result = CliRunner().invoke(app, [*map(str, line)])
+    assert result.exit_code == 1 and "besa: 2 ranks cannot share the 3 window(s) of a step" in result.output
 
 
 TYPO = "unknown model 'llama7b'; did you mean llama-7b"
