@@ -50,7 +50,7 @@ def _end(*_: Any) -> None:
 @contextlib.contextmanager
 def _plainly(again: str = "starts anew") -> Iterator[None]:
     """What a user can mend is one line, not a traceback."""
-    heeds = "RANK" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # torchrun kills who waits
+    heeds = "RANK" not in os.environ and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a rank ends at once
     if heeds:
         signal.signal(signal.SIGTERM, _end)
     try:
