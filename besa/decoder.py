@@ -123,13 +123,17 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
     Raises:
         ValueError: a block or projection that is quantized, not finite or (with `values`) on the meta device, not a
             Linear, part of a mixture of experts, or whose weight is made of others (adapters, weight normalization,
-            torch's own pruning) or is that of another one; the message names it. Or the call stands in
-            `torch.inference_mode()`.
+            torch's own pruning) or is that of another one; the message names it. Or the model is compiled,
+            or the call stands in `torch.inference_mode()`.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be learned within torch.inference_mode(); call it outside, or in no_grad()")
     if _is_peft(model):
         raise ValueError(f"a {type(model).__name__} of peft cannot be pruned; merge it: model.merge_and_unload()")
+    if any(module._compiled_call_impl for module in model.modules()):
+        raise ValueError(
+            "a compiled model does not show what enters its projections; load it again, and compile what is pruned"
+        )
     owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
         for name, module in block.named_modules():

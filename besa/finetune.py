@@ -337,9 +337,8 @@ class _Adapters:
         from besa.adapters import masked_lora
 
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, task_type="CAUSAL_LM")
-        here = [model.device] if model.device.type == "cuda" else []  # every other GPU would be woken
-        with torch.random.fork_rng(here):
-            torch.manual_seed(config.seed)
+        with torch.random.fork_rng([]):  # peft draws on the CPU
+            torch.default_generator.manual_seed(config.seed)
             self.adapted = masked_lora(model, report, lora)
 
     def __enter__(self) -> "_Adapters":

@@ -39,7 +39,7 @@ from besa.decoder import (
     to_device_of,
 )
 from besa.importance import InputStatistics, collect_statistics
-from besa.machine.device import deterministic, way_out
+from besa.machine.device import unaltered, way_out
 from besa.machine.processes import mean_, n_ranks, rank, sum_
 from besa.quantize import QuantizedWeight
 from besa.report import Report
@@ -456,16 +456,18 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: PreTrainedModel, device: torch.device | None = None) -> Iterator[None]:
-    """Evaluation mode without gradients; on a GPU, sums in the same order every time, as on a CPU they always are.
+    """Evaluation mode without gradients, whatever else is set around it (`unaltered`).
 
     Args:
         device: what computes; the model's own by default.
+
+    Raises:
+        ValueError: sums would not repeat on this GPU.
     """
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    on_gpu = (device or model.device).type == "cuda"
     model.requires_grad_(False)
     try:
-        with evaluating(model), torch.no_grad(), deterministic(True) if on_gpu else contextlib.nullcontext():
+        with evaluating(model), torch.no_grad(), unaltered(device or model.device):
             yield
     finally:
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):

@@ -184,6 +184,12 @@ def test_refuses_projections_that_share_a_weight_by_both_names(tiny_llama, windo
     assert besa.prune(tiny_llama, windows, besa.Wanda(), progress=False).sparsity == 0.5
 
 
+def test_refuses_what_is_compiled(tiny_llama, windows):
+    tiny_llama.model.layers[1].compile()
+    with pytest.raises(ValueError, match="a compiled model does not show what enters its projections; load it again"):
+        besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+
+
 @pytest.mark.parametrize("work", ["prune", "finetune"])
 def test_refuses_inference_mode_and_what_was_made_in_it(tiny_llama, windows, work):
     report = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)

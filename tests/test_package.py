@@ -67,11 +67,13 @@ print("all")
     assert run("-W", "error::ImportWarning", "-c", script) == "all"
 
 
-def test_importing_besa_asks_cublas_for_repeatable_sums():
-    script = "import os, besa; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
-    assert run("-c", script, CUBLAS_WORKSPACE_CONFIG=":16:8") == ":16:8"
+def test_importing_besa_asks_for_repeatable_sums():
+    script = (
+        "import os, besa; print(*map(os.environ.get, ('CUBLAS_WORKSPACE_CONFIG', 'FLASH_ATTENTION_DETERMINISTIC')))"
+    )
+    assert run("-c", script, CUBLAS_WORKSPACE_CONFIG=":16:8") == ":16:8 1"
     os_without = "import os; os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None); " + script
-    assert run("-c", os_without) == ":4096:8"
+    assert run("-c", os_without) == ":4096:8 1"
 
 
 @pytest.fixture(scope="module")

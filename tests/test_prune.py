@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 import re
@@ -12,7 +13,7 @@ import besa
 from besa.baselines import named_method
 from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, importance, inverse_cholesky
-from besa.machine.device import deterministic
+from besa.machine.device import _check_repeats, deterministic
 from besa.masks import keep_largest
 
 METHODS = {
@@ -37,6 +38,47 @@ def test_same_seed_same_weights_to_the_bit(tiny_llama, windows, name):
     besa.prune(twin, windows, METHODS[name], progress=False)
     for key, value in tiny_llama.state_dict().items():
         assert torch.equal(value, twin.state_dict()[key])
+
+
+@contextlib.contextmanager
+def defaults(dtype=torch.float32, device=None):
+    torch.set_default_dtype(dtype), torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32), torch.set_default_device(None)
+
+
+SET = {
+    "a default type": lambda: defaults(torch.bfloat16),
+    "a default device": lambda: defaults(device="meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_what_is_set_around_it_moves_no_bit(tiny_llama, windows, name):
+    methods = [METHODS["besa in groups of 8 rows, obs"], METHODS["sparsegpt"], METHODS["wanda"]]
+    after = []
+    for around in (contextlib.nullcontext, SET[name]):
+        models = [copy.deepcopy(tiny_llama) for _ in methods]
+        with around():
+            besa.prune(models[0], windows, methods[0], progress=False)
+            besa.prune(models[1], windows, methods[1], progress=False)
+            report = besa.prune(models[2], windows, methods[2], reconstruct=besa.Reconstruct("block"), progress=False)
+            besa.finetune(models[2], windows, report, progress=False)
+        after.append([value for model in models for value in model.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*after, strict=True))
+
+
+def test_a_gpu_on_which_cublas_was_started_otherwise_is_refused_before_any_work(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("uses CuBLAS ... set CUBLAS_WORKSPACE_CONFIG=:4096:8")
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:2")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    with pytest.raises(ValueError, match=r"=':16:2'\); start again, and import besa before anything is"):
+        _check_repeats(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", METHODS)

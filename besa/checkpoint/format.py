@@ -119,14 +119,15 @@ def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrained
     _check_dense(folder)
     dtype = precision_of(folder)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # `check_loaded` names them
-            output_loading_info=True,
-        )
+        with torch.device("cpu"):  # whatever is set as the default
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # `check_loaded` names them
+                output_loading_info=True,
+            )
     except Exception as error:  # odd configurations make it raise many kinds
         raise ValueError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     check_loaded(folder, model, found)

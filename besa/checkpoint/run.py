@@ -130,7 +130,8 @@ def plan_checkpoint(
 ) -> Plan:
     """Everything that `prune_checkpoint` does before it starts: all checks, and what it needs of memory and disk.
 
-    Of a model that the hub would have to send, its configuration alone is fetched, and the plan made from that.
+    The output then holds `besa/`, some kilobytes about the run, and takes no other. Of a model that the hub would have
+    to send, its configuration alone is fetched, and the plan made from that.
 
     Raises:
         ValueError: as `prune_checkpoint`.

@@ -64,6 +64,43 @@ def way_out(dtype: torch.dtype) -> str:
 
 
 @contextlib.contextmanager
+def unaltered(device: torch.device) -> Iterator[None]:
+    """For a while, what is computed on a device does not depend on what its caller set or ran before.
+
+    A number without a type is float32 and without a place on the CPU, no product is in another precision than its
+    operands (autocast), and on a GPU sums are in the same order every time, as on a CPU they always are.
+
+    Raises:
+        ValueError: cuBLAS was started on this GPU without what it needs for that.
+    """
+    before = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(deterministic(True))
+            _check_repeats(device)
+        yield
+
+
+def _check_repeats(device: torch.device) -> None:
+    """Refuse what torch would refuse at the first product: it looks once a process at how cuBLAS was started."""
+    try:
+        torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)
+    except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" not in str(error):
+            raise
+        raise ValueError(
+            f"products on {device} would not repeat, for cuBLAS was started otherwise (CUBLAS_WORKSPACE_CONFIG="
+            f"{os.environ.get('CUBLAS_WORKSPACE_CONFIG')!r}); start again, and import besa before anything is computed "
+            "on the GPU, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 before"
+        ) from error
+
+
+@contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """For a while, torch's algorithms that give the same bits every time, or those that may not.
 
