@@ -90,11 +90,19 @@ def prune(
         list[str] | None,
         typer.Option(help="projection or block that stays dense: a name, or re:.*down_proj; repeat it"),
     ] = None,
-    calibration: Annotated[str, typer.Option(help="their text: sotu, c4, wikitext2, ptb or your own")] = "sotu",
+    calibration: Annotated[str, typer.Option(help="text to draw from: sotu, c4, wikitext2, ptb, yours")] = "sotu",
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: SeqLen = 2048,
     sampler: Annotated[Literal["crop", "pack"], typer.Option(help="how windows are cut")] = "crop",
-    seed: Annotated[int, typer.Option(help="of the sampler")] = 0,
+    seed: Annotated[int, typer.Option(help="by which windows are drawn")] = 0,
+    budget: Annotated[
+        Literal["penalty", "exact"] | None,
+        typer.Option(help="exact: any sparsity, met to the weight; which weights stay is learned, too (BESA)"),
+    ] = None,
+    reconstruct: Annotated[
+        Literal["closed", "block"] | None,
+        typer.Option(help="new values for the kept weights: by a closed form, or trained on the block's output, too"),
+    ] = None,
     d_coef: Annotated[
         float | None,
         typer.Option(
@@ -127,16 +135,17 @@ def prune(
 
     resolve_device(device)
     batch_size = batch_size or (processes.n_ranks() if method.startswith("besa") else None)
-    fields = {"sparsity": sparsity, "pattern": pattern, "ignore": ignore, "d_coef": d_coef, "epochs": epochs}
-    chosen = _method(method, bits, group_size, **fields, batch_size=batch_size)
+    fields = {"sparsity": sparsity, "pattern": pattern, "ignore": ignore, "budget": budget, "d_coef": d_coef}
+    chosen = _method(method, bits, group_size, **fields, epochs=epochs, batch_size=batch_size)
     tokenizer = load_tokenizer(source, trust_remote_code)  # small files; the weights come once all else is known
     windows = besa.calibration_windows(calibration, tokenizer, n_samples, seq_len, seed, sampler)
-    places: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
+    more: dict[str, Any] = {"device": device, "hidden_states": hidden_states, "trust_remote_code": trust_remote_code}
+    more["reconstruct"] = besa.Reconstruct(reconstruct) if reconstruct else None
     if dry_run:
-        plan = besa.plan_checkpoint(source, output, windows, chosen, **places)
+        plan = besa.plan_checkpoint(source, output, windows, chosen, **more)
         _say(str(plan))
         return
-    report = besa.prune_checkpoint(source, output, windows, chosen, **places)
+    report = besa.prune_checkpoint(source, output, windows, chosen, **more)
     _say(f"{report}\n{output} is an ordinary checkpoint: AutoModelForCausalLM.from_pretrained({str(output)!r})")
 
 

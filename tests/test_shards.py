@@ -29,6 +29,7 @@ from besa.checkpoint import format as checkpoint
 from besa.checkpoint import large, plan, resume
 from besa.checkpoint import run as shards
 from besa.checkpoint.pack import pack_checkpoint
+from besa.inputs.models import load_tokenizer
 from besa.machine import memory
 from besa.machine.device import resolve_device
 from besa.machine.files import sha256
@@ -897,6 +898,21 @@ def test_a_dry_run_shows_the_plan(no_type_checks, source, tmp_path, text, monkey
     output = CliRunner().invoke(app, [*map(str, line)], catch_exceptions=False).output
     assert "memory:" in output and "disk:" in output and "to write for 3 blocks" in output
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_command_prunes_to_an_exact_budget_and_gives_new_values(
+    no_type_checks, source, tmp_path, text, monkeypatch
+):
+    monkeypatch.setenv("BESA_DATA", text)
+    line = ["prune", source, "--sparsity", 0.7, "--budget", "exact", "--reconstruct", "closed", *OPTIONS]
+    run = lambda *more: CliRunner().invoke(app, [*map(str, [*line, *more])])
+    assert "besa: sparsity 0.7000 in 3 blocks" in run(tmp_path / "out").output
+    windows = besa.calibration_windows("words", load_tokenizer(str(source)), 64, 24, 0, "pack")
+    method, more = besa.Besa(sparsity=0.7, budget="exact"), {"device": "cpu", "reconstruct": besa.Reconstruct()}
+    besa.prune_checkpoint(source, tmp_path / "same", windows, method, **more)
+    assert_same(load(tmp_path / "out"), load(tmp_path / "same"))
+    refused = run(tmp_path / "no", "--method", "wanda")
+    assert refused.exit_code == 1 and "method 'wanda'" in refused.output and "budget" in refused.output
 
 
 def test_export_writes_the_embedded_model_as_an_ordinary_checkpoint(smollm2, tmp_path):
