@@ -310,13 +310,18 @@ print(json.dumps([tokenizer.decode(tokenizer("mer <unk> N")["input_ids"]) for to
     assert spaces == ["<s> mer <unk>  N", "<s> mer <unk> N"]  # behind it, Llama 2 puts no space of its own
 
 
-def test_table1_of_a_paper_model_runs_end_to_end_and_records_the_commit(session):
-    session.run(f"""
+def table1(model, methods="dense, wanda, besa-row-wise"):
+    """Its notebook, as papermill runs it by the model's parameters."""
+    return f"""
 from papermill.__main__ import papermill
-asked = "{{methods: [dense, wanda, besa-row-wise], recipe: {{device: cpu}}}}"
-command = ["{ROOT}/reproduce/table1.ipynb", "out.ipynb", "-f", "{ROOT}/reproduce/params/llama-7b.yaml"]
+asked = "{{methods: [{methods}], recipe: {{device: cpu}}}}"
+command = ["{ROOT}/reproduce/table1.ipynb", "out.ipynb", "-f", "{ROOT}/reproduce/params/{model}.yaml"]
 papermill([*command, "-p", "profile", "smoke", "-y", asked], standalone_mode=False)
-""")
+"""
+
+
+def test_table1_of_a_paper_model_runs_end_to_end_and_records_the_commit(session):
+    session.run(table1("llama-7b"))
     table = pandas.read_csv(session.folder / "table1" / "llama-7b-smoke.csv", index_col="method")
     assert list(table.index) == ["dense", "wanda", "besa-row-wise", "wanda-matched"]
     assert np.isfinite(table[["wikitext2", "c4", "ptb"]].to_numpy(float)).all()
@@ -357,6 +362,14 @@ def test_what_the_hub_refuses_is_one_sentence_with_the_way_out(hub, session, com
     assert session.is_refused(command, words)
 
 
+def test_a_notebook_ends_with_what_the_hub_refuses(hub, session):
+    shutil.rmtree(session.home, ignore_errors=True)
+    hub.trouble = {f"{LLAMA2}/resolve": itertools.repeat((401, "GatedRepo", "Log in."))}
+    errors = session.run(table1("llama2-7b"), status=99)[1]
+    assert re.search(rf"ValueError: cannot load the model .*the hub did not deliver it: .*{ASK}", errors), errors
+    assert not list((session.folder / "table1" / "records").glob("llama2-7b*"))
+
+
 def test_a_hub_that_stumbles_once_is_asked_again(hub, session):
     shutil.rmtree(session.home, ignore_errors=True)
     stumbles = {
@@ -374,6 +387,10 @@ def test_what_was_fetched_once_needs_no_hub(hub, session):
     """The last test: it takes the hub down."""
     shutil.rmtree(session.home, ignore_errors=True)
     online, _ = session.besa(f"{EVALUATE} wikitext2,c4,ptb")
+    session.run("""
+from besa.inputs.models import load_tokenizer
+besa.calibration_windows("c4", load_tokenizer("llama-7b"), 1, 40)
+""")
     hub.shutdown()
     hub.server_close()
     offline = Session(session.folder, HF_HUB_OFFLINE="1")
@@ -383,5 +400,8 @@ def test_what_was_fetched_once_needs_no_hub(hub, session):
     ):
         assert where.besa(f"{EVALUATE} wikitext2,c4,ptb")[0] == online
         assert where.is_refused("evaluate llama2-7b", words)
-        assert where.is_refused("prune llama-7b out --calibration c4", words)
+        assert where.is_refused("prune llama-7b out --calibration wikitext2", words)
+    shutil.rmtree(session.folder / "table1", ignore_errors=True)
+    offline.run(table1("llama-7b", "dense"))
+    assert (session.folder / "table1" / "llama-7b-smoke.csv").is_file()
     offline.process.kill(), offline.process.wait()
