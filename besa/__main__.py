@@ -85,7 +85,9 @@ def prune(
     sparsity: Annotated[
         float | None, typer.Option(help="fraction of the weights to set to 0; 0.5, or what the pattern prunes")
     ] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M, such as 2:4: N of every M weights are kept")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, such as 2:4: N of M weights stay; N:8 with --budget exact: how many")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="projection or block that stays dense: a name, or re:.*down_proj; repeat it"),

@@ -13,7 +13,7 @@ import besa
 from besa.baselines import named_method
 from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, importance, inverse_cholesky
-from besa.machine.device import _check_repeats, deterministic
+from besa.machine.device import deterministic, unaltered
 from besa.masks import keep_largest
 
 METHODS = {
@@ -41,17 +41,20 @@ def test_same_seed_same_weights_to_the_bit(tiny_llama, windows, name):
 
 
 @contextlib.contextmanager
-def defaults(dtype=torch.float32, device=None):
-    torch.set_default_dtype(dtype), torch.set_default_device(device)
+def defaults(dtype=torch.float32, device=None, precision="highest"):
     try:
+        torch.set_default_dtype(dtype), torch.set_default_device(device), torch.set_float32_matmul_precision(precision)
         yield
+        assert torch.get_default_dtype() == dtype and torch.get_float32_matmul_precision() == precision  # as before
     finally:
         torch.set_default_dtype(torch.float32), torch.set_default_device(None)
+        torch.set_float32_matmul_precision("highest")
 
 
 SET = {
     "a default type": lambda: defaults(torch.bfloat16),
     "a default device": lambda: defaults(device="meta"),
+    "less precise products": lambda: defaults(precision="medium"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
 
@@ -77,8 +80,9 @@ def test_a_gpu_on_which_cublas_was_started_otherwise_is_refused_before_any_work(
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:2")
     monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))  # no GPU is here
     with pytest.raises(ValueError, match=r"=':16:2'\); start again, and import besa before anything is"):
-        _check_repeats(torch.device("cpu"))
+        unaltered(torch.device("cuda")).__enter__()
 
 
 @pytest.mark.parametrize("name", METHODS)

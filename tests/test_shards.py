@@ -900,6 +900,17 @@ def test_a_dry_run_shows_the_plan(no_type_checks, source, tmp_path, text, monkey
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_a_default_device_is_no_place_for_a_checkpoint(source, tmp_path):
+    windows = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(1))
+    for name in ("one", "other"):
+        torch.set_default_device({"one": None, "other": "meta"}[name])
+        try:
+            besa.prune_checkpoint(source, tmp_path / name, windows, besa.Wanda(), device="cpu", progress=False)
+        finally:
+            torch.set_default_device(None)
+    assert_same(load(tmp_path / "one"), load(tmp_path / "other"))
+
+
 def test_the_command_prunes_to_an_exact_budget_and_gives_new_values(
     no_type_checks, source, tmp_path, text, monkeypatch
 ):

@@ -44,7 +44,7 @@ from besa.checkpoint.resume import (
 )
 from besa.decoder import Span, check_model, find_blocks, members, projections
 from besa.inputs.models import STATE, load_shapes, source_of
-from besa.machine.device import resolve_device
+from besa.machine.device import check_repeats, resolve_device
 from besa.machine.fields import checked
 from besa.machine.files import check_same, sha256, write_note, write_text, writing
 from besa.machine.memory import Cost, measure
@@ -130,8 +130,8 @@ def plan_checkpoint(
 ) -> Plan:
     """Everything that `prune_checkpoint` does before it starts: all checks, and what it needs of memory and disk.
 
-    The output then holds `besa/`, some kilobytes about the run, and takes no other. Of a model that the hub would have
-    to send, its configuration alone is fetched, and the plan made from that.
+    It leaves the output's folder with some kilobytes about the run. Of a model that the hub would have to send, its
+    configuration alone is fetched, and the plan made from that.
 
     Raises:
         ValueError: as `prune_checkpoint`.
@@ -222,6 +222,8 @@ def opened(
 ) -> Iterator["Shards"]:
     """Check that all goes together, and open the output for as long as it is written."""
     place, output = resolve_device(device), Path(output)
+    if place.type == "cuda":
+        check_repeats(place)
     if shapes := _unseen(source, output, windows, method, trust_remote_code, reconstruct):
         _plan(shapes, windows, method, place, output, "auto", reconstruct)  # refused before the hub sends it
     folder, model, marks = open_source(source, output, trust_remote_code)

@@ -68,28 +68,37 @@ def unaltered(device: torch.device) -> Iterator[None]:
     """For a while, what is computed on a device does not depend on what its caller set or ran before.
 
     A number without a type is float32 and without a place on the CPU, no product is in another precision than its
-    operands (autocast), and on a GPU sums are in the same order every time, as on a CPU they always are.
+    operands (autocast, TF32), and on a GPU sums are in the same order every time, as on a CPU they always are.
 
     Raises:
-        ValueError: cuBLAS was started on this GPU without what it needs for that.
+        ValueError: as `check_repeats`.
     """
-    before = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, before)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        for kind in {device.type, "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for products in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            if (before := products.fp32_precision) not in ("none", "ieee"):
+                stack.callback(setattr, products, "fp32_precision", before)
+                products.fp32_precision = "ieee"
         if device.type == "cuda":
+            check_repeats(device)
             stack.enter_context(deterministic(True))
-            _check_repeats(device)
         yield
 
 
-def _check_repeats(device: torch.device) -> None:
-    """Refuse what torch would refuse at the first product: it looks once a process at how cuBLAS was started."""
+def check_repeats(device: torch.device) -> None:
+    """Refuse what torch would refuse at the first product: it looks once a process at how cuBLAS was started.
+
+    Raises:
+        ValueError: cuBLAS was started without what it needs to give the same sums every time.
+    """
     try:
-        torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)
+        with deterministic(True):
+            torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)
     except RuntimeError as error:
         if "CUBLAS_WORKSPACE_CONFIG" not in str(error):
             raise
