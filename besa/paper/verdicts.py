@@ -31,8 +31,8 @@ def judge(
     """A verdict on each claim, for each text. A claim is a pair of rows, of which the first is said to be better.
 
     It "holds", or "does not hold", where the mean difference is not 0 at 95 %: p below `SURE` (`paired`). It is
-    "undecided" elsewhere, also where the better row has fewer zeros, which is no fair win, and where neither samples
-    nor three draws tell an error.
+    "undecided" elsewhere, also where the better row has fewer zeros (of cycles: more), which is no fair win, and where
+    neither samples nor three draws tell an error.
 
     Args:
         records: of all draws, which `seed` tells apart.
@@ -54,7 +54,7 @@ def judge(
             fewer = SAME_ZEROS
             if (pairs[0][1]["config"].get("method") or {}).get("method") == "wanda":  # prunes whole numbers in each row
                 fewer = 1 / min(row["columns"] for _, record in pairs for row in record["projections"])
-            lines.append(about | _verdict(pairs, differences, by_factor, fewer))
+            lines.append(about | _verdict(pairs, differences, by_factor, fewer, zeros_help=metric == "cycles"))
     return pd.DataFrame(lines).set_index("row") if lines else pd.DataFrame()
 
 
@@ -63,16 +63,19 @@ def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, floa
 
     With d_sgi of draw s of S, group g of k (one text, or the tasks of an average) and its sample i of n_g:
 
-        error^2 = 1/k^2 sum_g Var_i(mean_s d_sgi) / n_g + Var_s(mean_gi d_sgi) / S
+        error^2 = 1/k^2 sum_g Var_i(mean_s d_sgi) / m_g + Var_s(mean_gi d_sgi) / S,   m_g = n_g (1 - r_g) / (1 + r_g)
 
-    The first part is of the text or the questions, the second, where there are several draws, of the calibration.
-    Without samples (n_g = 1) three draws are the least. p is Student's t's, with the degrees of freedom of Welch and
-    Satterthwaite, error^4 / sum of the squared parts over theirs: it is `SURE` at 4.5 errors of three draws, at 2.1 of
-    32 segments.
+    The first part is of the text or the questions. Where neighbours are alike, with a correlation of r between one and
+    the next (0 where that is negative), n samples tell as much as m would that are not (Zwiers and von Storch, 1995).
+    The second part is of the calibration, where there are several draws; what is of both is counted twice, which is on
+    the safe side. Without samples (n_g = 1) three draws are the least. p is Student's t's, with the degrees of freedom
+    of Welch and Satterthwaite, error^4 / sum of the squared parts over theirs: it is `SURE` at 4.5 errors of three
+    draws, at 2.1 of 32 segments that are not alike.
     """
     by_draw = np.mean([group.mean(axis=1) for group in differences], axis=0)
     means = [group.mean(axis=0) for group in differences if group.shape[1] > 1]
-    parts = [(each.var(ddof=1) / len(each) / len(differences) ** 2, len(each) - 1) for each in means]
+    counts = map(_independent, means)
+    parts = [(each.var(ddof=1) / m / len(differences) ** 2, max(1.0, m - 1)) for each, m in zip(means, counts)]
     if len(by_draw) > (1 if parts else 2):
         parts.append((by_draw.var(ddof=1) / len(by_draw), len(by_draw) - 1))
     variance, spread = sum(part for part, _ in parts), sum(part**2 / freedom for part, freedom in parts)
@@ -80,6 +83,13 @@ def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, floa
     with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0
         p = 2 * scipy.stats.t.sf(abs(mean) / np.float64(error), variance**2 / spread if spread else np.inf)
     return float(mean), float(error), float(p)
+
+
+def _independent(samples: Float[np.ndarray, " n"]) -> float:
+    """m of `paired`: how many samples without likeness between neighbours would tell the mean as well as these."""
+    apart = samples - samples.mean()
+    alike = max(0.0, float(apart[1:] @ apart[:-1])) / (float(apart @ apart) or 1.0)
+    return len(samples) * (1 - alike) / (1 + alike)
 
 
 def _differences(
@@ -100,16 +110,19 @@ def _verdict(
     differences: list[Float[np.ndarray, "draws _"]],
     by_factor: bool,
     fewer: float,
+    zeros_help: bool,
 ) -> dict[str, str]:
     """The difference, what it rests on, and what it says of the claim.
 
     Args:
         fewer: by so much may the other row's fraction of zeros be below ours, and count as equal.
+        zeros_help: more of them make a row better, and not worse.
     """
     mean, error, p = paired(differences)
     zeros = [sum(record["sparsity"] for record in row) / len(pairs) for row in zip(*pairs)]
     is_better = (mean < 0) == by_factor
-    is_fair = zeros[0] - zeros[1] >= -SAME_ZEROS if is_better else zeros[1] - zeros[0] >= -fewer
+    more = zeros[0] - zeros[1]
+    is_fair = more >= -SAME_ZEROS if is_better != zeros_help else more <= fewer
     n, n_draws = sum(group.shape[1] for group in differences), len(pairs)
     shown = _factor(mean, error) if by_factor else f"{mean:+.2f} ± {error:.2f}"
     rests_on = [f"{n} {'segments' if by_factor else 'questions'}"] * (n > 1)
