@@ -3,9 +3,12 @@
 nbval runs every notebook in a kernel of its own, in the smoke profile.
 """
 
+import filecmp
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import pandas
 import papermill
 import pytest
+import typer
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +146,39 @@ def test_reference_notebooks_ran_to_their_end(path):
     ]
     assert all(cell.execution_count for cell in code)
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+
+
+def test_the_same_records_make_the_same_notebook_tables_and_figures(tmp_path):
+    shutil.copytree(ROOT / "results/reference/scale", tmp_path / "scale")
+    command = [sys.executable, NOTEBOOKS / "execute.py", tmp_path / "scale/scale.ipynb"]
+    where = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # a GPU has other records
+    result = subprocess.run(command, env=where, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    compared = filecmp.dircmp(ROOT / "results/reference/scale", tmp_path / "scale")
+    assert compared.same_files and not (compared.left_only + compared.right_only + compared.diff_files)
+
+
+def test_an_execution_that_fails_leaves_the_last_good_notebook(tmp_path, monkeypatch):
+    execute, output = runpy.run_path(str(NOTEBOOKS / "execute.py"))["execute"], tmp_path / "scale/scale.ipynb"
+    monkeypatch.setenv("BESA_RESULTS", "")
+    with pytest.raises(typer.BadParameter, match=r"scale\.ipynb is not there: give it parameters"):
+        execute(output)
+    with pytest.raises(typer.BadParameter, match="lies in no folder that is named for a notebook of"):
+        execute(tmp_path / "scael" / "scale.ipynb", "profile: quick")
+    assert not (tmp_path / "scael").exists()
+    shutil.copytree(ROOT / "results/reference/scale", output.parent)
+    asked, before = nbformat.read(output, as_version=4).metadata.papermill.parameters, output.read_bytes()
+
+    def fail(notebook, unfinished, parameters, **_):
+        assert notebook == NOTEBOOKS / "scale.ipynb" and parameters == asked
+        assert os.environ["BESA_RESULTS"] == str(tmp_path)
+        Path(unfinished).write_text("half")
+        raise papermill.PapermillExecutionError(0, 1, "", "ValueError", "no such shape", ["ValueError: no such shape"])
+
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    with pytest.raises(SystemExit, match=r"no such shape\s+\S*\.scale\.ipynb is what it left"):
+        execute(output)
+    assert output.read_bytes() == before
 
 
 def test_table3_packs_every_row_and_counts_its_bits(tiny_folder, tmp_path):

@@ -184,9 +184,20 @@ def test_sources_tell_draws_apart_and_the_citation_has_the_last_day(record):
     rows = [record(row="wanda", seed=seed) for seed in (0, 1)]
     rows[0]["provenance"] = rows[0]["provenance"] | {"date": "2099-12-31T00:00:00+00:00"}
     assert list(tables.sources(iter(rows))["seed"]) == [0, 1]
+    assert set(tables.sources(rows)["torch"]) == {rows[0]["provenance"]["versions"]["torch"]}
     assert "2099-12-31; rows:" in tables.citation(rows) and "year   = {2099}" in tables.citation(rows)
     del rows[1]["config"]["seed"]
     assert "seed" not in tables.sources(rows)
+
+
+def test_seconds_are_shown_where_one_machine_took_them(record):
+    rows = [record(row=row, method={"method": row}) for row in ("wanda", "sparsegpt")]
+    assert list(tables.summary(rows)["seconds"]) == [row["seconds"] for row in rows]
+    rows[1]["provenance"] = rows[1]["provenance"] | {"hardware": "another, 2 cores"}
+    table = tables.summary(rows)
+    assert "seconds" not in table and tables.over_draws(table).equals(table)
+    rows[1]["config"]["method"] = None  # dense: nothing was timed there
+    assert "seconds" in tables.summary(rows)
 
 
 def test_old_records_are_read_as_new_ones():

@@ -41,7 +41,7 @@ def perplexity(frame: pd.DataFrame) -> Figure:
         if "dense" in values.index:
             ax.axvline(values["dense"], color="grey", linestyle=":", linewidth=1)
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlim(values.min() * 0.8, values.max() * (values.max() / values.min()) ** 0.35 * 1.15)

@@ -81,24 +81,25 @@ def slug(name: str) -> str:
 
 
 def summary(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per record: perplexities or accuracies, the sparsity counted, cost."""
+    """One row per record: perplexities or accuracies, the sparsity counted, cost; seconds if all are of one machine."""
+    records = list(records)
+    pruned = [record for record in records if record["config"].get("method")]
+    machines = {(record["provenance"]["hardware"], record["provenance"]["threads"]) for record in pruned}
     rows = [
         {"method": record["config"]["row"], "sparsity": record["sparsity"], **record["metrics"]}
-        | {"seconds": record["seconds"], "peak GiB": record["peak_bytes"] / 2**30}
+        | ({} if len(machines) > 1 else {"seconds": record["seconds"]})
+        | {"peak GiB": record["peak_bytes"] / 2**30}
         for record in records
     ]
     return pd.DataFrame(rows).set_index("method")
 
 
 def over_draws(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for all draws of a `summary`'s row: means and standard deviations ("±").
-
-    The cost of several draws, which may be several machines', is left out.
-    """
+    """A row for all draws of a `summary`'s row: means and standard deviations ("±"); costs are of single draws."""
     draws = table.groupby(level=0, sort=False)
     if draws.size().max() < 2:
         return table
-    means = draws.mean().drop(columns=["seconds", "peak GiB"])
+    means = draws.mean().drop(columns=["seconds", "peak GiB"], errors="ignore")
     for name in means.columns[1:]:  # behind the sparsity
         means.insert(means.columns.get_loc(name) + 1, f"± {name}", draws[name].std())
     return means
@@ -276,7 +277,7 @@ def sources(records: Iterable[Record]) -> pd.DataFrame:
     rows = [
         {name: record["config"][name] for name in names}
         | {"config_hash": record["config_hash"], "commit": commit(source)}
-        | {name: source[name] for name in ("hardware", "threads", "date")}
+        | {"torch": source["versions"].get("torch"), **{name: source[name] for name in ("hardware", "threads", "date")}}
         for record in records
         for source in [record["provenance"]]
     ]
