@@ -74,6 +74,16 @@ def test_what_is_set_around_it_moves_no_bit(tiny_llama, windows, name):
     assert all(torch.equal(one, other) for one, other in zip(*after, strict=True))
 
 
+def test_float32_products_are_float32_whatever_is_set():
+    """Torch takes bfloat16 for large ones only, and on processors that have it."""
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    with defaults(precision="medium"):
+        before = [each.fp32_precision for each in products]
+        with unaltered(torch.device("cpu")):
+            assert [each.fp32_precision for each in products] == ["ieee", "ieee"]
+        assert before == ["tf32", "bf16"] == [each.fp32_precision for each in products]
+
+
 def test_a_gpu_on_which_cublas_was_started_otherwise_is_refused_before_any_work(monkeypatch):
     def refuse(*_):
         raise RuntimeError("uses CuBLAS ... set CUBLAS_WORKSPACE_CONFIG=:4096:8")
