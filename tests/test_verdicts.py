@@ -44,6 +44,13 @@ def test_the_error_of_one_draw_is_that_of_the_paired_t_test():
     assert mean / error == pytest.approx(expected.statistic) and p == pytest.approx(expected.pvalue)
 
 
+def test_an_error_is_not_shown_as_nothing():
+    easy = losses(3.0, 1.0)
+    samples = {("a", 0): {"t": easy - 0.0015 + 0.001 * unlike(np.linspace(-1, 1, 32))}, ("b", 0): {"t": easy}}
+    found = judged([record("a", {"t": 20.0})], [record("b", {"t": 20.0})], samples).iloc[0]
+    assert found["difference ± standard error"] == "-0.15% ± 0.01%"
+
+
 @pytest.mark.parametrize("alike", [0.3, 0.6])
 def test_segments_that_are_like_their_neighbours_count_for_less(alike):
     """A text of 218 segments whose difficulty drifts: nothing is told apart much more often than in one of 22 cases."""

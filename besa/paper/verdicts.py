@@ -136,7 +136,8 @@ def _verdict(
 
 
 def _factor(mean: float, error: float) -> str:
-    """exp of a mean, with its error; in percent, or where that would say little as factors."""
+    """exp of a mean, with its error: in percent, to more digits where it is small, as factors where it is large."""
     if error > 0.2:
         return f"x {np.exp(mean):.3g} (x/÷ {np.exp(error):.2g})"
-    return f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}"
+    digits = 2 if 0 < error < 5e-4 else 1
+    return f"{np.expm1(mean):+.{digits}%} ± {np.exp(mean) * error:.{digits}%}"
