@@ -258,6 +258,7 @@ def build(reproduce: Path, results: Path, path: Path) -> tuple[str, list[str]]:
         "claims": judged,
         "in_short": in_short(judged),
         "unknown": [name for name in published["model"].unique() if name not in ran],
+        "is_reference": results.resolve() == REFERENCE,
     }
     known["unjudged"] = [item for item in items if item.runs and not any(map(item.verdicts, item.runs))]
     where = os.path.relpath(results, path.parent)
