@@ -5,6 +5,7 @@ Start reading at `besa/prune.py`.
 
 import importlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -99,8 +100,8 @@ class _TeachTransformers(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "transformers.modeling_utils":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # It stays where it is: this import may be interrupted, or only be asked where the file lies.
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec and spec.loader:
             load = spec.loader.exec_module
             spec.loader.exec_module = lambda module: (load(module), importlib.import_module("besa.packed_files"))

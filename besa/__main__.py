@@ -190,7 +190,6 @@ def evaluate(
     from besa.evaluate.tasks import load_task
     from besa.evaluate.zero_shot import check_request
     from besa.inputs.models import load_tokenizer
-    from besa.machine import processes
     from besa.machine.device import resolve_device, resolve_dtype
     from besa.machine.state import StateFile
 
@@ -206,12 +205,11 @@ def evaluate(
     for name in asked:
         load_task(name)
     model, _ = besa.load_model(source, dtype, device, trust_remote_code=trust_remote_code)
-    quiet = processes.rank() > 0
     for text, tokens in streams.items():
-        value = besa.perplexity(model, tokens, seq_len, progress=not quiet)
+        value = besa.perplexity(model, tokens, seq_len)
         _say(f"perplexity on {text}: {value:.4f} over {n_segments[text]} segments of {seq_len} tokens")
     if asked:
-        scores = besa.zero_shot(model, tokenizer, asked, limit, progress=not quiet, checkpoint=checkpoint)
+        scores = besa.zero_shot(model, tokenizer, asked, limit, checkpoint=checkpoint)
         _say(scores.to_frame()[["acc", "stderr", "n", "of"]].to_string())
 
 
@@ -227,21 +225,6 @@ def export(
     from besa.checkpoint import format as checkpoint
 
     checkpoint.export(name, folder, dtype, trust_remote_code)
-    _say(f"wrote {folder}")
-
-
-@app.command()
-@_plainly()
-def random(
-    shape: Annotated[str, typer.Argument(help="llama-7b, llama2-70b or smollm2-135m")],
-    folder: Annotated[Path, typer.Argument(help="folder to make")],
-    blocks: Annotated[int, typer.Option(help="how many of its blocks", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="of the weights")] = 0,
-) -> None:
-    """Write a checkpoint of random weights in a published shape, to measure what pruning it takes."""
-    from besa.checkpoint import format as checkpoint
-
-    checkpoint.write_random(shape, folder, blocks, seed)
     _say(f"wrote {folder}")
 
 

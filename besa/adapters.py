@@ -16,7 +16,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from besa.finetune import Masks, masked_projections
+from besa.finetune import masked_projections
+from besa.report import Masks
 
 
 class _WhereKept(torch.autograd.Function):

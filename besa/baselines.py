@@ -70,6 +70,7 @@ class SparseGPT(Method):
     """Leave the kept weights as they were: what its choice is worth without its correction. Not in their paper."""
 
     name: ClassVar[str] = "sparsegpt"
+    needs_hessian: ClassVar[bool] = True
 
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned, statistics = PrunedBlock(), block.statistics(hessian=True)

@@ -102,8 +102,11 @@ class Besa(Method):
         return self.budget == "exact" or self.pattern is not None
 
     @property
+    def needs_hessian(self) -> bool:
+        return self.importance == "sparsegpt"
+
+    @property
     def learns_scores(self) -> bool:
-        """Whether which weights stay is learned too, not their number alone."""
         return self._is_beyond if self.scores is None else self.scores
 
     def config(self) -> dict[str, Any]:
@@ -202,7 +205,7 @@ class Besa(Method):
 
     def prune_block(self, block: Block) -> PrunedBlock:
         """Learn the allocation of the block, or of each of its parts in turn, then mask its weights with it."""
-        statistics = block.statistics(hessian=self.importance == "sparsegpt")
+        statistics = block.statistics(hessian=self.needs_hessian)
         whole = PrunedBlock()
         for name in self._parts(block):
             part = block.part(name, whole.weights) if name else block

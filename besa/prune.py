@@ -101,6 +101,10 @@ class Method:
     batch_size: ClassVar[int | None] = None
     """Windows per step; None: there are no steps."""
     quantize: ClassVar[Quantize | None] = None
+    needs_hessian: ClassVar[bool] = False
+    """Whether it asks a block for its Hessians, which a plan makes room for."""
+    learns_scores: ClassVar[bool] = False
+    """Whether which weights stay is learned, not their number alone."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -114,7 +118,7 @@ class Method:
         """Take the sparsity that a pattern implies."""
         n, m = parse_pattern(pattern)
         if n is None:
-            if getattr(self, "budget", None) != "exact":
+            if not self._has_budget:
                 raise ValueError(f"pattern {pattern!r} leaves N to a budget: take besa.Besa(budget='exact'), or give N")
             return
         implied = 1 - n / m

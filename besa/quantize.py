@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.decoder import find_blocks, projections, pruned_projections
+from besa.decoder import pruned_projections
 from besa.machine.fields import Count, Positive, check_fields, documented
 from besa.machine.files import replacing
 from besa.masks import open_bits, pack_bits, unpack_bits
@@ -143,7 +143,7 @@ def _round(x: Tensor) -> Tensor:
 def save_quantized(quantized: dict[tuple[int, str], QuantizedWeight], path: str | Path) -> float:
     """Write what `Report.quantized` holds as one safetensors file of packed bits; returns bits per weight.
 
-    `load_quantized` puts them back into a model.
+    `QuantizedFiles` reads them back.
 
     By projection (`3.self_attn.q_proj`): where something is pruned the keep-mask, a bit per weight; the codes of the
     kept weights, N bits each; scales and zero-points. Bits per weight counts all of them, as stored.
@@ -188,27 +188,6 @@ class QuantizedFiles(Mapping[tuple[int, str], QuantizedWeight]):
 
     def __len__(self) -> int:
         return len(self._found)
-
-
-@torch.no_grad()
-def load_quantized(path: str | Path, model: PreTrainedModel) -> None:
-    """Overwrite a model's projections by those of a file that `save_quantized` wrote, in the model's precision.
-
-    Raises:
-        ValueError: the model lacks one of the projections, has it in another shape or not in memory; nothing is
-            changed then.
-    """
-    blocks, loaded = find_blocks(model), dict(QuantizedFiles(path))
-    for (index, name), weight in loaded.items():
-        found = projections(blocks[index]).get(name) if index < len(blocks) else None
-        if found is None or found.weight.shape != weight.codes.shape:
-            shape = tuple(weight.codes.shape)
-            raise ValueError(f"{path}: block {index}, {name} of shape {shape} is not in this {type(model).__name__}")
-        if found.weight.is_meta:
-            raise ValueError(f"block {index}, {name}: its weights are not in memory; load the model where it fits")
-    for (index, name), weight in loaded.items():
-        projection = projections(blocks[index])[name]
-        projection.weight.copy_(weight.dequantize(projection.weight.dtype))
 
 
 def _pack(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from besa.budget import whole_counts
 from besa.decoder import BlockCall, embed, find_blocks, pruned_projections, record_calls, run_block, run_head
 from besa.importance import collect_statistics, wanda
 from besa.machine.device import way_out
+from besa.machine.processes import rank
 from besa.masks import keep_largest
 
 MOST_APART = 0.1
@@ -35,7 +36,7 @@ def block_losses(
     pruned = pruned_projections(model, ignore)
     hidden = [embed(model, window) for window in windows.split(1)]
     added = torch.zeros(len(blocks), len(levels))
-    for index in tqdm(range(len(blocks)), desc="sensitivity", unit="block", disable=not progress):
+    for index in tqdm(range(len(blocks)), desc="sensitivity", unit="block", disable=not progress or rank() > 0):
         block, linear = blocks[index], {name: each for (of, name), each in pruned.items() if of == index}
         with collect_statistics(linear, len(windows), hessian=False) as statistics:
             dense = [run_block(block, window, calls[index]) for window in hidden]

@@ -86,7 +86,7 @@ def walk(
         load: what to work on in a block's stead, such as a copy of it on another device.
         room: makes room for the hidden states of all windows, given shape and precision; by default where the model is.
     """
-    mine = windows[rank() :: n_ranks()]
+    mine, progress = windows[rank() :: n_ranks()], progress and rank() == 0
     calls = record_calls(model, mine[:1])
     inputs = _enter(model, mine, room)
     more_room = lambda: (room or inputs.new_empty)(tuple(inputs.shape), dtype=inputs.dtype)

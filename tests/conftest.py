@@ -8,6 +8,7 @@ from nbval.plugin import IPyNbCell
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("BESA_PROFILE", "smoke")
+os.environ.pop("BESA_DATA", None)  # texts are the embedded ones, whatever their user has
 # nbval waits 5 seconds for a cell's outputs behind its end: too few on a busy machine.
 IPyNbCell.output_timeout = property(lambda self: 60, lambda self, seconds: None)
 

@@ -34,6 +34,20 @@ def test_budgets_hold_for_groups_of_rows_spans_and_dense_targets(tiny_llama, win
     assert frame["zeros"].sum() == pytest.approx(0.7 * total, abs=2)  # a rounding for each budget
 
 
+@pytest.mark.parametrize("fields, factors", [({"scores": False}, {1.0}), ({}, {1.0, 3.0}), ({"pattern": "2:4"}, {3.0})])
+def test_step_sizes_fall_to_0_as_a_cosine_within_the_steps_there_are(tiny_llama, windows, monkeypatch, fields, factors):
+    taken, step = [], torch.optim.Adam.step
+    keep = lambda self, *rest: taken.append([group["lr"] for group in self.param_groups]) or step(self, *rest)
+    monkeypatch.setattr(torch.optim.Adam, "step", keep)
+    budget = {} if "pattern" in fields else {"budget": "exact"}
+    besa.prune(tiny_llama, windows, besa.Besa(**budget, **fields, epochs=2, batch_size=2, lr=0.2), progress=False)
+    n_steps = 2 * len(windows) // 2
+    assert len(taken) == 3 * n_steps  # of three blocks
+    for number, rates in enumerate(taken):
+        cosine = 0.2 * (1 + math.cos(math.pi * (number % n_steps) / n_steps)) / 2
+        assert sorted(rates) == pytest.approx(sorted(factor * cosine for factor in factors))
+
+
 def test_an_exact_budget_learned_lowers_the_error_of_a_uniform_one(tiny_llama, windows):
     report = besa.prune(tiny_llama, windows, Besa(budget="exact", epochs=10, lr=0.02), progress=False)
     steps = [step["reconstruction_error"] for step in report.steps if step["block"] == 0]

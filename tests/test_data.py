@@ -2,6 +2,7 @@ import errno
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import besa
 from besa.inputs import text
-from besa.inputs.text import load_documents
+from besa.inputs.text import TEXTS, load_documents
 from besa.machine.files import tensor_sha256
 from besa.machine.provenance import ROOT
 
@@ -83,6 +84,15 @@ def test_gemmas_windows_begin_with_its_bos(local_text):
 
 def test_test_tokens_join_the_documents(local_text):
     assert besa.test_tokens("c4", TOKENIZER).tolist() == [int(w) for d in local_text for w in d.split()]
+
+
+def test_of_c4_the_published_segments_are_taken(local_text, monkeypatch):
+    assert (TEXTS["c4"].max_documents, TEXTS["c4"].max_tokens) == (1100, 256 * 2048)
+    whole = besa.test_tokens("c4", TOKENIZER).tolist()
+    monkeypatch.setitem(TEXTS, "c4", replace(TEXTS["c4"], max_tokens=50))
+    assert besa.test_tokens("c4", TOKENIZER).tolist() == whole[:50]
+    monkeypatch.setitem(TEXTS, "c4", replace(TEXTS["c4"], max_documents=2))
+    assert besa.test_tokens("c4", TOKENIZER).tolist() == [int(w) for d in local_text[:2] for w in d.split()]
 
 
 def test_too_little_text_says_how_much_there_is(local_text):

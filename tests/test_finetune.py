@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import besa
 from besa.decoder import find_blocks, projections
-from besa.finetune import FineTune, _Training, masked_projections
+from besa.finetune import FineTune, _Adapters, _Training, masked_projections
 from besa.machine import state
 from besa.quantize import Quantize
 
@@ -256,13 +256,25 @@ def test_a_finished_checkpoint_is_read_and_one_of_another_run_refused(pruned, te
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_decides_every_bit(pruned, text, kind):
     model, report = pruned
-    torch.manual_seed(5)
     runs = [copy.deepcopy(model) for _ in range(3)]
-    for seed, run in zip((0, 0, 1), runs):
+    for number, (seed, run) in enumerate(zip((0, 0, 1), runs)):
+        torch.manual_seed(number)  # which decides nothing
         besa.finetune(run, text, report, FineTune(kind, **FAST | {"epochs": 1}, seed=seed), progress=False)
     assert_same(runs[0], weights_of(runs[1]))
     with pytest.raises(AssertionError):
         assert_same(runs[0], weights_of(runs[2]))
+
+
+def test_adapters_have_the_rank_and_the_scale_and_the_start_that_they_are_given(pruned):
+    model, report = pruned
+    left = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(left))  # which decides nothing
+        with _Adapters(model, report, FineTune(rank=3, alpha=12.0, seed=seed)) as adapters:
+            layer = adapters.adapted.base_model.model.model.layers[0].mlp.up_proj
+            assert layer.lora_A["default"].weight.shape == (3, 32) and layer.scaling["default"] == 4.0
+            left.append(layer.lora_A["default"].weight.detach().clone())
+    assert torch.equal(left[0], left[1]) and not torch.equal(left[0], left[2])
 
 
 @torch.no_grad()

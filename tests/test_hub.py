@@ -188,6 +188,7 @@ class Session:
         self.folder, self.home = folder, folder / "home"
         own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "BESA_"))}
         own |= {"HF_HOME": str(self.home), "PYTHONPATH": str(ROOT), "BESA_RESULTS": str(folder), "MPLBACKEND": "agg"}
+        own |= {"NO_PROXY": "*", "no_proxy": "*"}  # the hub is on this machine
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, "-c", SESSION], cwd=folder, env=own | where, **pipes)
 

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import besa
+from besa import kernels
 from besa.baselines import named_method
 from besa.decoder import find_blocks, projections
 from besa.importance import InputStatistics, importance, inverse_cholesky
 from besa.machine.device import deterministic, unaltered
 from besa.masks import keep_largest
+from besa.walk import frozen, walk
 
 METHODS = {
     "besa": besa.Besa(),
@@ -213,16 +216,17 @@ def test_of_equal_scores_the_first_go_as_in_a_stable_sort(scores, sparsity):
     assert ((~expected).sum(dim=1) == n_pruned).all()
 
 
-def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses():
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses(damping):
     """Pruning a column and correcting those right of it is a least-squares solution, here by explicit inverses."""
     torch.manual_seed(0)
     rows, columns = 5, 12
     x, weight = torch.randn(200, columns) @ torch.randn(columns, columns), torch.randn(rows, columns)
     statistics = InputStatistics(x.square().sum(0), 2 * x.T @ x)
-    method = besa.SparseGPT(block_columns=columns, damping=1e-2)
+    method = besa.SparseGPT(block_columns=columns, damping=damping)
     ours, kept, note = method._prune_projection(weight, statistics, 0.5)
     hessian = 2 * (x.T @ x).double()
-    hessian += 1e-2 * hessian.diag().mean() * torch.eye(columns)
+    hessian += damping * hessian.diag().mean() * torch.eye(columns)
     saliency = torch.stack(
         [weight[:, j].double() ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(columns)], 1
     )
@@ -234,7 +238,26 @@ def test_sparsegpt_equals_optimal_brain_surgery_by_explicit_inverses():
         error = expected[:, j] * ~keep[:, j] / inverse[0, 0]
         expected[:, j:] -= error[:, None] * inverse[0]
     torch.testing.assert_close(ours, (expected * keep).float(), rtol=1e-3, atol=1e-4)
-    assert torch.equal(kept.flatten(), keep.flatten()) and note == "damping 0.01, float32"
+    assert torch.equal(kept.flatten(), keep.flatten()) and note == f"damping {damping:g}, float32"
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "wanda", "sparsegpt"])
+def test_besa_prunes_the_least_important_of_each_row_by_the_importance_that_is_named(tiny_llama, windows, kind):
+    with frozen(tiny_llama):
+        block = next(walk(tiny_llama, windows, progress=False))
+        statistics = block.statistics(hessian=True)
+    scores = {name: importance(kind, each.weight.clone(), statistics[name]) for name, each in block.projections.items()}
+    report = besa.prune(tiny_llama, windows, besa.Besa(importance=kind), progress=False)
+    for name, each in scores.items():
+        kept = report.keep_masks[0, name]
+        assert (each.masked_fill(kept, 0).amax(1) <= each.masked_fill(~kept, math.inf).amin(1)).all()
+
+
+def test_an_error_is_relative_to_what_is_named(tiny_llama, windows):
+    kinds = [{}, {"loss": "channel"}, {"loss": "token"}]
+    first = lambda fields: besa.prune(copy.deepcopy(tiny_llama), windows, besa.Besa(**fields)).steps[0]["loss"]
+    paper, beyond = ([first(fields | kind) for kind in kinds] for fields in ({}, {"budget": "exact"}))
+    assert paper[0] == paper[1] != paper[2] and beyond[0] == beyond[2] != beyond[1]
 
 
 def test_sparsegpts_masks_alone_leave_the_kept_weights_and_the_first_blocks_choice(tiny_llama, windows):
@@ -261,6 +284,27 @@ def test_activations_that_are_not_finite_name_block_and_projection(tiny_llama, w
         tiny_llama.model.layers[1].input_layernorm.weight.fill_(1e38)  # finite, but what it makes is not
     with pytest.raises(ValueError, match=r"block 1, self_attn.q_proj: its inputs hold NaN or infinity"):
         besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+
+
+class Huge(besa.Wanda):
+    """Weights that are finite, but what they make is not."""
+
+    def prune_block(self, block):
+        pruned = super().prune_block(block)
+        return replace(pruned, weights={name: torch.full_like(each, 3e38) for name, each in pruned.weights.items()})
+
+
+@pytest.mark.parametrize("method", [besa.Wanda(), besa.Magnitude()])
+def test_an_output_that_is_not_finite_names_the_block_and_leaves_it_as_it_was(tiny_llama, windows, method):
+    with torch.no_grad():
+        tiny_llama.model.layers[2].mlp.up_proj.weight.mul_(1e4)
+        tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(3e38)
+    for index, pruning, message in ((0, Huge(), "pruned, its output holds"), (2, method, "its output holds")):
+        before = weights_of(tiny_llama.model.layers[index])
+        with pytest.raises(ValueError, match=f"block {index}: {message} NaN or infinity"):
+            besa.prune(tiny_llama, windows, pruning, progress=False)
+        after = tiny_llama.model.layers[index].state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.mark.parametrize(
@@ -471,7 +515,8 @@ ALL = METHODS | {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_gpu_can_repeat_all_that_is_summed(tiny_llama, windows, name):
+def test_a_gpu_can_repeat_all_that_is_summed(tiny_llama, windows, monkeypatch, name):
+    monkeypatch.setattr(kernels, "_compiled", lambda weight: False)  # what is compiled is for CPUs
     reconstruct = {"exact": besa.Reconstruct("block"), "wanda": besa.Reconstruct("closed")}.get(name)
     with deterministic(True), Sums() as sums:
         report = besa.prune(tiny_llama, windows[:2], ALL[name], reconstruct=reconstruct, progress=False)

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import tokenizers
@@ -29,6 +30,7 @@ from besa.checkpoint import format as checkpoint
 from besa.checkpoint import large, plan, resume
 from besa.checkpoint import run as shards
 from besa.checkpoint.pack import pack_checkpoint
+from besa.decoder import projections
 from besa.inputs.models import load_tokenizer
 from besa.machine import memory
 from besa.machine.device import resolve_device
@@ -529,6 +531,9 @@ def test_hidden_states_go_to_the_first_place_that_holds_them(tmp_path, monkeypat
     assert few.hidden_states == "file"
     assert make_plan(tmp_path, monkeypatch, 99, 99, 99, wanted="file").hidden_states == "file"
     assert make_plan(tmp_path, monkeypatch, 12, 12, 99, device="cpu").hidden_states == "file"
+    assert make_plan(tmp_path, monkeypatch, 13, 13, 99, device="cpu").hidden_states == "device"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # processes that share the host
+    assert make_plan(tmp_path, monkeypatch, 13, 13, 99, device="cpu").hidden_states == "file"
 
 
 def test_what_does_not_fit_is_refused_with_numbers(tmp_path, monkeypatch):
@@ -561,6 +566,16 @@ def test_scores_count_in_the_memory_that_is_planned_whether_named_or_not(tiny_ll
             plan.bytes_for(block, besa.Besa(**fields, scores=scores), device, windows) for scores in (None, True)
         )
         assert plain == named > plan.bytes_for(block, besa.Besa(), device, windows)
+
+
+def test_hessians_count_in_the_memory_that_is_planned_for_whoever_needs_them(tiny_llama, windows):
+    block, device = tiny_llama.model.layers[0], torch.device("cpu")
+    taken = lambda method: plan.bytes_for(block, method, device, windows)
+    own = type("Own", (besa.Wanda,), {"needs_hessian": True})()
+    columns = [linear.weight.shape[1] for linear in projections(block).values()]
+    squares = sum(4 * n**2 for n in columns) + 4 * 4 * max(columns) ** 2
+    assert taken(own) == taken(besa.SparseGPT()) == taken(besa.Wanda()) + squares
+    assert taken(besa.Besa(importance="sparsegpt")) == taken(besa.Besa()) + squares
 
 
 def test_processes_that_were_not_joined_are_told_so(tiny_llama, windows, monkeypatch):
@@ -773,8 +788,7 @@ def test_a_rank_that_dies_takes_the_job_down_and_it_continues(deep_source, by_tw
     out = tmp_path / "out"
     process = command("prune", deep_source, out, *ARGUMENTS, data=text, ranks=2)
     wait_for(out / "besa" / "block-00002.json", process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    psutil.Process(process.pid).children()[-1].kill()
     output = process.communicate(timeout=60)[0]  # within a minute
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output
@@ -935,10 +949,13 @@ def test_export_writes_the_embedded_model_as_an_ordinary_checkpoint(smollm2, tmp
 
 def test_a_random_checkpoint_has_the_published_shape_and_the_same_weights_for_the_same_seed(tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoint.SHAPES, "small", checkpoint.SHAPES["smollm2-135m"] | {"vocab_size": 97})
-    for name in ("one", "two"):
+    for number, name in enumerate(("one", "two")):
+        torch.manual_seed(number)  # which decides nothing
         checkpoint.write_random("small", tmp_path / name, n_blocks=2)
+    checkpoint.write_random("small", tmp_path / "other", n_blocks=2, seed=1)
     model = load(tmp_path / "one")
     assert_same(model, load(tmp_path / "two"))
+    assert not torch.equal(model.lm_head.weight, load(tmp_path / "other").lm_head.weight)
     assert len(model.model.layers) == 2 and model.dtype == torch.bfloat16
     assert model.model.layers[1].mlp.down_proj.weight.shape == (576, 1536)
     assert 0.019 < model.model.layers[0].mlp.up_proj.weight.float().std() < 0.021

@@ -197,6 +197,9 @@ def test_a_limit_takes_the_subset_of_its_seed_and_says_so(model, tokenizer):
     assert frame.loc["average", "acc"] == pytest.approx(frame["acc"].iloc[:2].mean())
     assert frame.loc["average", "stderr"] == pytest.approx(math.hypot(*frame["stderr"].iloc[:2]) / 2)
     assert frame.loc["winogrande", "questions"] != other.to_frame().loc["winogrande", "questions"]
+    assert (
+        frame.loc["winogrande", "chance"] == 0.5 and 0.2 <= frame.loc["arc_easy", "chance"] <= 1 / 3
+    )  # 3 to 5 choices
 
 
 def test_a_context_is_run_once_and_batches_are_bounded_by_their_tokens(model, tokenizer, monkeypatch):

@@ -59,8 +59,8 @@ def bytes_for(
     """Memory of the device that computes while a block, or a span of blocks, is pruned.
 
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
-    weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. SparseGPT's importance
-    takes a matrix of columns x columns in float32 for each projection's inputs, four more while one is factorized;
+    weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. Where it needs Hessians
+    a matrix of columns x columns in float32 for each projection's inputs, four more while one is factorized;
     reconstruction takes six more, and eight copies of the largest projection, and to train a block 20 bytes for each
     weight. Scores that BESA learns take as much. What enters and leaves each projection is kept for one window, to
     learn from; of parts that are learned by themselves the inputs and outputs of all windows are there, too, and twice
@@ -73,10 +73,10 @@ def bytes_for(
     n_weights, itemsize = sum(weight.numel() for weight in weights), weights[0].element_size()
     per_weight = 2 * itemsize + 3 + itemsize * (device.type == "cuda") + 24 * (method.quantize is not None)
     per_weight += 20 * (reconstruct is not None and reconstruct.kind == "block")
-    per_weight += 20 * getattr(method, "learns_scores", False)
+    per_weight += 20 * method.learns_scores
     total = n_weights * per_weight + BESIDE
     total += windows.shape[1] * itemsize * sum(sum(weight.shape) for weight in weights)
-    if reconstruct or "sparsegpt" in (method.name, getattr(method, "importance", None)):
+    if reconstruct or method.needs_hessian:
         squares = [4 * weight.shape[1] ** 2 for weight in weights]
         total += sum(squares) + (6 if reconstruct else 4) * max(squares)
         total += 32 * max(weight.numel() for weight in weights) * (reconstruct is not None)

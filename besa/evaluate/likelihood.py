@@ -72,7 +72,7 @@ class SharedContexts(HFLM):
         """Of each request, log p(continuation | context) in nats and whether greedy decoding would write it."""
         asked = hashlib.sha256(repr([request[1:] for request in requests]).encode()).hexdigest()
         answers = (self._state.read(questions=asked) or {"answers": {}})["answers"]
-        options = {"desc": "zero-shot", "unit": "choice", "leave": False, "disable": not self._progress}
+        options = {"desc": "zero-shot", "unit": "choice", "leave": False, "disable": not self._progress or rank() > 0}
         with tqdm(total=len(requests) // n_ranks(), initial=len(answers), **options) as bar:
             for batch in itertools.islice(self._batches(requests), rank(), None, n_ranks()):  # this rank's share
                 members = [index for _, group in batch for index in group]

@@ -59,7 +59,7 @@ def perplexity(
     mine = segments[rank() :: n_ranks()]
     together = SPREAD_AT_ONCE if any(parameter.is_meta for parameter in model.parameters()) else 1
     losses, problem = torch.zeros(n_segments, dtype=torch.float64), None  # summed over each segment's tokens
-    options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress}
+    options = {"desc": "perplexity", "unit": "segment", "leave": False, "disable": not progress or rank() > 0}
     with evaluating(model), tqdm(total=len(mine), **options) as bar:
         batches = mine.split(together) if len(mine) else ()  # more ranks than segments
         calls = {n: record_calls(model, segments[:n]) for n in set(map(len, batches))}
