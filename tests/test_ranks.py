@@ -1,5 +1,7 @@
 """Two ranks prune and evaluate as one process does. torchrun starts this file, too: `__main__` is what a rank runs."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -45,11 +47,20 @@ def perplexities():
     return float(value), value.losses.tolist(), str(refused.value)
 
 
+def bars():
+    """What is shown of work whose bars nobody turned off."""
+    model = build("Llama")
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        besa.prune(model, WINDOWS, besa.Besa(**STEPS, budget="exact", scope="model"))
+        besa.perplexity(model, WINDOWS[:, :20].flatten(), 64)
+    return shown.getvalue()
+
+
 if __name__ == "__main__":
     with joined():
         assert n_ranks() == 2
         found = {name: pruned(*case, WINDOWS[:2]) for name, case in CASES.items()}
-        found |= {"trained": pruned(*TRAINED, WINDOWS), "perplexities": perplexities()}
+        found |= {"trained": pruned(*TRAINED, WINDOWS), "perplexities": perplexities(), "bars": bars()}
         torch.save(found, Path(sys.argv[1]) / f"{rank()}.pt")
 
 
@@ -88,3 +99,8 @@ def test_two_ranks_measure_and_refuse_as_one_process(ranks):
     one = perplexities()
     assert ranks[0]["perplexities"] == ranks[1]["perplexities"] == one
     assert one[2].startswith("segment 1: a loss of nan")
+
+
+def test_one_rank_shows_how_far_all_are(ranks):
+    assert all(f"{what}:" in ranks[0]["bars"] for what in ("sensitivity", "prune", "perplexity"))
+    assert not ranks[1]["bars"]
