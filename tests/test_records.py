@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sys
+import time
 
 import huggingface_hub
 import pytest
@@ -255,9 +257,9 @@ def test_a_processor_is_named_with_what_multiplies_bfloat16(flags, name, tmp_pat
 
 def test_memory_is_measured_where_the_system_says_little(monkeypatch):
     monkeypatch.setattr(memory, "_status", lambda field: 0)  # a sandbox such as gVisor
-    with memory.measure() as cost:
+    with memory.measure() as cost, memory.watch_anonymous() as anonymous:
         pass
-    assert cost.peak_bytes > 2**20 and cost.peak_anonymous_bytes == 0
+    assert cost.peak_bytes > 2**20 and anonymous.peak_bytes == 0
 
 
 def test_measured_peak_covers_what_was_allocated_and_freed():
@@ -269,3 +271,20 @@ def test_measured_peak_covers_what_was_allocated_and_freed():
         pass
     assert much.seconds > 0 and much.peak_bytes - little.peak_bytes > 2**28
     assert much.peak_bytes - after.peak_bytes > 2**28
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory from files'")
+def test_the_peak_of_anonymous_memory_leaves_out_what_is_mapped_from_files(tmp_path):
+    (tmp_path / "mapped").write_bytes(bytes(2**28))
+    peaks = []
+    for take in (
+        lambda: None,
+        lambda: torch.ones(2**26),
+        lambda: torch.from_file(str(tmp_path / "mapped"), size=2**26),
+    ):
+        with memory.watch_anonymous() as anonymous:
+            taken = take()
+            time.sleep(0.2 if taken is None else 0.2 + 0 * float(taken.sum()))  # every page is touched
+        peaks.append(anonymous.peak_bytes)
+        del taken
+    assert peaks[1] - peaks[0] > 2**27 and abs(peaks[2] - peaks[0]) < 2**26

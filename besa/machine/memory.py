@@ -65,8 +65,6 @@ class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
     """Highest resident memory of the process, or on a GPU highest allocation there."""
-    peak_anonymous_bytes: int = 0
-    """Highest anonymous memory of the process, in host memory and not backed by a file (Linux only, else 0)."""
 
 
 @contextlib.contextmanager
@@ -80,8 +78,7 @@ def measure(device: torch.device | None = None) -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats(device)
     _reset_peak_resident()
     start = time.perf_counter()
-    with _watch_anonymous(cost):
-        yield cost
+    yield cost
     cost.seconds = time.perf_counter() - start
     cost.peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_resident()
 
@@ -109,18 +106,21 @@ def _peak_resident() -> int:
 
 
 @contextlib.contextmanager
-def _watch_anonymous(cost: Cost) -> Iterator[None]:
-    """Look every 20 ms: unlike for resident memory, the kernel keeps no peak."""
-    done = threading.Event()
+def watch_anonymous() -> Iterator[Cost]:
+    """Take the peak of the process's anonymous memory: on the host, and not backed by a file (Linux only, else 0).
+
+    It looks every 20 ms: unlike for resident memory, the kernel keeps no peak.
+    """
+    cost, done = Cost(), threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            cost.peak_anonymous_bytes = max(cost.peak_anonymous_bytes, _status("RssAnon"))
+            cost.peak_bytes = max(cost.peak_bytes, _status("RssAnon"))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield cost
     finally:
         done.set()
         watcher.join()
