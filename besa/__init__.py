@@ -5,7 +5,6 @@ Start reading at `besa/prune.py`.
 
 import importlib
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -100,8 +99,9 @@ class _TeachTransformers(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "transformers.modeling_utils":
             return None
-        # It stays where it is: this import may be interrupted, or only be asked where the file lies.
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        # It stays where it is: this import may be interrupted, or somebody only ask where the file lies.
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next(filter(None, (other.find_spec(name, path, target) for other in others)), None)
         if spec and spec.loader:
             load = spec.loader.exec_module
             spec.loader.exec_module = lambda module: (load(module), importlib.import_module("besa.packed_files"))

@@ -1,6 +1,7 @@
 """besa as people import, start and install it."""
 
 import ast
+import importlib.machinery
 import json
 import os
 import shutil
@@ -54,12 +55,20 @@ def test_import_and_help_load_nothing_heavy(arguments):
 
 
 def test_transformers_is_taught_however_often_its_file_is_looked_for(monkeypatch):
-    """An import may be interrupted, and `importlib.util.find_spec` only asks."""
-    monkeypatch.setattr(sys, "meta_path", [besa._TeachTransformers(), *sys.meta_path])
+    """An import may be interrupted, `importlib.util.find_spec` only asks, and the file may be another finder's."""
     name, path = "transformers.modeling_utils", list(transformers.__path__)
-    for _ in range(3):
+    asked = []
+
+    class Other:
+        def find_spec(self, *wanted):
+            asked.append(wanted)
+            return importlib.machinery.PathFinder.find_spec(*wanted)
+
+    monkeypatch.setattr(sys, "meta_path", [besa._TeachTransformers(), Other()])
+    for number in range(3):
         spec = next(filter(None, (finder.find_spec(name, path) for finder in sys.meta_path)))
         assert "exec_module" in vars(spec.loader) and spec.origin.endswith("modeling_utils.py")
+        assert asked == (number + 1) * [(name, path, None)]
 
 
 def test_prune_is_the_function_whatever_is_imported_first():

@@ -376,9 +376,11 @@ def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
     said = (
         "**holds** at 60 % (one draw; *small*: three); by one draw alone **holds** at 20 and 40 %, **does not hold** "
     )
-    said += "at 30, 70 and 80 %; *small*, 40 % is undecided |"
-    small = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["row", "against"]).loc[pairs[:4]]
-    assert said in PROSE and list(small["verdict"]) == ["holds", "holds", "undecided", "undecided"]
+    said += "at 30, 70 and 80 %; *small*, 30 % **does not hold** beside Wanda, and these are undecided else |"
+    small = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["row", "against"])["verdict"]
+    assert said in PROSE and [pair for pair in pairs if small[pair] == "does not hold"] == [pairs[6]]
+    assert [pair for pair in pairs if small[pair] == "holds"] == pairs[:2]
+    assert pairs[6] == ("besa-row-wise-0.3", "wanda-0.3-matched")
 
 
 def test_the_readmes_packed_models_are_the_reference_run():

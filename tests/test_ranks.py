@@ -102,5 +102,5 @@ def test_two_ranks_measure_and_refuse_as_one_process(ranks):
 
 
 def test_one_rank_shows_how_far_all_are(ranks):
-    assert all(f"{what}:" in ranks[0]["bars"] for what in ("sensitivity", "prune", "perplexity"))
-    assert not ranks[1]["bars"]
+    for what in ("sensitivity", "prune", "perplexity"):
+        assert [f"{what}:" in found["bars"] for found in ranks] == [True, False]

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from besa.decoder import find_blocks
@@ -334,40 +334,3 @@ def export(name: str, folder: Path, dtype: str | None = None, trust_remote_code:
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         load_tokenizer(name, trust_remote_code).save_pretrained(temporary)
-
-
-SHAPES: dict[str, dict[str, int]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "llama-7b": {},  # transformers' own default
-    "llama2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
-"""Published shapes, for checkpoints of random weights: what a run costs does not depend on the weights' values."""
-
-
-def write_random(shape: str, folder: Path, n_blocks: int, seed: int = 0) -> None:
-    """Write a bfloat16 checkpoint of random weights, to measure what pruning takes on a model that is not at hand.
-
-    Args:
-        shape: one of `SHAPES`.
-        n_blocks: how many of its blocks; they must fit in memory together.
-
-    Raises:
-        ValueError: an unknown shape, or there is something in the folder.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    config = LlamaConfig(**SHAPES[shape], num_hidden_layers=n_blocks, max_position_embeddings=4096)
-    with new_folder(folder) as temporary, torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(temporary)

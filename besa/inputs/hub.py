@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
+from besa.machine.processes import rank
+
 WAITS = (1, 2, 4)
 """Seconds between the tries where the hub is busy."""
 _BUSY = (408, 429, 500, 502, 503, 504)
@@ -38,10 +40,10 @@ class Refused(Exception):
 
 
 class Late(tqdm):
-    """A bar of what takes longer than a second."""
+    """A bar of what takes longer than a second, on one rank."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"delay": 1} | options)
+        super().__init__(*arguments, **{"delay": 1} | options | ({"disable": True} if rank() else {}))
 
 
 def fetch(ask: Callable[..., str], name: str, *arguments: str, waits: tuple[int, ...] = WAITS, **options: Any) -> Path:

@@ -64,7 +64,7 @@ def _control_groups() -> list[Path]:
 class Cost:
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory of the process, or on a GPU highest allocation there."""
+    """Highest resident memory of the process, or on a GPU highest allocation there; of `watch_anonymous`, anonymous."""
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def watch_anonymous() -> Iterator[Cost]:
 
     It looks every 20 ms: unlike for resident memory, the kernel keeps no peak.
     """
-    cost, done = Cost(), threading.Event()
+    cost, done = Cost(peak_bytes=_status("RssAnon")), threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
