@@ -4,6 +4,7 @@ What is heavy is imported where it is used, so that `--help` answers at once.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -92,7 +93,9 @@ def prune(
         list[str] | None,
         typer.Option(help="projection or block that stays dense: a name, or re:.*down_proj; repeat it"),
     ] = None,
-    calibration: Annotated[str, typer.Option(help="text to draw from: sotu, c4, wikitext2, ptb, yours")] = "sotu",
+    calibration: Annotated[
+        str, typer.Option(help="text to draw from: sotu, c4, wikitext2, ptb, or NAME for $BESA_DATA/NAME")
+    ] = "sotu",
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: SeqLen = 2048,
     sampler: Annotated[Literal["crop", "pack"], typer.Option(help="how windows are cut")] = "crop",
@@ -173,8 +176,12 @@ def pack(
 @_plainly("starts anew, or behind the answers in --checkpoint")
 def evaluate(
     source: Annotated[str, typer.Argument(help="folder, llama-7b ... llama2-70b, smollm2-135m or a hub id")],
-    texts: Annotated[str, typer.Option(help="perplexity on these, comma-separated; may be empty")] = "wiki",
-    tasks: Annotated[str, typer.Option(help="zero-shot accuracy on these, comma-separated: piqa, boolq, ...")] = "",
+    texts: Annotated[
+        str, typer.Option(help="perplexity on these: wiki, sotu, wikitext2, c4, ptb, yours, by commas; or '' for none")
+    ] = "wiki",
+    tasks: Annotated[
+        str, typer.Option(help="zero-shot: piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge, by commas")
+    ] = "",
     seq_len: SeqLen = 2048,
     max_segments: Annotated[int | None, typer.Option(help="test segments per text; all by default", min=1)] = None,
     limit: Annotated[int | None, typer.Option(help="questions per task; all by default", min=1)] = None,
@@ -238,11 +245,11 @@ def _method(name: str, bits: int | None, group_size: int | None, **fields: Any) 
     if bits is not None:
         fields["quantize"] = besa.Quantize(bits=bits, group_size=group_size)
     name = {"besa": "besa-row-wise"}.get(name, name)
-    named_method(name)  # an unknown name, before what it may not take
-    try:
-        return named_method(name, **fields)
-    except TypeError as error:
-        raise ValueError(f"method {name!r}: {error}") from error
+    taken = {field.name for field in dataclasses.fields(named_method(name))}
+    idle = ["bits" if field == "quantize" else field.replace("_", "-") for field in fields if field not in taken]
+    if idle:
+        raise ValueError(f"--{', --'.join(idle)}: nothing that method {name!r} heeds; leave it out")
+    return named_method(name, **fields)
 
 
 def _say(text: str) -> None:

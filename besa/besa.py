@@ -37,8 +37,8 @@ class _Unsaid(str):
 class Besa(Method):
     """Blockwise parameter-efficient sparsity allocation (Xu et al. 2024): the published row-wise recipe by default.
 
-    The published layer-wise recipe is `Besa(row_group="layer", targets="dense")`, with a `d_coef` of its own. Beyond
-    the paper, `Besa(budget="exact")` meets any sparsity to the weight and learns which weights of each row stay, too.
+    The published layer-wise recipe is `Besa(row_group="layer", targets="dense", d_coef=0.5)`. Beyond the paper,
+    `Besa(budget="exact")` meets any sparsity to the weight and learns which weights of each row stay, too.
     """
 
     row_group: Literal["row", "layer"] | Count = "row"
@@ -47,21 +47,26 @@ class Besa(Method):
     targets: Literal["pruned", "dense"] | None = None
     """What a pruned block must reproduce: the dense block's output on the same (pruned) inputs, as the released code
     does row-wise, or the dense model's own hidden states, as Algorithm 1 is written and the released code does
-    layer-wise. None takes "pruned" with a penalty and "dense" with an exact budget or a pattern, where it can be."""
+    layer-wise. None takes "pruned" with a penalty, or where parts of blocks are reconstructed, and "dense" with an
+    exact budget or a pattern."""
     importance: Importance = "wanda"
-    """What weights are ranked by."""
+    """What weights are ranked by: "wanda", |W| times the norm of its inputs; "magnitude", |W|; "sparsegpt", the
+    released code's W^2 / U_jj (`besa.SparseGPT` itself goes by the OBS saliency W^2 / U_jj^2)."""
     smooth: bool = True
-    """beta = softmax(sigmoid(logits)), the released recipe; False is the paper's plain softmax."""
+    """beta = softmax(sigmoid(logits)), the released recipe, which confines the sparsity to (0.376, 0.624); False is the
+    paper's plain softmax."""
     candidates: Annotated[int, Ge(2), Le(256)] = 101
     """D + 1, the number of candidate rates p_d between 1 and 0."""
     penalty: Positive = 5.0
     """lambda, the weight of ((s - sparsity) / sparsity)^2 in the loss (Eqn. 2)."""
     d_coef: Positive = 5.0
-    """Prodigy's step size factor; the published runs set it by model (reproduce/params)."""
+    """Prodigy's step size factor. Published: row-wise 5 up to 13B, 10 for 30B, 50 for 65B and 70B; layer-wise 0.05, 0.5
+    or, for LLaMA-7B, 50."""
     epochs: Count = 1
-    """Passes over the windows."""
+    """Passes over the windows. Prodigy needs some 15 steps before it learns: take 32 of them, or more."""
     batch_size: Count = 1
-    """Windows per step, whose gradients are averaged (published: one). Ranks under torchrun share them out."""
+    """Windows per step, a divisor of their number, whose gradients are averaged (published: one). Ranks under torchrun
+    share them out."""
     reconstruct: Literal["projection", "sublayer"] | Count = 1
     """Whose output is reconstructed, under a budget of its own: each projection's, attention's and the MLP's, or that
     of this number of consecutive blocks (published: one). New values for kept weights: `prune(reconstruct=...)`."""
@@ -77,7 +82,8 @@ class Besa(Method):
     """Where an exact budget holds: in every block, or in the model, whose blocks share it by what pruning adds to the
     loss, measured block by block before any is pruned (`besa/sensitivity.py`)."""
     lr: Positive = 0.01
-    """Adam's step size for exact budgets and patterns, which falls to 0 as a cosine; three times as much for scores."""
+    """Adam's step size for exact budgets and patterns, which falls to 0 as a cosine; three times as much for scores.
+    With a penalty it does nothing: there, `d_coef` sets the steps."""
     loss: Literal["channel", "token"] | None = None
     """What a window's error is relative to: the norm of each output channel, published, or of each token, which is less
     easily over-fitted. None takes "channel" with a penalty and "token" with an exact budget or a pattern."""
@@ -121,11 +127,14 @@ class Besa(Method):
             )
         if self.span > 1 and self.sparsities:
             raise ValueError(
-                f"reconstruct {self.reconstruct} prunes several blocks as one, which sparsities tell apart"
+                f"reconstruct {self.reconstruct} prunes several blocks as one, which sparsities tell apart; leave one "
+                "of them out"
             )
         if self.scope == "model" and (not self._has_budget or self.span > 1 or self.sparsities):
             raise ValueError(
-                "scope 'model' wants budget 'exact', no fixed pattern, single blocks and no sparsities of its own"
+                "scope 'model' wants budget 'exact', no fixed pattern, single blocks and no sparsities of its own, not "
+                f"budget {self.budget!r}, pattern {self.pattern!r}, reconstruct {self.reconstruct!r} and sparsities "
+                f"{self.sparsities}"
             )
         if isinstance(self.reconstruct, str) and self.targets == "dense":
             raise ValueError(
@@ -153,7 +162,10 @@ class Besa(Method):
         for (index, name), projection in pruned_projections(model, self.ignore).items():
             rows = len(projection.weight)
             if rows % self.group_rows(projection.weight):
-                raise ValueError(f"block {index}, {name}: {rows} rows do not divide into groups of {self.row_group}")
+                raise ValueError(
+                    f"block {index}, {name}: {rows} rows do not divide into groups of {self.row_group}; "
+                    "take a divisor, 'row' or 'layer', or ignore the projection"
+                )
         if self._has_budget:
             self._check_budgets(self._sizes(model))
 

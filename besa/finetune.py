@@ -109,17 +109,20 @@ class FineTune:
         return (self.lr or LR[self.kind]) * rising * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
+@documented
 @dataclass(repr=False)
 class FineTuned:
     """What training did, step by step."""
 
     config: FineTune
+    """How it was trained."""
     _: KW_ONLY
     steps: list[dict[str, float]] = field(default_factory=list)
     """Step (from 1), learning rate, loss that was trained on."""
     held_out: list[dict[str, float]] = field(default_factory=list)
     """Step (0: before) and next-token loss of the windows that are not trained on, in nats per token."""
     seconds: float = 0.0
+    """What training took."""
     peak_bytes: int = 0
     """Highest resident memory of the process, or highest allocation on the GPU, while it was trained."""
 

@@ -158,16 +158,17 @@ class KeepMasks(Mapping[tuple[int, str], Tensor]):
         found._bits = {key: bits for key, bits in self._bits.items() if key[0] == block}
         return found
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write them as one safetensors file: bits by projection (`3.self_attn.q_proj`), shapes in its metadata."""
         tensors = {f"{block}.{name}": bits for (block, name), (bits, _, _) in self._bits.items()}
         shapes = {f"{block}.{name}": shape for (block, name), (_, *shape) in self._bits.items()}
-        with replacing(path) as temporary:
+        with replacing(Path(path)) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata={"shapes": json.dumps(shapes)})
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str | Path) -> "KeepMasks":
         """Add those of a file; their bits stay there until they are asked for."""
         with open_bits(path) as (file, shapes):
             for key, (rows, columns) in shapes.items():
                 block, _, name = key.partition(".")
                 self._bits[int(block), name] = file.get_tensor(key), rows, columns
+        return self

@@ -37,7 +37,7 @@ from besa.machine.files import cache_folder, write_text
 from besa.machine.memory import prefer_large_pages
 from besa.machine.threads import over_rows
 from besa.masks import pack_bits, slices
-from besa.packed_files import keep_packed_when_saved
+from besa.packed_files import keep_packed_when_saved, packed_projections
 from besa.quantize import QuantizedWeight
 from besa.report import Masks
 
@@ -349,15 +349,17 @@ class PackedLinear(nn.Module):
 def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
     """Replace pruned projections in place by packed ones, which compute the same.
 
-    Projections that would grow stay dense, such as those that pruning ignored.
+    Projections that would grow stay dense, such as those that pruning ignored. From then on the model's own
+    `save_pretrained` writes it packed.
 
     Args:
+        model: as `prune` left it.
         report: what `besa.prune` returned, or keep-masks by (block, projection); None: in every projection, what is
             not 0 is kept.
 
     Raises:
         ValueError: a projection of the report is not in the model's memory, is packed already, or has other weights
-            there; in the last case the model is dense then, else as it was.
+            there (the model is dense then, else as it was), or none would be smaller.
     """
     keep_masks = getattr(report, "keep_masks", report)
     quantized = getattr(report, "quantized", None) or {}
@@ -374,6 +376,8 @@ def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
     except BaseException:  # refused or interrupted: what is dense in part would be saved without a word of the rest
         unpack(model)
         raise
+    if not packed_projections(model):
+        raise ValueError("nothing in this model is smaller packed: it has too few zeros; prune it first")
     keep_packed_when_saved(model)
 
 

@@ -30,14 +30,16 @@ METHOD, FORMAT_VERSION = "besa_packed", 1
 
 @checked
 def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write a model that `besa.packed.pack` packed; `from_pretrained` gives it back packed, to the bit.
+    """Write a model that `besa.pack` packed; `from_pretrained` gives it back packed, to the bit.
+
+    Its tokenizer is not written: `tokenizer.save_pretrained(folder)`.
 
     Raises:
         ValueError: nothing in the model is packed.
         OSError: the disk refuses it.
     """
     if not packed_projections(model):
-        raise ValueError("nothing in this model is packed: call besa.packed.pack(model, report) first")
+        raise ValueError("nothing in this model is packed: call besa.pack(model, report) first")
     with writing(Path(folder), "what is there of it is of no use"):
         save_pretrained(model, folder)
 

@@ -41,7 +41,8 @@ def prune(
     the same weights.
 
     Args:
-        model: any Hugging Face decoder whose blocks `besa.decoder` finds; its pruned weights become 0.
+        model: any Hugging Face decoder whose blocks `besa.decoder` finds; its pruned weights become 0. Pruned once
+            more, it is what the first time left that counts as dense: to compare methods, load it again.
         windows: calibration token ids, from `calibration_windows`; under torchrun the same on every rank.
         method: `Besa`, `Magnitude`, `Wanda` or `SparseGPT`.
         progress: show bars over blocks and windows.

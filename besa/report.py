@@ -8,6 +8,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from besa.decoder import locate, projections
+from besa.machine.fields import documented
 from besa.masks import KeepMasks
 from besa.quantize import QuantizedWeight
 
@@ -21,21 +22,31 @@ MISSED = "the block's sparsity is "
 """How the note on the rows of a block that misses its target begins."""
 
 
+@documented
 @dataclass(repr=False)
 class Report:
     """Rows by block and projection, training steps by block, masks, and what pruning took."""
 
     method: str
+    """Its name."""
     _: KW_ONLY
     n_samples: int
+    """Calibration windows."""
     seq_len: int
+    """Tokens of each."""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    """By block and projection: `block`, `projection`, `rows`, `columns`, `zeros`, `sparsity`, `projection_error`; of
+    the whole block `block_error` (Eqn. 1, relative to each output channel) and `block_seconds`; `note`."""
     steps: list[dict[str, float]] = field(default_factory=list)
+    """By training step: `block`, `step`, `loss`, `reconstruction_error` (relative to what `Besa.loss` names),
+    `sparsity`; `skipped` where the step was."""
     seconds: float = 0.0
+    """What pruning took, all in all."""
     peak_bytes: int = 0
     """Highest resident memory of the process, or highest allocation on the GPU, while it was pruned."""
     keep_masks: KeepMasks = field(default_factory=KeepMasks)
-    """True = kept, by block and projection; sparsity is counted from them."""
+    """True = kept, by block and projection; sparsity is counted from them. `keep_masks.save(path)` writes them,
+    `besa.masks.KeepMasks().load(path)` reads them for `finetune` and `pack`."""
     quantized: Mapping[tuple[int, str], QuantizedWeight] = field(default_factory=dict)
     """Where the method quantized: codes, scales and zero-points by block and projection."""
 

@@ -99,6 +99,21 @@ def test_a_dry_run_plans_the_method_that_is_named_by_the_published_windows(asked
     assert "prune_checkpoint" not in asked
 
 
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (
+            ["--method", "magnitude", "--bits", 4, "--budget", "exact"],
+            "--budget, --bits: nothing that method 'magnitude'",
+        ),
+        (["--method", "wanda", "--d-coef", 5], "--d-coef: nothing that method 'wanda' heeds; leave it out"),
+    ],
+)
+def test_options_that_are_not_for_a_method_are_refused_by_their_names(asked, line, words):
+    result = CliRunner().invoke(app, ["prune", "model", "out", *map(str, line)])
+    assert result.exit_code == 1 and words in result.output and not asked
+
+
 def test_a_step_takes_a_window_of_every_rank_where_nothing_is_said(asked, monkeypatch):
     monkeypatch.setattr(processes, "n_ranks", lambda: 8)
     for name, method in (("besa", besa.Besa(batch_size=8)), ("wanda", besa.Wanda())):

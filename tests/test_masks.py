@@ -42,8 +42,8 @@ def test_masks_of_several_blocks_go_to_files_and_back(tmp_path):
     masks, back = KeepMasks(), KeepMasks()
     for block in range(2):
         masks[block, "mlp.up_proj"] = torch.rand(3, 7, generator=torch.Generator().manual_seed(block)) < 0.5
-        masks.of_block(block).save(tmp_path / f"{block}.safetensors")
-        back.load(tmp_path / f"{block}.safetensors")
+        masks.of_block(block).save(path := str(tmp_path / f"{block}.safetensors"))
+        assert back.load(path) is back
     assert back.keys() == masks.keys() and all(torch.equal(back[key], mask) for key, mask in masks.items())
     back.take(masks.of_block(1))
     assert len(back) == 2

@@ -5,7 +5,8 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from test_decoder import build
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import besa
 from besa.checkpoint.format import find_checkpoint, open_checkpoint
@@ -42,7 +43,8 @@ def word_tokenizer():
 
 @pytest.mark.parametrize("opened", [load, open_checkpoint])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tiny_llama, tmp_path, opened, name):
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tiny_llama, word_tokenizer, tmp_path, opened, name):
+    word_tokenizer.save_pretrained(tmp_path)
     tiny_llama.save_pretrained(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=rf"lacks 1 tensor\(s\) of a LlamaForCausalLM, the first {name}; fetch"):
@@ -50,7 +52,8 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tiny_llama, tmp_pat
 
 
 @pytest.mark.parametrize("opened", [load, open_checkpoint])
-def test_layers_that_the_configuration_leaves_out_are_refused_by_name(tiny_llama, tmp_path, opened):
+def test_layers_that_the_configuration_leaves_out_are_refused_by_name(tiny_llama, word_tokenizer, tmp_path, opened):
+    word_tokenizer.save_pretrained(tmp_path)
     tiny_llama.save_pretrained(tmp_path)
     tiny_llama.config.num_hidden_layers = 2
     tiny_llama.config.save_pretrained(tmp_path)
@@ -129,12 +132,25 @@ DAMAGED = {
 
 @pytest.mark.parametrize("opened", [load, open_checkpoint])
 @pytest.mark.parametrize("content, words", DAMAGED.values(), ids=DAMAGED)
-def test_weights_that_are_not_whole_are_refused_by_file(tiny_llama, tmp_path, opened, content, words):
+def test_weights_that_are_not_whole_are_refused_by_file(tiny_llama, word_tokenizer, tmp_path, opened, content, words):
+    word_tokenizer.save_pretrained(tmp_path)
     tiny_llama.config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
         opened(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "OPT"])
+def test_a_folder_without_a_tokenizer_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, architecture):
+    """For some models transformers makes up a tokenizer that knows no word."""
+    build(architecture).save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("they were read"))
+    for ask in (besa.load_model, models.load_tokenizer):
+        with pytest.raises(
+            ValueError, match=r"holds no tokenizer \(tokenizer.json, ...\); save .*tokenizer.save_pretrain"
+        ):
+            ask(str(tmp_path))
 
 
 CANNOT = "(cannot load|transformers cannot load)"
@@ -156,7 +172,10 @@ CANNOT = "(cannot load|transformers cannot load)"
         ({"model_type": 7}, CANNOT),
     ],
 )
-def test_a_configuration_of_another_model_is_refused_by_tensor_or_reason(tiny_llama, tmp_path, opened, change, words):
+def test_a_configuration_of_another_model_is_refused_by_tensor_or_reason(
+    tiny_llama, word_tokenizer, tmp_path, opened, change, words
+):
+    word_tokenizer.save_pretrained(tmp_path)
     tiny_llama.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -382,9 +382,12 @@ def test_a_jointly_compressed_model_packs_to_its_codes(tiny_llama, windows, dtyp
     torch.testing.assert_close(tiny_llama(windows).logits, dense(windows).logits, rtol=0, atol=atol)
 
 
-def test_only_what_shrinks_is_packed_and_a_foreign_report_is_refused(tiny_llama):
-    pack(tiny_llama)
+def test_only_what_shrinks_is_packed_and_a_foreign_report_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="nothing in this model is smaller packed: it has too few zeros; prune it"):
+        pack(tiny_llama)
     assert not any(isinstance(module, PackedLinear) for module in tiny_llama.modules())
+    with pytest.raises(ValueError, match=r"nothing in this model is packed: call besa.pack\(model, report\) first"):
+        save_packed(tiny_llama, tmp_path)
     masks = {(0, "self_attn.q_proj"): torch.zeros(32, 32, dtype=torch.bool)}
     with pytest.raises(ValueError, match=r"block 0, self_attn.q_proj: the report is of other weights"):
         pack(tiny_llama, masks)

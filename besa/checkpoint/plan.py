@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from besa.decoder import projections
+from besa.machine.fields import documented
 from besa.machine.memory import USABLE, free_device, free_host, neighbours
 from besa.machine.processes import n_ranks
 from besa.prune import Method
@@ -20,6 +21,7 @@ BESIDE = 2**30
 """Bytes for everything that is not counted: libraries, fragmentation."""
 
 
+@documented
 @dataclass(frozen=True)
 class Plan:
     """What a run needs and finds, on each rank, in bytes."""
@@ -32,10 +34,13 @@ class Plan:
     """Hidden states of this rank's windows: what enters a block and what it must reproduce; with `reconstruct` three
     more."""
     device_free: int
+    """Free where it computes."""
     host_free: int
+    """Free host memory."""
     disk_bytes: int
     """Shards, and the hidden states where they lie in a file."""
     disk_free: int
+    """Free where the output lies."""
     n_blocks: int
     """Still to be pruned."""
 

@@ -131,7 +131,7 @@ def plan_checkpoint(
     """Everything that `prune_checkpoint` does before it starts: all checks, and what it needs of memory and disk.
 
     It leaves the output's folder with some kilobytes about the run. Of a model that the hub would have to send, its
-    configuration alone is fetched, and the plan made from that.
+    configuration alone is fetched, and the plan made from that. The arguments are those of `prune_checkpoint`.
 
     Raises:
         ValueError: as `prune_checkpoint`.

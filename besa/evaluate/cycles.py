@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.decoder import find_blocks, projections
-from besa.machine.fields import checked
+from besa.machine.fields import checked, documented
 
 PE_ROWS, PE_COLUMNS = 64, 64
 """Processing elements (PEs); each multiplies one weight per cycle."""
@@ -19,6 +19,7 @@ MOVES = 5
 """How often the threshold may move by 0.1: it starts at 0.5 and so stays in [0, 1]."""
 
 
+@documented
 @dataclass(frozen=True)
 class Simulation:
     """One projection times one input vector, at the threshold that takes the fewest cycles."""
@@ -63,7 +64,7 @@ def simulate_cycles(keep_mask: Bool[Tensor, "rows columns"]) -> Simulation:
     fifth move leads.
 
     Args:
-        keep_mask: True = keep, any shape and device.
+        keep_mask: (rows, columns), True = keep, on any device.
 
     Raises:
         ValueError: not two-dimensional, or not bool.

@@ -47,6 +47,15 @@ def perplexity(
     the logits of a segment never exist at once.
     Under torchrun the ranks share the segments.
 
+    Args:
+        model: as `load_model` gives it, packed or not.
+        tokens: from `test_tokens`; a part of them, such as `tokens[: 32 * seq_len]`, for a look.
+        seq_len: tokens per segment, published 2048; numbers of other lengths are not comparable.
+        progress: show a bar over the segments.
+
+    Returns:
+        A float; its `losses` (n_segments,) are the segments' own, in nats per token.
+
     Raises:
         ValueError: fewer than `seq_len` tokens, not a flat int64 stream, ids beyond the vocabulary, a `seq_len` longer
             than the model's context, or a segment whose own perplexity is NaN or beyond float64; names the segment.

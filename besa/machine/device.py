@@ -53,7 +53,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
         return torch.bfloat16 if computes_bfloat16(device) else other
     name = str(dtype).removeprefix("torch.")
     if name not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32")
+        raise ValueError(f"dtype {name!r} is not one of bfloat16, float16, float32; leave it out for what is fast here")
     return getattr(torch, name)
 
 
