@@ -159,6 +159,14 @@ class Besa(Method):
 
     def check(self, model: PreTrainedModel) -> None:
         super().check(model)
+        blocks = find_blocks(model)
+        for start in range(0, len(blocks), self.span):
+            span = blocks[start : start + self.span]
+            if len(places := {str(parameter.device) for block in span for parameter in block.parameters()}) > 1:
+                raise ValueError(
+                    f"{len(span)} blocks from block {start} on lie on {' and '.join(sorted(places))}, and cannot be "
+                    "pruned as one; take reconstruct=1, or besa.prune_checkpoint"
+                )
         for (index, name), projection in pruned_projections(model, self.ignore).items():
             rows = len(projection.weight)
             if rows % self.group_rows(projection.weight):

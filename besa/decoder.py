@@ -249,12 +249,13 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
 
     others = (windows + 1) % model.get_input_embeddings().num_embeddings
     with _without_blocks(model, stub):
-        for tokens in (windows, others):
+        # First two tokens: the model may lie on a CPU, which would run a large block for long.
+        for tokens in (windows[:, :2], windows, others):
             model.base_model(tokens.to(model.device), use_cache=False)
-    if len(calls) != 2 * len(blocks):
-        made = f"{len(calls) / 2:g} calls to its {len(blocks)} blocks"
+    if len(calls) != 3 * len(blocks):
+        made = f"{len(calls) / 3:g} calls to its {len(blocks)} blocks"
         raise ValueError(f"{type(model).__name__} made {made}: not supported")
-    calls, again = calls[: len(blocks)], calls[len(blocks) :]
+    calls, again = calls[len(blocks) : 2 * len(blocks)], calls[2 * len(blocks) :]
     if not all(map(_same, calls, again)):
         raise ValueError(
             f"{type(model).__name__} hands its blocks more than hidden states of the tokens: not supported"

@@ -75,7 +75,17 @@ def test_around_its_blocks_a_model_may_sum_as_no_deterministic_algorithm_of_a_gp
         calls, hidden = record_calls(model, window), embed(model, window)
         run_head(model, hidden, calls[0])
         assert torch.are_deterministic_algorithms_enabled()  # again, for the blocks
-    assert len(summed) == 4
+    assert len(summed) == 5  # three calls, the embedding, the head
+
+
+def test_calls_are_recorded_without_running_a_block_on_a_window(monkeypatch):
+    """A block of a large model, which may lie on a CPU, would take long."""
+    model, seen = build("Llama"), []
+    run = model.model.layers[0].forward
+    look = lambda hidden, *rest, **options: seen.append(tuple(hidden.shape)) or run(hidden, *rest, **options)
+    monkeypatch.setattr(model.model.layers[0], "forward", look)
+    calls = record_calls(model, torch.randint(1, 97, (3, 24)))
+    assert seen == [(3, 2, 32)] and all(call.kwargs["position_ids"].shape[-1] == 24 for call in calls)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import besa
+from besa.adapters import _where_by_bits
 from besa.decoder import find_blocks, projections
 from besa.finetune import FineTune, _Adapters, _Training, masked_projections
 from besa.machine import state
@@ -263,6 +264,16 @@ def test_the_seed_decides_every_bit(pruned, text, kind):
     assert_same(runs[0], weights_of(runs[1]))
     with pytest.raises(AssertionError):
         assert_same(runs[0], weights_of(runs[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_kept_by_bits_is_what_where_keeps(dtype):
+    values = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[0, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+    keep_mask = torch.rand(5, 64, generator=torch.Generator().manual_seed(1)) < 0.5
+    for pruned in (0.0, -0.0):
+        found, wanted = _where_by_bits(keep_mask, values, pruned), torch.where(keep_mask, values, pruned)
+        assert found.dtype == wanted.dtype == dtype and torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
 def test_adapters_have_the_rank_and_the_scale_and_the_start_that_they_are_given(pruned):

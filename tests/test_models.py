@@ -1,5 +1,6 @@
 import json
 import struct
+import warnings
 
 import pytest
 import safetensors.torch
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import besa
 from besa.checkpoint.format import find_checkpoint, open_checkpoint
 from besa.inputs import models
+from besa.machine import device as device_module
 from besa.machine import processes
-from besa.machine.device import computes_bfloat16, resolve_dtype
+from besa.machine.device import computes_bfloat16, resolve_device, resolve_dtype
 
 
 def test_a_local_folder_loads(tiny_llama, smollm2, tmp_path):
@@ -151,6 +153,22 @@ def test_a_folder_without_a_tokenizer_is_refused_before_its_weights_are_read(tmp
             ValueError, match=r"holds no tokenizer \(tokenizer.json, ...\); save .*tokenizer.save_pretrain"
         ):
             ask(str(tmp_path))
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device_module, "Path", lambda _: tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    with warnings.catch_warnings(action="error"):
+        assert resolve_device("auto").type == "cpu"
+        (tmp_path / "nvidia0").touch()
+        assert resolve_device("cpu").type == "cpu"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert resolve_device("auto").type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.warns(UserWarning, match=r"there is an NVIDIA GPU, but torch .* cannot use it: the CPU computes"):
+        assert resolve_device("auto").type == "cpu"
 
 
 CANNOT = "(cannot load|transformers cannot load)"

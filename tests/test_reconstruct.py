@@ -40,6 +40,15 @@ def test_a_span_reports_its_projections_under_their_own_blocks(tiny_llama, windo
     assert errors[0] == errors[1] != errors[2]
 
 
+def test_a_span_on_several_devices_is_refused_before_any_work(tiny_llama):
+    tiny_llama.model.layers[1].to("meta")  # as another GPU
+    besa.Besa().check(tiny_llama)
+    with pytest.raises(
+        ValueError, match="2 blocks from block 0 on lie on cpu and meta, and cannot be pruned as one; take"
+    ):
+        besa.Besa(reconstruct=2).check(tiny_llama)
+
+
 @pytest.mark.parametrize("reconstruct, n_parts", [("projection", 7), ("sublayer", 2), (1, 1)])
 def test_each_part_keeps_to_the_sparsity_by_itself(tiny_llama, windows, reconstruct, n_parts):
     tiny_llama.model.layers, tiny_llama.config.num_hidden_layers = tiny_llama.model.layers[:1], 1

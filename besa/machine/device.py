@@ -3,7 +3,9 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,12 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and _has_idle_gpu():
+            warnings.warn(
+                f"there is an NVIDIA GPU, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: the "
+                "CPU computes. CUDA 13 wants driver 580 or later, and a build of torch for CPUs none",
+                stacklevel=2,
+            )
     if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -40,6 +48,12 @@ def resolve_device(device: str) -> torch.device:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     return place
+
+
+def _has_idle_gpu() -> bool:
+    """Whether Linux shows an NVIDIA GPU that its user has not hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
