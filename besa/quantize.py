@@ -3,8 +3,8 @@
     Q(W) = clamp(round(W / h) + z, 0, 2^N - 1)
     h = (gamma1 max W - gamma0 min W) / (2^N - 1),   z = -round(gamma0 min W / h)
 
-over the columns that share a scale h and a zero-point z. The weight that stands for code Q is h (Q - z). Weights are
-quantized first and pruned then: a pruned weight has the code z and is exactly 0.
+over the columns that share a scale h and a zero-point z, and over 0, which so has a code. The weight that stands for
+code Q is h (Q - z). Weights are quantized first and pruned then: a pruned weight has the code z and is exactly 0.
 """
 
 import json
