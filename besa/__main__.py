@@ -177,7 +177,10 @@ def pack(
 def evaluate(
     source: Annotated[str, typer.Argument(help="folder, llama-7b ... llama2-70b, smollm2-135m or a hub id")],
     texts: Annotated[
-        str, typer.Option(help="perplexity on these: wiki, sotu, wikitext2, c4, ptb, yours, by commas; or '' for none")
+        str,
+        typer.Option(
+            help="perplexity on wiki, sotu, wikitext2, c4, ptb, $BESA_DATA/NAME as NAME, by commas; '' for none"
+        ),
     ] = "wiki",
     tasks: Annotated[
         str, typer.Option(help="zero-shot: piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge, by commas")

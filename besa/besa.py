@@ -160,7 +160,7 @@ class Besa(Method):
     def check(self, model: PreTrainedModel) -> None:
         super().check(model)
         blocks = find_blocks(model)
-        for start in range(0, len(blocks), self.span):
+        for start in range(0, len(blocks), self.span) if self.span > 1 else ():
             span = blocks[start : start + self.span]
             if len(places := {str(parameter.device) for block in span for parameter in block.parameters()}) > 1:
                 raise ValueError(

@@ -249,8 +249,8 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
 
     others = (windows + 1) % model.get_input_embeddings().num_embeddings
     with _without_blocks(model, stub):
-        # First two tokens: the model may lie on a CPU, which would run a large block for long.
-        for tokens in (windows[:, :2], windows, others):
+        # First a single token: the model may lie on a CPU, which would run a large block for long.
+        for tokens in (windows[:1, :1], windows, others):
             model.base_model(tokens.to(model.device), use_cache=False)
     if len(calls) != 3 * len(blocks):
         made = f"{len(calls) / 3:g} calls to its {len(blocks)} blocks"

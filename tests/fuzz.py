@@ -274,7 +274,8 @@ def check_configuration(example):
         check_pruned(model, method, report, before)
     with torch.no_grad():
         logits = model(WINDOWS).logits
-        besa.pack(model, report)
+        with refusing("smaller packed"):  # few zeros
+            besa.pack(model, report)
         promise(torch.allclose(model(WINDOWS).logits, logits, atol=0.1 * float(logits.abs().max())), "packed: others")
 
 

@@ -85,7 +85,7 @@ def test_calls_are_recorded_without_running_a_block_on_a_window(monkeypatch):
     look = lambda hidden, *rest, **options: seen.append(tuple(hidden.shape)) or run(hidden, *rest, **options)
     monkeypatch.setattr(model.model.layers[0], "forward", look)
     calls = record_calls(model, torch.randint(1, 97, (3, 24)))
-    assert seen == [(3, 2, 32)] and all(call.kwargs["position_ids"].shape[-1] == 24 for call in calls)
+    assert seen == [(1, 1, 32)] and all(call.kwargs["position_ids"].shape[-1] == 24 for call in calls)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

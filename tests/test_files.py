@@ -426,7 +426,8 @@ def test_a_source_that_changes_is_found_before_its_mapping_is_read_on(
 
 
 @pytest.mark.parametrize("opened", [besa.load_model, checkpoint.open_checkpoint, checkpoint.shard_paths])
-def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tiny_llama, tmp_path, opened):
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tiny_llama, tiny_tokenizer, tmp_path, opened):
+    tiny_tokenizer.save_pretrained(tmp_path)
     tiny_llama.save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()

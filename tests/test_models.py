@@ -10,6 +10,7 @@ from test_decoder import build
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import besa
+from besa.checkpoint import format as checkpoint_format
 from besa.checkpoint.format import find_checkpoint, open_checkpoint
 from besa.inputs import models
 from besa.machine import device as device_module
@@ -39,8 +40,8 @@ def load(folder):
 @pytest.fixture
 def word_tokenizer():
     """Of one word."""
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 0}, unk_token="w"))
-    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w")
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"u": 0, "w": 1}, unk_token="u"))
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="u")
 
 
 @pytest.mark.parametrize("opened", [load, open_checkpoint])
@@ -143,16 +144,21 @@ def test_weights_that_are_not_whole_are_refused_by_file(tiny_llama, word_tokeniz
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("files", [{}, {"tokenizer_config.json": "{}"}], ids=["no file", "a configuration alone"])
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "OPT"])
-def test_a_folder_without_a_tokenizer_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, architecture):
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, architecture, files):
     """For some models transformers makes up a tokenizer that knows no word."""
-    build(architecture).save_pretrained(tmp_path)
+    build(architecture).save_pretrained(tmp_path / "model")
+    for name, content in files.items():
+        (tmp_path / "model" / name).write_text(content)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("they were read"))
-    for ask in (besa.load_model, models.load_tokenizer):
+    monkeypatch.setattr(checkpoint_format, "open_checkpoint", lambda *_: pytest.fail("they were opened"))
+    export = lambda name: checkpoint_format.export(name, tmp_path / "out")
+    for ask in (besa.load_model, models.load_tokenizer, export):
         with pytest.raises(
-            ValueError, match=r"holds no tokenizer \(tokenizer.json, ...\); save .*tokenizer.save_pretrain"
+            ValueError, match=r"has no tokenizer .*give a folder|Couldn't instantiate the backend tokenizer"
         ):
-            ask(str(tmp_path))
+            ask(str(tmp_path / "model"))
 
 
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(tmp_path, monkeypatch):
@@ -164,11 +170,14 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(tmp_path, mon
         assert resolve_device("auto").type == "cpu"
         (tmp_path / "nvidia0").touch()
         assert resolve_device("cpu").type == "cpu"
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert resolve_device("auto").type == "cpu"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.warns(UserWarning, match=r"there is an NVIDIA GPU, but torch .* cannot use it: the CPU computes"):
-        assert resolve_device("auto").type == "cpu"
+        for hidden in ("", "-1", "NoDevFiles"):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+            assert resolve_device("auto").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    device_module._tell_that_a_gpu_is_idle.cache_clear()
+    with pytest.warns(UserWarning, match=r"there is an NVIDIA GPU that torch .* cannot use, so that the CPU") as told:
+        assert resolve_device("auto").type == resolve_device("auto").type == "cpu"
+    assert len(told) == 1
 
 
 CANNOT = "(cannot load|transformers cannot load)"

@@ -325,12 +325,13 @@ def export(name: str, folder: Path, dtype: str | None = None, trust_remote_code:
         trust_remote_code: run the Python code that comes with the model.
 
     Raises:
-        ValueError: the name or dtype is unknown, or there is something in the folder.
+        ValueError: the name or dtype is unknown, the model has no tokenizer, or there is something in the folder.
     """
     precision = resolve_dtype(dtype, torch.device("cpu")) if dtype else None
     check_new(folder)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     model = open_checkpoint(find_checkpoint(name), trust_remote_code)
     model = model.to(precision) if precision else model
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        load_tokenizer(name, trust_remote_code).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

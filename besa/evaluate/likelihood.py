@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations, as lm-eval asks for them, with every context run once."""
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -14,7 +15,6 @@ from jaxtyping import Float, Float32, Int64
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,11 +31,19 @@ TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
 FLOATS_AT_ONCE = 2**22
 """Of logits: what is larger than 16 MiB a CPU's allocator asks the system for, every time."""
 
-WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Attention but for cuDNN's, which a GPU would take and which plans for every shape of a batch anew."""
-
 Request = tuple[Any, list[int], list[int]]
 """lm-eval's: something, the context's tokens, the continuation's tokens."""
+
+
+@contextlib.contextmanager
+def _without_plans() -> Iterator[None]:
+    """Leave out cuDNN's attention, which a GPU may take and which plans anew for every shape of a batch."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class SharedContexts(HFLM):
@@ -126,7 +134,7 @@ class SharedContexts(HFLM):
         tokens, owners, positions, before = zip(*(_row(*row) for row in rows), strict=True)
         tokens, owners, positions = self._pad(tokens, 0), self._pad(owners, -1), self._pad(positions, 0)
         options = {"attention_mask": self._masks(owners, positions), "position_ids": positions} if self._shares else {}
-        with sdpa_kernel(WITHOUT_PLANS):
+        with _without_plans():
             hidden, call = run_blocks(self.model, tokens, **options)
         choices = [choice for _, group in rows for choice in group]
         labels = torch.tensor([token for choice in choices for token in choice], device=hidden.device)

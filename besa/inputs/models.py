@@ -91,11 +91,11 @@ def load_model(
     """
     name, device = str(name), resolve_device(device)
     dtype = resolve_dtype(dtype, device)
+    tokenizer = load_tokenizer(name, trust_remote_code)  # small files; the weights come once it is there
     folder = fetch(name, "*.safetensors")
     if not any(folder.glob("*.safetensors")):  # pickles, of which transformers reads nothing but weights
         folder = fetch(name, "*.bin")
     whole_shards(folder)
-    tokenizer = load_tokenizer(name, trust_remote_code)  # it may be missing: before the weights are read
     spread = _device_map(name, dtype, device, trust_remote_code)
     with _explained(name):
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True, **spread}
@@ -176,16 +176,18 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         ValueError: neither hub nor folder has it.
     """
     folder = fetch(name)
-    has_none = not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern))
-    if has_none and (folder / "config.json").is_file():  # for many a model transformers makes up an empty one
-        raise ValueError(
-            f"{folder} holds no tokenizer (tokenizer.json, ...); save the model's there: "
-            f"tokenizer.save_pretrained({str(folder)!r})"
-        )
+    missing = ValueError(
+        f"{source_of(name)!r} has no tokenizer (tokenizer.json, ...), or an empty one; give a folder with the model's: "
+        "tokenizer.save_pretrained(FOLDER)"
+    )
+    if (folder / "config.json").is_file() and not any(path for kind in _TOKENIZERS for path in folder.glob(kind)):
+        raise missing
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if isinstance(tokenizer, LlamaTokenizer):
             _read_as_shipped(tokenizer, folder)
+    if tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        raise missing  # where its files are, transformers made it up
     return tokenizer
 
 

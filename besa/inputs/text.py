@@ -168,7 +168,7 @@ def test_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, 
 
     Args:
         name: wiki, sotu (embedded), wikitext2, c4 (256 segments of 2048 tokens, as published), ptb (of the hub), or
-            NAME for $BESA_DATA/NAME/test.jsonl.
+            NAME for $BESA_DATA/NAME/test.jsonl (c4's is validation.jsonl).
         tokenizer: the model's own.
 
     Raises:

@@ -1,7 +1,9 @@
 """The device that computes and the precision it computes in, by name; results that repeat to the bit."""
 
 import contextlib
+import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -32,11 +34,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and _has_idle_gpu():
-            warnings.warn(
-                f"there is an NVIDIA GPU, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: the "
-                "CPU computes. CUDA 13 wants driver 580 or later, and a build of torch for CPUs none",
-                stacklevel=2,
-            )
+            _tell_that_a_gpu_is_idle()
     if device == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -52,8 +50,20 @@ def resolve_device(device: str) -> torch.device:
 
 def _has_idle_gpu() -> bool:
     """Whether Linux shows an NVIDIA GPU that its user has not hidden."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+    shown = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    return bool(shown) and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+@functools.cache
+def _tell_that_a_gpu_is_idle() -> None:
+    way_out = "its driver is older than that (CUDA 13 wants 580), or out of order"
+    if torch.version.cuda is None:
+        way_out = "this torch is built for CPUs; install one for CUDA"
+    warnings.warn(
+        f"there is an NVIDIA GPU that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use, so that the "
+        f"CPU computes: {way_out}. device='cpu' asks for it without this warning",
+        stacklevel=3,
+    )
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

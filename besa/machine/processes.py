@@ -6,7 +6,6 @@ Without torchrun there is one process, and nothing here does anything.
 import contextlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,10 +31,7 @@ def joined() -> Iterator[None]:
                 "(CUDA_VISIBLE_DEVICES=) and compute on CPUs"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # By default who waits gives up after half an hour, which rank 0 may take to read what is there of a large model;
-    # where a rank fails, torchrun ends them all.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield
     dist.destroy_process_group()  # not on an error: nccl would wait for ranks that wait for this one
 
