@@ -64,10 +64,10 @@ def bytes_for(
     """Memory of the device that computes while a block, or a span of blocks, is pruned.
 
     For each weight: its masked copy and its gradient, 2 bytes for its rank and 1 for its candidate; on a GPU the
-    weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. Hessians take
-    a matrix of columns x columns in float32 for each projection's inputs, four more while one is factorized;
-    reconstruction takes six more, and eight copies of the largest projection, and to train a block 20 bytes for each
-    weight. Scores that BESA learns take as much. What enters and leaves each projection is kept for one window, to
+    weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. Hessians take a matrix
+    of columns x columns in float32 for each projection's inputs, four more while one is factorized; reconstruction
+    takes six more, and eight copies of the largest projection, and to train a block 20 bytes for each weight. Scores
+    that BESA learns take as much. What enters and leaves each projection is kept for one window, to
     learn from; of parts that are learned by themselves the inputs and outputs of all windows are there, too, and twice
     while they are gathered.
 

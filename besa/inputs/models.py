@@ -173,22 +173,25 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of a model by the same names as `load_model`.
 
     Raises:
-        ValueError: neither hub nor folder has it.
+        ValueError: neither hub nor folder has it, or it knows no word.
     """
     folder = fetch(name)
-    missing = ValueError(
-        f"{source_of(name)!r} has no tokenizer (tokenizer.json, ...), or an empty one; give a folder with the model's: "
-        "tokenizer.save_pretrained(FOLDER)"
-    )
     if (folder / "config.json").is_file() and not any(path for kind in _TOKENIZERS for path in folder.glob(kind)):
-        raise missing
+        raise _no_tokenizer(name)
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if isinstance(tokenizer, LlamaTokenizer):
             _read_as_shipped(tokenizer, folder)
     if tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
-        raise missing  # where its files are, transformers made it up
+        raise _no_tokenizer(name)  # made up by transformers, of files that say nothing
     return tokenizer
+
+
+def _no_tokenizer(name: str) -> ValueError:
+    return ValueError(
+        f"{source_of(name)!r} has no tokenizer (tokenizer.json, ...), or an empty one; give a folder with the model's: "
+        "tokenizer.save_pretrained(FOLDER)"
+    )
 
 
 def _read_as_shipped(tokenizer: LlamaTokenizer, folder: Path) -> None:

@@ -56,12 +56,12 @@ def _has_idle_gpu() -> bool:
 
 @functools.cache
 def _tell_that_a_gpu_is_idle() -> None:
-    way_out = "its driver is older than that (CUDA 13 wants 580), or out of order"
+    why = "the driver is too old (CUDA 13 wants 580 or later), or out of order"
     if torch.version.cuda is None:
-        way_out = "this torch is built for CPUs; install one for CUDA"
+        why = "this torch is built for CPUs; install one for CUDA"
     warnings.warn(
         f"there is an NVIDIA GPU that torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use, so that the "
-        f"CPU computes: {way_out}. device='cpu' asks for it without this warning",
+        f"CPU computes: {why}. device='cpu' asks for it without this warning",
         stacklevel=3,
     )
 
