@@ -158,7 +158,7 @@ def in_short(lines: list[dict[str, str]]) -> list[dict[str, str]]:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for line in (line for line in known if "± ?" not in line["difference"]):
         row, against = (TARGET.sub("", line[name]) for name in ("row", "against"))
-        named = line | {"row": row, "against": against, "draws": line["rests_on"].rpartition(", ")[2]}
+        named = line | {"row": row, "against": against, "draws": line["rests_on"].rpartition(", ")[2].partition(" ")[0]}
         short = found.setdefault((line["where"], line["of"], row, against), named)
         difference = "".join(f"at {target} " for target in TARGET.findall(line["row"])) + line["difference"]
         short[line["verdict"]] = ", ".join([*filter(None, [short.get(line["verdict"])]), difference])
