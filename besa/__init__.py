@@ -108,11 +108,7 @@ class _TeachTransformers(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _teach_transformers() -> None:
-    if "transformers.modeling_utils" in sys.modules:
-        importlib.import_module("besa.packed_files")
-    else:
-        sys.meta_path.insert(0, _TeachTransformers())
-
-
-_teach_transformers()
+if "transformers.modeling_utils" in sys.modules:
+    importlib.import_module("besa.packed_files")
+else:
+    sys.meta_path.insert(0, _TeachTransformers())

@@ -173,7 +173,7 @@ def pack(
 
 
 @app.command()
-@_plainly("starts anew, or behind the answers in --checkpoint")
+@_plainly("starts anew, or continues from --checkpoint")
 def evaluate(
     source: Annotated[str, typer.Argument(help="folder, llama-7b ... llama2-70b, smollm2-135m or a hub id")],
     texts: Annotated[
@@ -205,12 +205,16 @@ def evaluate(
 
     resolve_dtype(dtype, resolve_device(device))  # what can be refused is, before a model is loaded
     StateFile(checkpoint, "zero_shot", dict)
-    asked = [*filter(None, tasks.split(","))]
+    read, asked = ([*filter(None, names.split(","))] for names in (texts, tasks))
+    if not read and not asked:
+        raise ValueError("there is nothing to measure; name --texts or --tasks")
     if asked:
         check_request(asked, limit)
+    elif limit or checkpoint:
+        raise ValueError("--limit and --checkpoint are of questions; name --tasks, too")
     tokenizer = load_tokenizer(source, trust_remote_code)
     most = max_segments and max_segments * seq_len
-    streams = {text: besa.test_tokens(text, tokenizer)[:most] for text in filter(None, texts.split(","))}
+    streams = {text: besa.test_tokens(text, tokenizer)[:most] for text in read}
     n_segments = {text: count_segments(tokens, seq_len) for text, tokens in streams.items()}
     for name in asked:
         load_task(name)
@@ -251,7 +255,7 @@ def _method(name: str, bits: int | None, group_size: int | None, **fields: Any) 
     taken = {field.name for field in dataclasses.fields(named_method(name))}
     idle = ["bits" if field == "quantize" else field.replace("_", "-") for field in fields if field not in taken]
     if idle:
-        raise ValueError(f"--{', --'.join(idle)}: nothing that method {name!r} heeds; leave it out")
+        raise ValueError(f"--{', --'.join(idle)}: not used by method {name!r}; leave it out")
     return named_method(name, **fields)
 
 

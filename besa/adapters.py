@@ -71,9 +71,11 @@ def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> Pe
     """A pruned model with adapters for peft, Trainer or TRL, in training and merging of which every zero stays.
 
     What peft saves of it has no mask: `PeftModel.from_pretrained` would make plain LoRA of it, which fills the zeros.
-    `masked_lora(model, report, config).load_adapter(folder, "default")` takes it up again.
+    `masked_lora(model, report, config).load_adapter(folder, "default")` takes it up again. A second adapter, by
+    `add_adapter`, would be plain LoRA as well: give this config all targets.
 
-    The model itself gets the adapters, as peft does it; `merge_and_unload` leaves it as it was, with new values.
+    The adapters go into `model` itself, as always in peft; `merge_and_unload()` removes them and leaves the merged
+    weights.
 
     Args:
         report: what `besa.prune` returned, or keep-masks by (block, projection).
@@ -103,9 +105,11 @@ def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> Pe
 def _check_plain(config: LoraConfig, pruned: set[str]) -> None:
     """Refuse what has other products, biases or first values: PiSSA and its like write into the zeros."""
     variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
-    others = {*variants, "use_dora", "use_rslora", "lora_dropout", "lora_bias", "layer_replication", "megatron_config"}
-    wrong = [name for name in sorted({*others, "target_parameters"}) if getattr(config, name, None)]
-    copied = [entry for entry in config.modules_to_save or () for name in pruned if f".{entry}." in f".{name}."]
+    others = {*variants, "use_dora", "use_rslora", "lora_dropout", "lora_bias", "fan_in_fan_out"}
+    others |= {"layer_replication", "megatron_config", "target_parameters"}
+    wrong = [name for name in sorted(others) if getattr(config, name, None)]
+    # peft takes an entry for the end of a name, whether a dot is before it or not
+    copied = [entry for entry in config.modules_to_save or () for name in pruned if f"{entry}." in f"{name}."]
     wrong += ["modules_to_save"] * bool(copied)
     wrong += ["bias"] * (config.bias != "none")
     wrong += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))

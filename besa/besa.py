@@ -63,7 +63,8 @@ class Besa(Method):
     """Prodigy's step size factor. Published: row-wise 5 up to 13B, 10 for 30B, 50 for 65B and 70B; layer-wise 0.05, 0.5
     or, for LLaMA-7B, 50."""
     epochs: Count = 1
-    """Passes over the windows. Prodigy needs some 15 steps before it learns: take 32 of them, or more."""
+    """Passes over the windows. Prodigy hardly learns in its first 15 steps: take at least 32 (windows x epochs /
+    batch_size)."""
     batch_size: Count = 1
     """Windows per step, a divisor of their number, whose gradients are averaged (published: one). Ranks under torchrun
     share them out."""
@@ -145,13 +146,12 @@ class Besa(Method):
     def _check_reach(self) -> None:
         """Refuse sparsities that cannot be learned."""
         lowest, highest = (0.0, 1.0) if self._is_beyond else reachable_sparsity(self.candidates, self.smooth)
-        extremes = min(self.sparsities or [self.sparsity]), max(self.sparsities or [self.sparsity])
-        if not lowest < extremes[0] <= extremes[1] < highest:
-            wrong = extremes[0] if extremes[0] <= lowest else extremes[1]
+        outside = [each for each in self.sparsities or [self.sparsity] if not lowest < each < highest]
+        if outside:
             reach = f"what {self.candidates} candidates with smooth={self.smooth} can reach"
             lift = "; budget='exact' or smooth=False lifts the limit" if self.smooth else ""
             why = "" if self._is_beyond else f", {reach}{lift}"
-            raise ValueError(f"sparsity {wrong} is outside ({lowest:.3f}, {highest:.3f}){why}")
+            raise ValueError(f"sparsity {outside[0]} is outside ({lowest:.3f}, {highest:.3f}){why}")
 
     @property
     def span(self) -> int:

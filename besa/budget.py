@@ -1,6 +1,6 @@
 """Exact budgets: one unbounded number theta per row group, whose sparsities always meet the block's budget.
 
-    alpha = clip(theta - tau, 0, 1), with tau such that the mean of alpha, weighted by the weights, is the target
+    alpha = clip(theta - tau, 0, 1), with tau such that the mean of alpha over all weights is the target
 
 Unlike in `besa/allocation.py`, the paper's way, nothing is approached by a penalty and nothing confines alpha. The loss
 tells a row's sparsity what the weights next to its threshold are worth; what is pruned in the end are whole numbers, by
@@ -117,5 +117,5 @@ class Budgeted:
         return _BudgetedWeight.apply(alpha, self.weight if weight is None else weight, self.ranking, self.out)
 
     def keep_mask(self, counts: Int64[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
-        """M: False for as many of each row's least important weights."""
+        """M: False for the `counts` least important weights of each row."""
         return self.ranking.kept_above(counts)

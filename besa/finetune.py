@@ -34,12 +34,12 @@ from besa.decoder import (
     run_block,
     run_head,
 )
+from besa.machine.device import way_out
 from besa.machine.fields import Count, Positive, Seed, check_fields, checked, documented
 from besa.machine.files import tensor_sha256
 from besa.machine.memory import measure
 from besa.machine.state import StateFile, sum_of, sum_of_weights
 from besa.masks import pack_bits
-from besa.packed import PackedLinear
 from besa.report import Masks
 from besa.walk import frozen
 
@@ -128,7 +128,7 @@ class FineTuned:
 
     @property
     def best_step(self) -> int:
-        """After which the weights were what they are now; 0: training did not help, and they are as they were."""
+        """The step whose weights the model now has; 0: training did not help, and nothing was changed."""
         return int(min(self.held_out, key=lambda row: row["held_out"])["step"])
 
     def to_frame(self) -> pd.DataFrame:
@@ -218,17 +218,18 @@ def masked_projections(model: PreTrainedModel, report: Masks) -> Pruned:
     """The projections that have a keep-mask, each with it, where it is to be used.
 
     Raises:
-        ValueError: there are no masks, a projection is missing, packed or quantized, or has weights other than 0 where
-            its mask has none.
+        ValueError: there are no masks, a projection is missing, packed, quantized or has adapters, or has weights other
+            than 0 where its mask has none.
     """
     if getattr(report, "quantized", None):
         raise ValueError("a quantized weight has no value of its own to train; prune with quantize=None")
+    check_model(model, values=False)
     keep_masks, found = getattr(report, "keep_masks", report), {}
     if not keep_masks:
         raise ValueError("there are no keep-masks: the report is of no block; pass what besa.prune returned")
     blocks = find_blocks(model)
     for index, name in keep_masks:
-        module = dict(blocks[index].named_modules()).get(name) if index < len(blocks) else None
+        module = dict(blocks[index].named_modules()).get(name) if 0 <= index < len(blocks) else None
         problem = _problem(module, keep_mask := keep_masks[index, name])
         if problem:
             raise ValueError(f"block {index}, {name}: {problem}")
@@ -237,8 +238,6 @@ def masked_projections(model: PreTrainedModel, report: Masks) -> Pruned:
 
 
 def _problem(module: nn.Module | None, keep_mask: Tensor) -> str | None:
-    if isinstance(module, PackedLinear):
-        return "packed weights cannot be trained; unpack first: besa.unpack(model)"
     if not isinstance(module, nn.Linear) or module.weight.is_meta or module.weight.shape != keep_mask.shape:
         return f"no such projection of shape {tuple(keep_mask.shape)} in this model's memory; are the masks its own?"
     n_alive = _count_alive(module.weight, keep_mask.to(module.weight.device))
@@ -443,9 +442,9 @@ class _Training:
         with torch.enable_grad():
             loss = sum(self._loss(self.windows[number : number + 1], 1 / len(batch)) for number in batch) / len(batch)
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {step + 1} is {loss}; lower lr ({self.config.lr or LR[self.config.kind]})"
-            )
+            lower = f"lower lr ({self.config.lr or LR[self.config.kind]})"
+            cure = lower if step else way_out(self.model.dtype)  # nothing was changed before the first step
+            raise ValueError(f"the loss of step {step + 1} is {loss}; {cure}")
         self.scaler.unscale_(self.optimizer)
         self.trained.mask_gradients()
         nn.utils.clip_grad_norm_(self.trained.parameters, LARGEST_NORM)

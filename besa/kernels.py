@@ -31,7 +31,7 @@ class Ranking:
     bucket_of_rank: UInt8[Tensor, "columns"]
 
     def kept_above(self, prune_counts: Int[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
-        """The keep-mask where as many of each row go; compared in the ranks' precision, for torch would copy them."""
+        """False for the `prune_counts` lowest-ranked weights of each row; in the ranks' type, for torch would copy."""
         return self.ranks >= prune_counts.to(self.ranks.dtype)[:, None]
 
 

@@ -4,6 +4,7 @@ A learner is called for the masked weights of a step, takes the step, and tells 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,9 @@ class BudgetLearner(Learner):
         sizes = [torch.full((n,), weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(device)
         self.total = round(self.block_sparsity * float(self.share * sum(weight.numel() for weight in weights.values())))
+        self.rows = [len(weight) for weight in weights.values()]
+        columns = [torch.full((len(weight),), weight.shape[1]) for weight in weights.values()]
+        self.columns = torch.cat(columns).to(device)
         rates = self._step_sizes(weights)
         self.learned = list(rates)
         self.optimizers = [torch.optim.Adam([{"params": [flat.values], "lr": lr} for flat, lr in rates.items()])]
@@ -155,20 +159,19 @@ class BudgetLearner(Learner):
 
     def step(self, scaler: torch.amp.GradScaler) -> bool:
         skipped = super().step(scaler)
-        self.schedule.step()
+        with warnings.catch_warnings():  # float16 may skip the first step
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
         return skipped
 
     def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
         """How many weights of each row go."""
-        rows = [len(each.weight) for each in self.allocations.values()]
-        columns = torch.tensor([each.weight.shape[1] for each in self.allocations.values()])
-        columns = columns.repeat_interleave(torch.tensor(rows)).to(self.sizes.device)
-        shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(rows, alpha.values(), strict=True)]
-        counts = self._whole(torch.cat(shares) * columns, columns)
-        return dict(zip(self.allocations, counts.split(rows), strict=True))
+        shares = [a.detach().repeat_interleave(n // len(a)) for n, a in zip(self.rows, alpha.values(), strict=True)]
+        counts = self._whole(torch.cat(shares) * self.columns)
+        return dict(zip(self.allocations, counts.split(self.rows), strict=True))
 
-    def _whole(self, wanted: Tensor, columns: Tensor) -> Tensor:
-        return whole_counts(wanted, columns, self.total)
+    def _whole(self, wanted: Tensor) -> Tensor:
+        return whole_counts(wanted, self.columns, self.total)
 
     def keep_masks(self) -> dict[str, Tensor]:
         counts = self._counts(self._alpha())
@@ -204,12 +207,12 @@ class ScoreLearner(BudgetLearner):
         full = lambda each: torch.full((len(each.weight),), each.step * (self.m - self.n), device=self.sizes.device)
         return {name: full(each) for name, each in self.allocations.items()}
 
-    def _whole(self, wanted: Tensor, columns: Tensor) -> Tensor:
+    def _whole(self, wanted: Tensor) -> Tensor:
         if self.theta.values.isnan().any():  # after a loss that was not finite, which the log of the steps tells
-            return torch.zeros_like(columns)
+            return torch.zeros_like(self.columns)
         if self.m is None:
-            return super()._whole(wanted, columns)
-        return stepped_counts(wanted, columns // self.m, self.m, self.total)
+            return super()._whole(wanted)
+        return stepped_counts(wanted, self.columns // self.m, self.m, self.total)
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
         alpha, scores, masked = self._alpha(), self.scores.by_name(), {}

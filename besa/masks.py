@@ -91,7 +91,7 @@ def ranks_of_rows(scores: Float[Tensor, "rows columns"], dtype: torch.dtype) -> 
 
 
 def slices(matrix: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, "part columns"], ...]:
-    """Views of a few rows each, for what torch makes beside them, such as indices of 64 bits, would fill the memory."""
+    """Views of a few rows each: torch's temporaries, such as indices of 64 bits, would fill the memory at once."""
     return matrix.split(max(1, 2**22 // matrix.shape[1]))
 
 

@@ -5,8 +5,9 @@ Layout of a projection of `rows` x `columns`; every tensor is contiguous and lit
 - `mask`, uint8 (rows, 8 ceil(columns / 64)): bit c % 8 of byte c // 8 says whether column c is kept; bits beyond the
   last column are 0.
 - `values`: what is kept, row after row, then 64 zeros, so that a wide load at the end stays inside. Either numbers in
-  the weight's own precision, or codes Q of `Quantize`: of 8 bits as int8, one a byte; of 2 to 4 bits as uint8, two a
-  byte, the first in the lower half, and each 64 columns (8 bytes of the mask) start a new byte.
+  the weight's own precision, or codes Q of `Quantize`: of 8 bits one a byte, from 0 to 255 (the tensor's dtype, int8,
+  only tells them from the others); of 2 to 4 bits as uint8, two a byte, the first in the lower half, and each 64
+  columns (8 bytes of the mask) start a new byte.
 - `starts`, int64 (rows + 1,): the index in `values` where each row starts, and where the last one ends.
 - `scale`, float16, and `zero_point`, uint8, both (rows, groups), with codes: a weight of column c is
   scale (Q - zero_point) of group c groups // columns, computed in float32 and rounded once.
@@ -81,7 +82,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self._seen, self._held, self._arrays, self._found = [], [], (), {}
         if not mask.is_meta:
-            self._check()
+            self.check()
         if kernels.instructions() == "none":
             _tell_that_nothing_is_faster()
 
@@ -156,7 +157,7 @@ class PackedLinear(nn.Module):
         Args:
             out: room for as many rows of 64 ceil(columns / 64) elements; None: new memory.
         """
-        self._check()
+        self.check()
         end = self.out_features if end is None else end
         shape = end - start, 8 * self.mask.shape[1]
         room = self.values.new_empty(shape, dtype=self.dtype) if out is None else out[: math.prod(shape)].view(shape)
@@ -175,7 +176,7 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             return nn.functional.linear(x, self.dense(), self.bias)
         tokens = x.reshape(-1, self.in_features)
-        self._check()
+        self.check()
         compiled = x.dtype == self.dtype and self._is_compiled() and len(tokens) > 0
         name = "dense" if not compiled else "packed" if len(tokens) == 1 else self._fastest(len(tokens))
         out = self._products()[name](tokens)
@@ -279,7 +280,7 @@ class PackedLinear(nn.Module):
             or self.scale.shape[1] == 1
             or self.in_features // self.scale.shape[1] % kernels.WORD == 0
         )
-        return whole and self.mask.device.type == "cpu" and kernels.instructions() != "none"
+        return whole and self.dtype in DTYPES and self.mask.device.type == "cpu" and kernels.instructions() != "none"
 
     def _products(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """What multiplies inputs of this projection's precision here, by name."""
@@ -299,7 +300,7 @@ class PackedLinear(nn.Module):
             self._found[case] = _fastest(f"{kinds}, {here}", self, n_tokens)
         return self._found[case]
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Look the tensors through where they are not those looked through last: no kernel reads beyond the values."""
         tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
         seen = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
@@ -377,7 +378,7 @@ def pack(model: PreTrainedModel, report: Masks | None = None) -> None:
         unpack(model)
         raise
     if not packed_projections(model):
-        raise ValueError("nothing in this model is smaller packed: it has too few zeros; prune it first")
+        raise ValueError("no projection of this model would be smaller packed: it has too few zeros; prune it first")
     keep_packed_when_saved(model)
 
 

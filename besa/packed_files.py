@@ -1,10 +1,11 @@
 """Packed models on disk: an ordinary transformers folder, whose packed projections are tensors in packed.py's layout.
 
 A projection `model.layers.0.mlp.up_proj` is stored as `model.layers.0.mlp.up_proj.mask`, `.starts`, `.values` and,
-where it has them, `.scale`, `.zero_point` and `.bias`. config.json says in `quantization_config`: `quant_method`
-"besa_packed", `format_version`, and by projection its `in_features` (columns), `dtype`, and each tensor's dtype and
-shape, under `projections`. Everything else is stored as in any other checkpoint. safetensors: 8 bytes little-endian n,
-n bytes of JSON (by tensor its dtype, shape and first and last offset behind the JSON), then the tensors.
+where it has them, `.scale`, `.zero_point` and `.bias`. config.json has in `quantization_config`: `quant_method`
+"besa_packed", `format_version`, and `projections`, by name {"in_features": columns, "dtype": "bfloat16", "tensors":
+{"mask": ["uint8", rows, bytes], ...}}. Everything else is stored as in any other checkpoint. safetensors: 8 bytes
+little-endian n, n bytes of JSON, then the tensors; the JSON has of each its dtype, shape and `data_offsets`, counted
+from the end of the JSON: where its bytes begin, and the first byte behind them.
 
 Importing this file is what lets `AutoModelForCausalLM.from_pretrained(folder)` read such a folder. `import besa` sees
 to it once transformers is loaded, when files of besa may be half loaded: so packed.py is imported where it is used.
@@ -35,9 +36,11 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
     Its tokenizer is not written: `tokenizer.save_pretrained(folder)`.
 
     Raises:
-        ValueError: nothing in the model is packed.
+        ValueError: nothing in the model is packed, or the folder is a file.
         OSError: the disk refuses it.
     """
+    if Path(folder).is_file():  # which transformers leaves as it is, without an error
+        raise ValueError(f"{str(folder)!r} is a file; name a folder")
     if not packed_projections(model):
         raise ValueError("nothing in this model is packed: call besa.pack(model, report) first")
     with writing(Path(folder), "what is there of it is of no use"):
@@ -156,7 +159,7 @@ class PackedQuantizer(HfQuantizer):
         for name in self.quantization_config.projections:
             module = model.get_submodule(name)
             try:
-                module.to(model.dtype).dense(0, 0)
+                module.to(model.dtype).check()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}; fetch or write the file again") from error
         self.remove_quantization_config(model)

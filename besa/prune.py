@@ -41,8 +41,8 @@ def prune(
     the same weights.
 
     Args:
-        model: any Hugging Face decoder whose blocks `besa.decoder` finds; its pruned weights become 0. Pruned once
-            more, it is what the first time left that counts as dense: to compare methods, load it again.
+        model: any Hugging Face decoder whose blocks `besa.decoder` finds; its pruned weights become 0. If it is
+            pruned already, what is left counts as the dense model: to compare methods, load it anew for each.
         windows: calibration token ids, from `calibration_windows`; under torchrun the same on every rank.
         method: `Besa`, `Magnitude`, `Wanda` or `SparseGPT`.
         progress: show bars over blocks and windows.
@@ -83,8 +83,8 @@ class Method:
     """Base of the pruning methods: a frozen configuration that prunes one block at a time."""
 
     sparsity: Sparsity = DEFAULT_SPARSITY
-    """Fraction of the weights to set to 0, in [0, 1); where only a pattern N:M is given, 1 - N/M. It is of the
-    projections that are not ignored; an exact budget (`Besa`) is of all, so that those not ignored lose more."""
+    """Fraction of the weights to set to 0, in [0, 1); where only a pattern N:M is given, 1 - N/M. Of those of the
+    projections that are not ignored; of an exact budget (`Besa`) of all, so that those not ignored are pruned more."""
     sparsities: tuple[Sparsity, ...] | None = None
     """One for each block, in their order; None takes `sparsity` for all."""
     pattern: str | None = None
@@ -106,6 +106,10 @@ class Method:
     """Whether it asks a block for its Hessians, which a plan makes room for."""
     learns_scores: ClassVar[bool] = False
     """Whether which weights stay is learned, not their number alone."""
+    measures_model: ClassVar[bool] = False
+    """Whether the dense model as a whole must be in memory before its first block is pruned: for `prepared`."""
+    _has_budget: ClassVar[bool] = False
+    """Whether a budget is met that what is ignored counts in, as kept."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -147,11 +151,6 @@ class Method:
         if self.quantize:
             self.quantize.check(model, self.ignore)
 
-    @property
-    def measures_model(self) -> bool:
-        """Whether the dense model as a whole must be in memory before its first block is pruned: for `prepared`."""
-        return False
-
     def prepared(self, model: PreTrainedModel, windows: Tensor, progress: bool) -> "Method":
         """The method once it has seen the dense model; most need not."""
         return self
@@ -159,11 +158,6 @@ class Method:
     def sparsity_of(self, block: Block) -> float:
         """What a block is pruned to."""
         return self.sparsities[block.index] if self.sparsities else self.sparsity
-
-    @property
-    def _has_budget(self) -> bool:
-        """Whether a budget is met that what is ignored counts in, as kept."""
-        return False
 
     def noted(self, block: Block, report: Report) -> Report:
         """The report of a finished block, its rows with a note where the counted sparsity misses its target by more

@@ -14,6 +14,7 @@ diagonal of H, from Z = M * W and U = 0 on. V is the unconstrained step, Z the m
 """
 
 import math
+import warnings
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -39,8 +40,8 @@ class Reconstruct:
     iterations: Count = 20
     """Of ADMM."""
     toward_dense: Annotated[float, Ge(0), Le(1)] = 0.5
-    """a: how much of what was lost before a projection it makes up for. 0 mends its own pruning alone; 1 asks
-    for what the dense model has there, more than can be had."""
+    """a: how far a projection also makes up for what was lost before it. 0: it repairs its own pruning alone; 1: it
+    aims at the dense model's output, which it cannot reach."""
     rho: Positive = 1.0
     """ADMM's penalty, for a Hessian of unit diagonal."""
     damping: Positive = 0.01
@@ -154,11 +155,13 @@ class Reconstruct:
                     mean_(master.grad)
                 scaler.step(optimizer)
                 scaler.update()
-                schedule.step()
+                with warnings.catch_warnings():  # float16 may skip the first step
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                    schedule.step()
             found = {name: weight.detach() for name, weight in current().items()}
             best = min(best, (self._held_out_error(block, found), found), key=lambda pair: pair[0])
         note = f"held-out error {first:.4g} -> {best[0]:.4g}"
-        notes = {name: f"{pruned.notes.get(name, '')} {note}".strip() for name in pruned.weights}
+        notes = {name: "; ".join(filter(None, (pruned.notes.get(name), note))) for name in pruned.weights}
         return replace(pruned, weights=best[1], notes=notes)
 
     def _held_out_error(self, block: Block, weights: dict[str, Tensor]) -> float:

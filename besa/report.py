@@ -23,7 +23,7 @@ MISSED = "the block's sparsity is "
 
 
 @documented
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Report:
     """Rows by block and projection, training steps by block, masks, and what pruning took."""
 
@@ -90,7 +90,7 @@ class Report:
 
     @property
     def missed(self) -> list[str]:
-        """In words, the blocks whose counted sparsity is far from their target, once for each note on their rows."""
+        """In words, each block whose counted sparsity misses its target by more than `besa.prune.TOLERANCE`."""
         noted = [(row["block"], row["note"].partition(MISSED)[2]) for row in self.rows if MISSED in row["note"]]
         return [f"block {block} has {rest}" for block, rest in dict(noted).items()]
 

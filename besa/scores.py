@@ -134,7 +134,7 @@ class Scored:
     def keep_mask(
         self, scores: Float32[Tensor, "groups columns"], counts: Int64[Tensor, "rows"]
     ) -> Bool[Tensor, "rows columns"]:
-        """M: False for as many of each row; past the last whole step, those of the next that rank lowest."""
+        """M: False for `counts` weights of each row: past the last whole step, the lowest-ranked of the next."""
         ranked, pruned = self.ranked(scores), counts // self.step
         if self.m is None:
             return ranks_of_rows(ranked, torch.int32) >= counts.to(torch.int32)[:, None]

@@ -16,7 +16,7 @@ from besa.machine.processes import rank
 from besa.masks import keep_largest
 
 MOST_APART = 0.1
-"""How far a block's sparsity may lie from the model's, and never as far as nothing or everything."""
+"""How far a block's sparsity may lie from the model's, and at most half the way to 0 or to 1."""
 
 
 @torch.no_grad()

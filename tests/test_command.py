@@ -104,9 +104,9 @@ def test_a_dry_run_plans_the_method_that_is_named_by_the_published_windows(asked
     [
         (
             ["--method", "magnitude", "--bits", 4, "--budget", "exact"],
-            "--budget, --bits: nothing that method 'magnitude'",
+            "--budget, --bits: not used by method 'magnitude'",
         ),
-        (["--method", "wanda", "--d-coef", 5], "--d-coef: nothing that method 'wanda' heeds; leave it out"),
+        (["--method", "wanda", "--d-coef", 5], "--d-coef: not used by method 'wanda'; leave it out"),
     ],
 )
 def test_options_that_are_not_for_a_method_are_refused_by_their_names(asked, line, words):

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import re
 import time
@@ -75,8 +76,11 @@ def test_same_seed_same_windows_and_another_seed_others(local_text):
 
 def test_gemmas_windows_begin_with_its_bos(local_text):
     family = type("GemmaTokenizerFast", (PreTrainedTokenizerFast,), {})
-    tokenizer = family(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="</s>", bos_token="</s>")
-    for sampler in ("crop", "pack"):
+    by_class = family(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="</s>", bos_token="</s>")
+    by_token = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="</s>", bos_token="<bos>"
+    )
+    for tokenizer, sampler in itertools.product((by_class, by_token), ("crop", "pack")):
         windows = besa.calibration_windows("c4", tokenizer, 4, 12, sampler=sampler)
         as_cut = besa.calibration_windows("c4", TOKENIZER, 4, 12, sampler=sampler)
         assert (windows[:, 0] == tokenizer.bos_token_id).all() and torch.equal(windows[:, 1:], as_cut[:, 1:])
@@ -259,8 +263,8 @@ def test_the_windows_of_the_reference_are_drawn_to_the_bit(smollm2):
     "sampler, n_samples, seq_len, words",
     [
         ("pack", 10**6, 2048, r"'c4' has 680 characters in 10 documents, far too few .* n_samples=1, or another text"),
-        ("crop", 10**6, 12, r"far too few for 1000000 windows: take less than n_samples=2720"),
-        ("pack", 1000, 12, "take less than n_samples=226"),
+        ("crop", 10**6, 12, r"far too few for 1000000 windows: take at most n_samples=2720"),
+        ("pack", 1000, 12, "take at most n_samples=226"),
     ],
 )
 def test_a_million_windows_of_a_small_text_are_refused_before_it_is_encoded(

@@ -95,7 +95,7 @@ def test_a_loss_that_is_nan_names_the_segment(tiny_llama, monkeypatch):
     tokens[2 * 24 + 5] = 90  # in the last segment alone
     with torch.no_grad():
         tiny_llama.model.embed_tokens.weight[90] = float("nan")
-    told = "segment 2: a loss of nan nats per token makes no perplexity; look for NaN .*: it is in torch.float32"
+    told = "segment 2: a loss of nan nats per token gives no finite perplexity; look for NaN .*: it is in torch.float32"
     with pytest.raises(ValueError, match=told):
         besa.perplexity(tiny_llama, tokens, 24, progress=False)
     assert besa.perplexity(tiny_llama, tokens[:48], 24, progress=False) > 1

@@ -187,7 +187,7 @@ def test_adapters_are_masked_as_torch_where_masks_to_the_bit(dtype):
 
 PLAIN_BUT = [{"use_dora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}, {"use_rslora": True}]
 PLAIN_BUT += [{"target_parameters": ["mlp.up_proj.weight"]}, {"modules_to_save": ["down_proj"]}]
-PLAIN_BUT += [{"modules_to_save": ["lm_head", "0.mlp"]}]
+PLAIN_BUT += [{"modules_to_save": ["lm_head", "0.mlp"]}, {"modules_to_save": ["n_proj"]}, {"fan_in_fan_out": True}]
 
 
 @pytest.mark.parametrize("option", PLAIN_BUT, ids=str)
@@ -198,6 +198,17 @@ def test_adapters_that_would_lose_zeros_are_refused(pruned, option):
 
     with pytest.raises(ValueError, match=f"{next(iter(option))}=.* not plain LoRA"):
         masked_lora(*pruned, LoraConfig(**option))
+
+
+def test_a_model_that_has_adapters_is_neither_trained_nor_given_others(pruned, text):
+    from peft import LoraConfig
+
+    from besa.adapters import masked_lora
+
+    masked_lora(*pruned, LoraConfig())
+    for again in (lambda: masked_lora(*pruned, LoraConfig()), lambda: besa.finetune(pruned[0], text, pruned[1])):
+        with pytest.raises(ValueError, match=r"of peft; merge it first: model = model\.merge_and_unload\(\)"):
+            again()
 
 
 class Killed(Exception):
@@ -249,7 +260,7 @@ def test_a_finished_checkpoint_is_read_and_one_of_another_run_refused(pruned, te
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is no state of finetune"):
             besa.finetune(model, text, report, config, checkpoint=path, progress=False)
-    for nowhere in (tmp_path, tmp_path / "no" / "state.pt"):
+    for nowhere in (tmp_path, tmp_path / "no" / "state.pt", ""):
         with pytest.raises(ValueError, match="name a file in a folder that is there"):
             besa.finetune(model, text, report, config, checkpoint=nowhere, progress=False)
 
@@ -343,6 +354,12 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_model(pruned, text
     with pytest.raises(ValueError, match=r"the loss of step \d+ is nan; lower lr"):
         besa.finetune(model, text, report, config, progress=False)
     assert_same(model, before)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e38)  # which no smaller step would mend
+    with pytest.raises(
+        ValueError, match=r"the loss of step 1 is (inf|nan); look for NaN and huge values in its weights"
+    ):
+        besa.finetune(model, text, report, FineTune(**FAST), progress=False)
 
 
 def test_the_curve_has_a_row_per_step_and_is_drawn(pruned, text):
@@ -379,6 +396,11 @@ def test_models_masks_and_windows_that_do_not_go_together_are_refused(pruned, te
         ((dense, text, report), {}, "block 1, mlp.up_proj: 1280 weights are not 0 that the mask has pruned"),
         ((model, text, wrong), {}, r"block 0, self_attn.q_proj: no such projection of shape \(3, 3\)"),
         ((model, text, {(7, "mlp.up_proj"): masks[0, "mlp.up_proj"]}), {}, "block 7, mlp.up_proj: no such projection"),
+        (
+            (model, text, {(-1, "mlp.up_proj"): masks[2, "mlp.up_proj"]}),
+            {},
+            "block -1, mlp.up_proj: no such projection",
+        ),
         ((model, text[:1], report), {}, r"1 window\(s\) cannot be parted"),
         ((model, text[0], report), {}, r"windows of torch.int64 \(24,\) is not int64 token ids \(n_samples, seq_len\)"),
         ((model, text + 1, report), {}, "the vocabulary has 97"),
@@ -398,7 +420,7 @@ def test_packed_and_quantized_models_are_refused_by_name(tiny_llama, text):
     packed = copy.deepcopy(tiny_llama)
     report = besa.prune(packed, text, besa.Wanda(), progress=False)
     besa.pack(packed, report)
-    with pytest.raises(ValueError, match=r"unpack first: besa\.unpack\(model\)"):
+    with pytest.raises(ValueError, match=r"a packed model becomes dense by besa\.unpack\(model\)"):
         besa.finetune(packed, text, report, progress=False)
     besa.unpack(packed)
     assert besa.finetune(packed, text, report, FineTune(epochs=1), progress=False).steps

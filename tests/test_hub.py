@@ -338,10 +338,10 @@ REFUSALS = {  # command -> what is wrong, where, what is said
     "evaluate llama-13b": (
         None,
         "",
-        r"there is no \S+/huggyllama/llama-13b, or it is private; mend the name, or log in",
+        r"there is no \S+/huggyllama/llama-13b, or it is private; correct the name, or log in",
     ),
     "export llama-7b out": ((404, "RepoNotFound", "Not found"), LLAMA, rf"there is no \S+/{LLAMA}, or it is private"),
-    "prune me/a/b out": (None, "", "'me/a/b' is no hub id; mend the name"),
+    "prune me/a/b out": (None, "", "'me/a/b' is no hub id; correct the name"),
     f"{EVALUATE} ptb": (
         (404, "RevisionNotFound", "Gone"),
         PTB,

@@ -222,7 +222,7 @@ def test_copies_pickles_and_state_dicts_hold_the_same():
         assert torch.equal(copied.dense(), linear.weight) and torch.equal(copied.bias, linear.bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_another_precision_converts_values_and_leaves_codes(dtype):
     linear = pruned_linear(5, 70, torch.float32, 0.5)
     packed = PackedLinear.from_linear(linear).to(dtype)
@@ -383,7 +383,9 @@ def test_a_jointly_compressed_model_packs_to_its_codes(tiny_llama, windows, dtyp
 
 
 def test_only_what_shrinks_is_packed_and_a_foreign_report_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(ValueError, match="nothing in this model is smaller packed: it has too few zeros; prune it"):
+    with pytest.raises(
+        ValueError, match="no projection of this model would be smaller packed: it has too few zeros; prune it"
+    ):
         pack(tiny_llama)
     assert not any(isinstance(module, PackedLinear) for module in tiny_llama.modules())
     with pytest.raises(ValueError, match=r"nothing in this model is packed: call besa.pack\(model, report\) first"):
@@ -552,6 +554,15 @@ def test_a_damaged_description_is_refused_by_name(tiny_llama, tmp_path, no_type_
 def test_a_model_without_packed_projections_is_not_saved_as_packed(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="nothing in this model is packed"):
         save_packed(tiny_llama, tmp_path)
+
+
+def test_a_packed_model_is_not_saved_to_a_file(tiny_llama, tmp_path):
+    prune_half(tiny_llama)
+    pack(tiny_llama)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file' is a file; name a folder"):
+        save_packed(tiny_llama, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_importing_besa_behind_transformers_is_enough(tiny_llama, tmp_path):

@@ -429,6 +429,14 @@ def test_steps_that_overflow_in_float16_are_skipped_and_counted(tiny_llama, wind
     assert report.sparsity == pytest.approx(0.5, abs=0.06)
 
 
+def test_a_schedule_whose_first_step_overflows_says_nothing(tiny_llama, windows, monkeypatch, recwarn):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, enabled: scaler(*a, init_scale=2.0**40, enabled=enabled))
+    new, method = besa.Reconstruct("block", epochs=1), besa.Besa(budget="exact")
+    report = besa.prune(tiny_llama.half(), windows, method, progress=False, reconstruct=new)
+    assert report.steps[0]["skipped"] and not [each for each in recwarn if "lr_scheduler" in str(each.message)]
+
+
 @pytest.mark.parametrize(
     "dtype, huge, fields", [(torch.float16, 30.0, {}), (torch.bfloat16, 1e18, {"budget": "exact", "pattern": "N:8"})]
 )

@@ -118,3 +118,7 @@ def test_a_models_down_proj_is_cut_into_square_patches(tiny_llama):
     assert (frame["sparsity"] > 0).tolist() == (frame["kind"] == "down_proj").tolist()
     dense = simulate_model(tiny_llama)
     assert (dense["cycles"] == dense["dense_cycles"]).all() and not dense["sparsity"].any()
+    besa.prune(tiny_llama, torch.randint(0, 97, (2, 9)), besa.Magnitude(), progress=False)
+    besa.pack(tiny_llama)
+    with pytest.raises(ValueError, match=r"are packed; unpack them first: besa\.unpack\(model\)"):
+        simulate_model(tiny_llama, keep_masks)

@@ -186,7 +186,7 @@ def _check_name(folder: Path) -> None:
         str(folder).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the name of {str(folder)!r} is no UTF-8, and safetensors opens no other; rename it"
+            f"the name of {str(folder)!r} is not valid UTF-8, which safetensors asks for; rename it"
         ) from error
 
 

@@ -48,7 +48,9 @@ def pack_checkpoint(source: str | Path, output: str | Path, trust_remote_code: b
     with new_folder(output) as temporary:
         shards, packed = _write_shards(model, folder / STATE, temporary, marks)
         if not packed:
-            raise ValueError(f"nothing in {str(source)!r} is smaller packed: it has too few zeros; prune it first")
+            raise ValueError(
+                f"no projection of {str(source)!r} would be smaller packed: it has too few zeros; prune it first"
+            )
         carry_over(folder, temporary)
         config = json.loads((folder / "config.json").read_bytes())
         config["quantization_config"] = described(packed).to_dict()

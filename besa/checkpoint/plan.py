@@ -67,9 +67,9 @@ def bytes_for(
     weight itself, which a CPU reads from the mapped file; quantized, some 24 bytes in float32. Hessians take a matrix
     of columns x columns in float32 for each projection's inputs, four more while one is factorized; reconstruction
     takes six more, and eight copies of the largest projection, and to train a block 20 bytes for each weight. Scores
-    that BESA learns take as much. What enters and leaves each projection is kept for one window, to
-    learn from; of parts that are learned by themselves the inputs and outputs of all windows are there, too, and twice
-    while they are gathered.
+    that BESA learns take another 20 bytes for each weight. What enters and leaves each projection is kept for one
+    window, to learn from; of parts that are learned by themselves the inputs and outputs of all windows are there, too,
+    and twice while they are gathered.
 
     Args:
         windows: this rank's.

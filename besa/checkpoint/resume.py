@@ -29,7 +29,7 @@ from besa.prune import Method
 _AFTERWARDS = ("finetune.py", "adapters.py", "packed.py", "packed_files.py", "packed_kernels.py", "checkpoint/pack.py")
 _MEASURING = ("machine/memory.py", "machine/provenance.py", "checkpoint/plan.py", "checkpoint/large.py", "report.py")
 _BESIDE_THE_BYTES = ("paper", "evaluate", "inputs", *_MEASURING, *_AFTERWARDS, "__init__.py", "__main__.py")
-"""Of the package: what decides no byte of a pruned checkpoint (its windows and its source are summed themselves)."""
+"""Parts of the package that cannot change a byte of the output; windows and source are summed by themselves."""
 _TEMPORARY = re.compile(re.escape(HALF_WRITTEN) + r"\w{8}")
 _HIDDEN_STATES = re.compile(r"hidden-\d+-\d+\.bin")
 
@@ -200,10 +200,11 @@ def _source_sums(source: Path, output: Path, progress: bool) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in seen.items()}
 
 
-def finished_blocks(output: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+def finished_blocks(output: Path, progress: bool = False) -> tuple[dict[int, dict[str, Any]], list[str]]:
     """Notes of the blocks whose files are there and whole, and the paths of those whose are not."""
     notes, damaged = {}, []
-    for path in sorted((output / STATE).glob("block-*.json")):
+    paths = sorted((output / STATE).glob("block-*.json"))
+    for path in tqdm(paths, desc="sha256", unit="block", leave=False, disable=not progress):
         note = note_or_nothing(path)
         try:
             whole = _fits(note, path.stem) and all(

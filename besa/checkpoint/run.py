@@ -283,7 +283,7 @@ class Shards:
                 f"the windows are started by torchrun; if none is left, delete {self._lock.lock_file}"
             ) from None
         remove_half_written(self.output)
-        notes, damaged = finished_blocks(self.output)
+        notes, damaged = finished_blocks(self.output, self.progress)
         identity = identity_of(self.source, self.output, self.windows, self.method, self.device, self.progress)
         identity["reconstruct"] = self.reconstruct.config() if self.reconstruct else None
         open_run(self.output, identity, len(notes) + len(damaged), {"provenance": provenance(str(self.device))})

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from besa.decoder import find_blocks, projections
 from besa.machine.fields import checked, documented
+from besa.packed_files import packed_projections
 
 PE_ROWS, PE_COLUMNS = 64, 64
 """Processing elements (PEs); each multiplies one weight per cycle."""
@@ -119,7 +120,12 @@ def simulate_model(
     Returns:
         One row per block and projection: `block`, `projection`, `kind` (the last part of its name), `rows`, `columns`,
         `sparsity`, `cycles`, `dense_cycles`.
+
+    Raises:
+        ValueError: projections are packed.
     """
+    if packed_projections(model):
+        raise ValueError("the projections of this model are packed; unpack them first: besa.unpack(model)")
     table = []
     for index, block in enumerate(find_blocks(model)):
         for name, projection in projections(block).items():

@@ -32,7 +32,7 @@ FLOATS_AT_ONCE = 2**22
 """Of logits: what is larger than 16 MiB a CPU's allocator asks the system for, every time."""
 
 Request = tuple[Any, list[int], list[int]]
-"""lm-eval's: something, the context's tokens, the continuation's tokens."""
+"""As lm-eval passes it: a key that is not used here, the context's tokens, the continuation's tokens."""
 
 
 @contextlib.contextmanager
@@ -172,8 +172,8 @@ def _scores(logits: Float[Tensor, "n vocab"], labels: Int64[Tensor, "n"]) -> Flo
 
 
 def _row(context: Sequence[int], choices: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Of a context and its choices in one row: the tokens, whose each is (0: the context's), its position, and where
-    each token of a choice is predicted; the last is not read."""
+    """A context and its choices in one row: tokens; the owner of each (0: the context, k: the k-th choice); where it
+    stands; and for each token of a choice the column that predicts it. A choice's last token is not read."""
     tokens, owners, positions, before = list(context), [0] * len(context), list(range(len(context))), []
     for number, choice in enumerate(choices, start=1):
         before += [len(context) - 1, *range(len(tokens), len(tokens) + len(choice) - 1)]

@@ -82,7 +82,7 @@ def perplexity(
                 break
             bar.update(len(batch))
     for each in filter(None, from_all(problem)):  # on every rank: none is to wait for one that is gone
-        raise ValueError(f"{each} makes no perplexity; {way_out(model.dtype)}")
+        raise ValueError(f"{each} gives no finite perplexity; {way_out(model.dtype)}")
     losses = sum_(losses).tolist()
     value = Perplexity(math.exp(sum(losses) / (n_segments * (seq_len - 1))))
     value.losses = torch.tensor(losses, dtype=torch.float64) / (seq_len - 1)

@@ -27,10 +27,10 @@ _LOG_IN = "log in by `hf auth login` or $HF_TOKEN"
 _REASONS: dict[type[Exception], str] = {
     OfflineModeIsEnabled: "$HF_HUB_OFFLINE is set, and not all of it is in the cache; fetch it once without",
     GatedRepoError: f"it is gated; ask for access at {{page}}, and {_LOG_IN}",
-    RepositoryNotFoundError: f"there is no {{page}}, or it is private; mend the name, or {_LOG_IN}",
+    RepositoryNotFoundError: f"there is no {{page}}, or it is private; correct the name, or {_LOG_IN}",
     RevisionNotFoundError: "{page} has no such revision any more",
     EntryNotFoundError: "{page} lacks a file of it",
-    HFValidationError: "{name!r} is no hub id; mend the name",
+    HFValidationError: "{name!r} is no hub id; correct the name",
 }
 """From special to general, with the way out."""
 

@@ -81,7 +81,8 @@ def load_model(
         dtype: of the weights, and of what `save_pretrained` writes then, whatever was stored; None takes bfloat16 where
             the device computes in it, else float16 (GPU) or float32 (CPU).
         device: where the model goes; "auto" takes the GPU where there is one.
-        packed: leave the projections of a packed folder packed; False makes them dense, to the bit.
+        packed: leave the projections of a packed folder packed; False makes them dense: to the bit in the precision
+            that was packed; in another one codes are decoded to it at once.
         trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.
 
     Raises:
@@ -126,7 +127,7 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
     for name, stored, expected in sorted(found["mismatched_keys"]):
         raise ValueError(
             f"{source} holds {name} of shape {tuple(stored)}, where a {kind} of its config.json has {tuple(expected)}; "
-            "mend config.json (hidden_size, vocab_size, ...), or fetch the checkpoint again"
+            "correct config.json (hidden_size, vocab_size, ...), or fetch the checkpoint again"
         )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
@@ -136,7 +137,7 @@ def check_loaded(source: str | Path, model: PreTrainedModel, found: dict[str, An
     if unexpected := sorted(name for name in found["unexpected_keys"] if not _MADE_ANEW.search(name)):
         raise ValueError(
             f"{source} holds {len(unexpected)} tensor(s) for which a {kind} of its config.json has no place, the first "
-            f"{unexpected[0]}; mend config.json (num_hidden_layers, ...), or save the model without them: "
+            f"{unexpected[0]}; correct config.json (num_hidden_layers, ...), or save the model without them: "
             f"AutoModelForCausalLM.from_pretrained({str(source)!r}, dtype='auto').save_pretrained('NEW_FOLDER')"
         )
 
@@ -336,9 +337,8 @@ def _explained(name: str) -> Iterator[None]:
                 f"the model {source!r} comes with Python code of its own, which was not run; read it, and where you "
                 "trust it, give trust_remote_code=True (--trust-remote-code)"
             ) from error
-        who = "the folder" if Path(source).is_dir() else "the hub"
         why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"cannot load the model {source!r}: {who} has not delivered it ({why}). Known without a "
-            f"hub: {', '.join(EMBEDDED)} or a local folder; with one: {', '.join(PAPER_MODELS)} or any hub id."
+            f"transformers cannot load the model {source!r} ({why}); look to its config.json and tokenizer files, or "
+            f"fetch it again. Known are {', '.join([*EMBEDDED, *PAPER_MODELS])}, hub ids and local folders"
         ) from error

@@ -129,7 +129,8 @@ def calibration_windows(
             windows = torch.stack(_crop(name, documents, encode, n_samples, seq_len, rng))
         else:
             windows = _pack(name, documents, encode, n_samples, seq_len, rng, tokenizer.eos_token_id)
-    return with_bos(windows, type(tokenizer).__name__, getattr(tokenizer, "bos_token_id", None))
+    family = "gemma" if getattr(tokenizer, "bos_token", None) == "<bos>" else type(tokenizer).__name__
+    return with_bos(windows, family, getattr(tokenizer, "bos_token_id", None))
 
 
 def opens_with_bos(family: str) -> bool:
@@ -158,8 +159,15 @@ def _check_size(name: str, documents: Sequence[str], n_samples: int, own: int) -
     if n_samples * own > 4 * size:
         raise ValueError(
             f"{name!r} has {size} characters in {len(documents)} documents, far too few for {n_samples} windows: "
-            f"take less than n_samples={max(1, 4 * size // own)}, or another text"
+            f"{_fewer(4 * size // own)}"
         )
+
+
+def _fewer(n_samples: int) -> str:
+    """The way out of too little text, which is enough for so many windows."""
+    return (
+        f"take at most n_samples={n_samples}, or another text" if n_samples else "lower seq_len, or take another text"
+    )
 
 
 @checked
@@ -407,5 +415,5 @@ def _pack(
             return torch.cat(parts)[: n_samples * seq_len].view(n_samples, seq_len)
     raise ValueError(
         f"{name!r} has {n_tokens} tokens in {len(documents)} documents, {n_samples} windows of {seq_len} need "
-        f"{n_samples * seq_len}: take at most n_samples={n_tokens // seq_len}."
+        f"{n_samples * seq_len}: {_fewer(n_tokens // seq_len)}"
     )

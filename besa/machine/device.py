@@ -15,8 +15,8 @@ import torch
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the processor multiplies matrices in bfloat16 natively; elsewhere that is many times slower than float32.
 
-    A Xeon whose AMX the host hides has instructions for it, too, at half of float32's rate: what is computed there for
-    long had better be in float32, unless it continues rows in bfloat16.
+    True also of a Xeon with AVX-512's bfloat16 and no AMX, where it runs at half of float32's rate: for long runs there
+    ask for float32, unless they continue rows in bfloat16.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,6 +1,7 @@
 """Write files whole or not at all, read none that is not whole, and tell them by their sha256."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,10 +40,12 @@ def writing(
         if number is None:
             raise
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        cure = "Make room, raise the limit or look to the disk" if full else "Name a folder that can be written to"
         raise OSError(
             number,
-            f"{path} was not written ({os.strerror(number)}; {free / 2**20:.0f} MiB are free there): {kept}. Make "
-            "room, raise the limit or look to the disk, and run the same again",
+            f"{path} was not written ({os.strerror(number)}; {free / 2**20:.0f} MiB are free there): {kept}. {cure}, "
+            "and run the same again",
         ) from error
 
 

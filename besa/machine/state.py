@@ -30,8 +30,8 @@ class StateFile:
         Raises:
             ValueError: there can be no file.
         """
-        self.path, self._work, self._written = path and Path(path), work, time.monotonic()
-        if self.path and (self.path.is_dir() or not self.path.parent.is_dir()):
+        self.path, self._work, self._written = None if path is None else Path(path), work, time.monotonic()
+        if self.path is not None and (self.path.is_dir() or not self.path.parent.is_dir()):
             raise ValueError(f"checkpoint {str(path)!r}: name a file in a folder that is there")
         self.identity = identity() if self.path else {}
 
