@@ -70,19 +70,22 @@ def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, floa
     The second part is of the calibration, where there are several draws; what is of both is counted twice, which is on
     the safe side. Without samples (n_g = 1) three draws are the least. p is Student's t's, with the degrees of freedom
     of Welch and Satterthwaite, error^4 / sum of the squared parts over theirs: it is `SURE` at 4.5 errors of three
-    draws, at 2.1 of 32 segments that are not alike.
+    draws, at 2.1 of 32 segments that are not alike. Where there are several draws it is no less than by their part
+    alone: the text's many degrees would make up for the draws' few, and equal rows be told apart too often (simulated
+    with two draws in 13 of 100 cases, with three in 7, where 4.6 are meant; so in 4.5 at most).
     """
     by_draw = np.mean([group.mean(axis=1) for group in differences], axis=0)
     means = [group.mean(axis=0) for group in differences if group.shape[1] > 1]
     counts = map(_independent, means)
     parts = [(each.var(ddof=1) / m / len(differences) ** 2, max(1.0, m - 1)) for each, m in zip(means, counts)]
-    if len(by_draw) > (1 if parts else 2):
-        parts.append((by_draw.var(ddof=1) / len(by_draw), len(by_draw) - 1))
+    alone = [(by_draw.var(ddof=1) / len(by_draw), len(by_draw) - 1)] if len(by_draw) > (1 if parts else 2) else []
+    parts += alone
     variance, spread = sum(part for part, _ in parts), sum(part**2 / freedom for part, freedom in parts)
-    mean, error = by_draw.mean(), np.sqrt(variance) if parts else np.nan
+    mean, errors = by_draw.mean(), np.sqrt([variance if parts else np.nan, *(part for part, _ in alone)])
     with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0
-        p = 2 * scipy.stats.t.sf(abs(mean) / np.float64(error), variance**2 / spread if spread else np.inf)
-    return float(mean), float(error), float(p)
+        freedoms = [variance**2 / spread if spread else np.inf, *(freedom for _, freedom in alone)]
+        p = np.fmax.reduce(2 * scipy.stats.t.sf(abs(mean) / errors, freedoms))
+    return float(mean), float(errors[0]), float(p)
 
 
 def _independent(samples: Float[np.ndarray, " n"]) -> float:
