@@ -211,7 +211,7 @@ def evaluate(
     if asked:
         check_request(asked, limit)
     elif limit or checkpoint:
-        raise ValueError("--limit and --checkpoint are of questions; name --tasks, too")
+        raise ValueError("--limit and --checkpoint apply to zero-shot questions; name --tasks, too")
     tokenizer = load_tokenizer(source, trust_remote_code)
     most = max_segments and max_segments * seq_len
     streams = {text: besa.test_tokens(text, tokenizer)[:most] for text in read}

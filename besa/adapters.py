@@ -72,7 +72,8 @@ def masked_lora(model: PreTrainedModel, report: Masks, config: LoraConfig) -> Pe
 
     What peft saves of it has no mask: `PeftModel.from_pretrained` would make plain LoRA of it, which fills the zeros.
     `masked_lora(model, report, config).load_adapter(folder, "default")` takes it up again. A second adapter, by
-    `add_adapter`, would be plain LoRA as well: give this config all targets.
+    `add_adapter`, is masked only on projections that this config targets, and would fill zeros of others: give this
+    config all targets.
 
     The adapters go into `model` itself, as always in peft; `merge_and_unload()` removes them and leaves the merged
     weights.

@@ -129,10 +129,10 @@ def check_model(model: PreTrainedModel, values: bool = True) -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be learned within torch.inference_mode(); call it outside, or in no_grad()")
     if _is_peft(model):
-        raise ValueError(f"a {type(model).__name__} of peft cannot be pruned; merge it: model.merge_and_unload()")
+        raise ValueError(f"a {type(model).__name__} of peft hides its projections; merge it: model.merge_and_unload()")
     if any(module._compiled_call_impl for module in model.modules()):
         raise ValueError(
-            "a compiled model does not show what enters its projections; load it again, and compile what is pruned"
+            "a compiled model does not show what enters its projections; load it again, and compile it afterwards"
         )
     owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
@@ -182,7 +182,7 @@ def _no_linear(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear) or not hasattr(module, "in_features"):
         return None
     way_out = "a packed model becomes dense by besa.unpack(model) or besa.load_model(..., packed=False)"
-    return f"a {type(module).__name__} is not a torch.nn.Linear and cannot be pruned; {way_out}"
+    return f"a {type(module).__name__} is not a torch.nn.Linear, as besa wants them; {way_out}"
 
 
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:

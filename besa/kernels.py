@@ -31,7 +31,7 @@ class Ranking:
     bucket_of_rank: UInt8[Tensor, "columns"]
 
     def kept_above(self, prune_counts: Int[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
-        """False for the `prune_counts` lowest-ranked weights of each row; in the ranks' type, for torch would copy."""
+        """False for the `prune_counts` lowest-ranked weights of each row, compared in the ranks' type, uncopied."""
         return self.ranks >= prune_counts.to(self.ranks.dtype)[:, None]
 
 

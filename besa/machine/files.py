@@ -40,12 +40,12 @@ def writing(
         if number is None:
             raise
         free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        cure = "Make room, raise the limit or look to the disk" if full else "Name a folder that can be written to"
+        closed = number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+        cure = "Make room, raise the limit or check the disk, and run the same again"
         raise OSError(
             number,
-            f"{path} was not written ({os.strerror(number)}; {free / 2**20:.0f} MiB are free there): {kept}. {cure}, "
-            "and run the same again",
+            f"{path} was not written ({os.strerror(number)}; {free / 2**20:.0f} MiB are free there): {kept}. "
+            + ("Make the folder writable, or name another" if closed else cure),
         ) from error
 
 

@@ -72,7 +72,7 @@ def paired(differences: list[Float[np.ndarray, "draws _"]]) -> tuple[float, floa
     of Welch and Satterthwaite, error^4 / sum of the squared parts over theirs: it is `SURE` at 4.5 errors of three
     draws, at 2.1 of 32 segments that are not alike. Where there are several draws it is no less than by their part
     alone: the text's many degrees would make up for the draws' few, and equal rows be told apart too often (simulated
-    with two draws in 13 of 100 cases, with three in 7, where 4.6 are meant; so in 4.5 at most).
+    with two draws in 13 of 100 cases, with three in 7, where 4.6 are meant; so in 5 at most).
     """
     by_draw = np.mean([group.mean(axis=1) for group in differences], axis=0)
     means = [group.mean(axis=0) for group in differences if group.shape[1] > 1]
