@@ -182,7 +182,7 @@ def _no_linear(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear) or not hasattr(module, "in_features"):
         return None
     way_out = "a packed model becomes dense by besa.unpack(model) or besa.load_model(..., packed=False)"
-    return f"a {type(module).__name__} is not a torch.nn.Linear, as besa wants them; {way_out}"
+    return f"a {type(module).__name__} is not a torch.nn.Linear as besa wants it; {way_out}"
 
 
 def _problem(block: nn.Module, name: str, parameter: nn.Parameter, values: bool) -> str | None:

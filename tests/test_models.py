@@ -60,7 +60,9 @@ def test_layers_that_the_configuration_leaves_out_are_refused_by_name(tiny_llama
     tiny_llama.save_pretrained(tmp_path)
     tiny_llama.config.num_hidden_layers = 2
     tiny_llama.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds 9 tensor\(s\) .*first model.layers.2.input_layernorm.weight; mend"):
+    with pytest.raises(
+        ValueError, match=r"holds 9 tensor\(s\) .*first model.layers.2.input_layernorm.weight; correct config.json"
+    ):
         opened(tmp_path)
 
 
