@@ -430,6 +430,14 @@ def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
         "ahead of Wanda and SparseGPT at 60 % by {} and {} %, at 40 % by {} and {} %, at 20 % by {} and {} % (another"
     )
     assert said.format(*ahead) in PROSE
+    every = pd.read_csv(folder / "smollm2-135m-paper-verdicts.csv").set_index(["row", "against"])
+    least = every.loc[[("besa-row-wise-0.1", f"{other}-0.1-matched") for other in others]]
+    assert list(least["verdict"]) == ["holds", "undecided"]
+    by = least["difference ± standard error"].iloc[0]
+    shown = by.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    assert f"at 0.1 wiki {shown} †" in REPORT
+    by = f"ahead of Wanda by {by[1:5]} %"
+    assert f"at 10 % {by} (which does not survive correction for the number of claims) and not to be told from" in PROSE
     example = judged["difference ± standard error"].iloc[8]
     ahead, error = (float(part.strip("+%")) / 100 for part in example.split(" ± "))
     assert f"{example} is {1 + ahead:.2f} times as much, give or take {error:.2f}." in REPORT
@@ -441,7 +449,8 @@ def test_the_readme_says_how_the_sweep_ends_at_the_published_size():
         zeros = 100 * counted[f"besa-row-wise-{target}"]
         assert f"  | {100 * target:.0f} % ({zeros:.1f} %) | {' | '.join(found)} |\n" in README
     said = (
-        "**holds** at 60 % (one draw; *small*: three); by one draw alone **holds** at 20 and 40 %, **does not hold** "
+        "**holds** at 60 % (one draw; *small*: three); by one draw alone **holds** at 20 and 40 %, and at 10 % beside "
+        "Wanda (there **undecided** beside SparseGPT), **does not hold** "
     )
     said += "at 30, 70 and 80 %; *small*, these are undecided, but for 30 % beside Wanda, which **does not hold** |"
     small = pd.read_csv(folder / "smollm2-135m-quick-verdicts.csv").set_index(["row", "against"])["verdict"]
@@ -767,7 +776,13 @@ def test_the_sweep_says_what_is_committed_at_the_published_size():
         f"At the published size, in its one draw, it fails at {listed(fails.index[fails])} %, too. At {ahead} % it is"
     )
     assert f"{told} ahead there." in said("sparsity")
+    by = judged.set_index(["row", "against"])["difference ± standard error"]
+    by = by["besa-row-wise-0.1", "wanda-0.1-matched"][1:5]
+    assert f"At 10 % it is ahead of Wanda by {by} % and cannot be told from SparseGPT; magnitude" in said("sparsity")
     rows = [pd.read_csv(REFERENCE / "sparsity" / f"smollm2-135m-{size}.csv").set_index("method") for size in SIZES]
+    (wiki,) = (each["wiki"] for each, size in zip(rows, SIZES, strict=True) if size == "paper")
+    assert wiki.idxmin() == "magnitude-0.1" and "SparseGPT (there magnitude is lowest), and fails at three" in PROSE
+    assert f"is lowest there, {wiki.min():.2f} (dense {wiki['dense']:.2f}), which is not judged." in said("sparsity")
     ours = pd.concat([each["sparsity"] for each in rows]).filter(like="besa-row-wise")
     below = {name: ended for name, ended in ours.items() if ended < float(name.rpartition("-")[2])}
     assert "BESA ends below its targets, furthest at 70 and 80 %" in said("sparsity") and len(below) == len(
