@@ -4,7 +4,6 @@ A learner is called for the masked weights of a step, takes the step, and tells 
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from besa.allocation import Allocation, candidate_rates
 from besa.budget import Budgeted, meet_budget, whole_counts
 from besa.importance import InputStatistics, importance
+from besa.machine.device import advance
 from besa.machine.processes import mean_, n_ranks
 from besa.masks import parse_pattern
 from besa.quantize import CLIPPING_START
@@ -159,9 +159,7 @@ class BudgetLearner(Learner):
 
     def step(self, scaler: torch.amp.GradScaler) -> bool:
         skipped = super().step(scaler)
-        with warnings.catch_warnings():  # float16 may skip the first step
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.schedule.step()
+        advance(self.schedule)
         return skipped
 
     def _counts(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ diagonal of H, from Z = M * W and U = 0 on. V is the unconstrained step, Z the m
 """
 
 import math
-import warnings
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa.machine.device import advance
 from besa.machine.fields import Count, Positive, check_fields, documented
 from besa.machine.processes import mean_, n_ranks
 from besa.walk import Block, PrunedBlock, token_error
@@ -155,9 +155,7 @@ class Reconstruct:
                     mean_(master.grad)
                 scaler.step(optimizer)
                 scaler.update()
-                with warnings.catch_warnings():  # float16 may skip the first step
-                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                    schedule.step()
+                advance(schedule)
             found = {name: weight.detach() for name, weight in current().items()}
             best = min(best, (self._held_out_error(block, found), found), key=lambda pair: pair[0])
         note = f"held-out error {first:.4g} -> {best[0]:.4g}"

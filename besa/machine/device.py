@@ -87,6 +87,13 @@ def way_out(dtype: torch.dtype) -> str:
     return f"{look}: it is in {dtype} already" if dtype.itemsize > 2 else f"try dtype float32, or {look}"
 
 
+def advance(schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """The next learning rate, without torch's warning where float16 has skipped the optimizer's first step."""
+    is_first = schedule.last_epoch == 0
+    with warnings.catch_warnings(action="ignore") if is_first else contextlib.nullcontext():
+        schedule.step()
+
+
 @contextlib.contextmanager
 def unaltered(device: torch.device) -> Iterator[None]:
     """For a while, what is computed on a device does not depend on what its caller set or ran before.
