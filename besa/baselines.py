@@ -1,27 +1,28 @@
-"""Magnitude, Wanda and SparseGPT as block methods of the same loop, and every method by name."""
+"""Baselines in the same loop: magnitude, Wanda and SparseGPT."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from besa.besa import Besa
-from besa.importance import InputStatistics, inverse_cholesky, magnitude, wanda
+from besa.config import config
+from besa.importance import inverse_cholesky, magnitude, wanda
 from besa.kernels import spread_errors
-from besa.machine.fields import Count, Positive, documented
+from besa.loop import PatternMethod
 from besa.masks import parse_pattern
-from besa.prune import DEFAULT_SPARSITY, Method
 from besa.quantize import Quantize
 from besa.walk import Block, PrunedBlock
 
+Matrix = Float[Tensor, "rows columns"]
+KeepMask = Bool[Tensor, "rows columns"]
 
-@documented
-@dataclass(frozen=True, kw_only=True)
-class Magnitude(Method):
-    """The smallest weights of each projection go (Han et al. 2015)."""
+
+@config
+class Magnitude(PatternMethod):
+    """Prune the smallest weights of each projection (Han et al. 2015)."""
 
     name: ClassVar[str] = "magnitude"
 
@@ -34,101 +35,83 @@ class Magnitude(Method):
         return pruned
 
 
-@documented
-@dataclass(frozen=True, kw_only=True)
-class Wanda(Method):
-    """The least important weights of each row go, by |W_ij| * ||x_j||_2 (Sun et al. 2024)."""
+@config
+class Wanda(PatternMethod):
+    """Prune the least important weights of each row, by |W_ij| * ||x_j||_2 (Sun et al. 2024).
+
+    Args:
+        quantize: quantize by min-max first, and prune the quantized weights.
+    """
 
     quantize: Quantize | None = None
-    """Quantize the weights by plain min-max first and prune what that makes of them; with sparsity 0, quantize only."""
 
     name: ClassVar[str] = "wanda"
 
     def prune_block(self, block: Block) -> PrunedBlock:
-        pruned, statistics = PrunedBlock(), block.statistics()
+        pruned = PrunedBlock()
         for name, projection in block.projections.items():
-            weight = projection.weight
-            codes = self.quantize.codes(weight) if self.quantize else None
-            scores = wanda(codes.dequantize(weight.dtype) if codes else weight, statistics[name])
-            keep_mask = pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block))
-            if codes:
-                pruned.quantized[name] = codes.pruned(keep_mask)
-            pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype) if codes else weight * keep_mask
+            weight, statistics = projection.weight, block.statistics[name]
+            if self.quantize:
+                codes = self.quantize.codes(weight)
+                scores = wanda(codes.dequantize(weight.dtype), statistics)
+                pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block))
+                pruned.quantized[name] = codes.pruned(pruned.keep_masks[name])
+                pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype)
+            else:
+                pruned.keep_masks[name] = self.keep_mask(wanda(weight, statistics), self.sparsity_of(block))
+                pruned.weights[name] = weight * pruned.keep_masks[name]
         return pruned
 
 
-@documented
-@dataclass(frozen=True, kw_only=True)
-class SparseGPT(Method):
-    """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1)."""
+@config
+class SparseGPT(PatternMethod):
+    """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1).
 
-    damping: Positive = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean; raised where the Hessian cannot be factorized."""
-    block_columns: Count = 128
-    """Columns that share one selection of what is pruned; with a pattern, each group of M has its own."""
-    mask_only: bool = False
-    """Leave the kept weights as they were: what its choice is worth without its correction. Not in their paper."""
+    Args:
+        damping: added to the Hessian's diagonal, as a fraction of its mean; raised if the factorization fails.
+        block_columns: columns whose mask is chosen at once; with a pattern, M columns.
+    """
+
+    damping: PositiveFloat = 0.01
+    block_columns: PositiveInt = 128
 
     name: ClassVar[str] = "sparsegpt"
     needs_hessian: ClassVar[bool] = True
 
     def prune_block(self, block: Block) -> PrunedBlock:
-        pruned, statistics = PrunedBlock(), block.statistics(hessian=True)
+        pruned = PrunedBlock()
         for name, projection in block.projections.items():
-            found = self._prune_projection(projection.weight, statistics[name], self.sparsity_of(block))
-            weight, keep_mask, note = found
-            pruned.weights[name] = projection.weight * keep_mask if self.mask_only else weight
-            pruned.keep_masks[name], pruned.notes[name] = keep_mask, note
+            found = self._prune_projection(projection.weight, block.statistics[name].hessian, self.sparsity_of(block))
+            pruned.weights[name], pruned.keep_masks[name], pruned.notes[name] = found
         return pruned
 
-    def _prune_projection(
-        self, weight: Float[Tensor, "rows columns"], statistics: InputStatistics, sparsity: float
-    ) -> tuple[Float[Tensor, "rows columns"], Bool[Tensor, "rows columns"], str]:
-        factor = inverse_cholesky(statistics.hessian, self.damping)
-        new = weight.float().masked_fill(statistics.hessian.diag() == 0, 0.0)
+    def _prune_projection(self, weight: Matrix, hessian: Tensor, sparsity: float) -> tuple[Matrix, KeepMask, str]:
+        def choose(scores: Tensor) -> Tensor:
+            return self.keep_mask(scores.flatten()[None], sparsity).view_as(scores)
+
+        upper, note = inverse_cholesky(hessian, self.damping)
+        new_weight = weight.float().masked_fill(hessian.diag() == 0, 0.0)
         keep_mask = torch.empty_like(weight, dtype=torch.bool)
-        choose = lambda scores: self.keep_mask(scores.flatten()[None], sparsity).view_as(scores)
-        together = parse_pattern(self.pattern)[1] if self.pattern else self.block_columns
-        size = max(together, self.block_columns // together * together)
+        n_chosen = parse_pattern(self.pattern)[1] if self.pattern else self.block_columns
+        size = max(n_chosen, self.block_columns // n_chosen * n_chosen)
         for start in range(0, weight.shape[1], size):
             columns, right = slice(start, start + size), slice(start + size, None)
-            pruned = _prune_columns(new[:, columns], factor.upper[columns, columns], choose, together)
-            new[:, columns], keep_mask[:, columns], errors = pruned
-            new[:, right] -= errors @ factor.upper[columns, right]
-        note = f"damping {factor.damping:g}, {str(factor.dtype).removeprefix('torch.')}"
-        return new.to(weight.dtype), keep_mask, note
+            pruned = _prune_columns(new_weight[:, columns], upper[columns, columns], choose, n_chosen)
+            new_weight[:, columns], keep_mask[:, columns], errors = pruned
+            new_weight[:, right] -= errors @ upper[columns, right]
+        return new_weight.to(weight.dtype), keep_mask, note
 
 
 def _prune_columns(
-    weight: Float[Tensor, "rows n"], upper: Float[Tensor, "n n"], choose: Callable[[Tensor], Tensor], together: int
-) -> tuple[Float[Tensor, "rows n"], Bool[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """Zero what is not kept, spreading each column's error over the columns right of it.
+    weight: Matrix, upper: Tensor, choose: Callable[[Tensor], Tensor], n_chosen: int
+) -> tuple[Matrix, KeepMask, Matrix]:
+    """Prune some columns and spread each column's error over those to its right.
 
-    What is kept of columns that are chosen `together` is chosen by their saliency as they then are.
-
-    Returns:
-        the weight, its keep-mask, and the errors.
+    The mask of `n_chosen` columns is chosen by the OBS saliency of their updated weights.
     """
-    weight, errors, keep = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    for j in range(0, weight.shape[1], together):
-        here = slice(j, j + together)
-        keep[:, here] = choose(weight[:, here].square() / upper.diag()[here].square())  # OBS saliency
-        spread_errors(weight, keep, upper, errors, range(j, min(j + together, weight.shape[1])))
-    return weight * keep, keep, errors
-
-
-def named_method(name: str, sparsity: float = DEFAULT_SPARSITY, **fields) -> Method:
-    """A method by the name it has in tables; `fields` go to its dataclass.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name == "besa-row-wise":
-        return Besa(sparsity=sparsity, **fields)
-    if name == "besa-layer-wise":
-        recipe = {"row_group": "layer", "targets": "dense", "d_coef": 0.5}  # published: 0.05, 0.5 or, for LLaMA-7B, 50
-        return Besa(sparsity=sparsity, **recipe | fields)
-    methods = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
-    if name not in methods:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(methods)}, besa-layer-wise, besa-row-wise")
-    return methods[name](sparsity=sparsity, **fields)
+    weight, errors, keep_mask = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.bool)
+    for j in range(0, weight.shape[1], n_chosen):
+        chosen = slice(j, j + n_chosen)
+        keep_mask[:, chosen] = choose(weight[:, chosen].square() / upper.diag()[chosen].square())
+        spread_errors(weight, keep_mask, upper, errors, range(j, min(j + n_chosen, weight.shape[1])))
+    return weight * keep_mask, keep_mask, errors

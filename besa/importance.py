@@ -1,7 +1,4 @@
-"""How much each weight matters: magnitude, Wanda and SparseGPT (OBS) importance, and the input statistics they need.
-
-Larger importance means keep.
-"""
+"""Importance of weights: magnitude, Wanda and SparseGPT (OBS), and the input statistics they need. Larger = keep."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,45 +10,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from besa.machine.processes import sum_
-
 Importance = Literal["magnitude", "wanda", "sparsegpt"]
+Matrix = Float[Tensor, "rows columns"]
+Square = Float[Tensor, "columns columns"]
 
 
 @dataclass
 class InputStatistics:
-    """Second moments of a projection's inputs x (columns,), averaged over sequences as the released code does."""
+    """Second moments of the inputs x of a projection, averaged over sequences as in the released code."""
 
     squared_norm: Float[Tensor, "columns"]
-    """sum over tokens of x_j^2, divided by the number of sequences."""
-    hessian: Float[Tensor, "columns columns"] | None = None
-    """2 * sum over tokens of x x^T, divided by the number of sequences; only where it is asked for."""
-
-    def sum_over_ranks(self) -> None:
-        """Take in what the other ranks' windows hold."""
-        sum_(self.squared_norm)
-        if self.hessian is not None:
-            sum_(self.hessian)
-
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.squared_norm).all())
+    """Sum of x_j^2 over the tokens, divided by the number of sequences."""
+    hessian: Square | None = None
+    """2 * sum of x x^T over the tokens, divided by the number of sequences; only on request."""
 
 
 @contextlib.contextmanager
 def collect_statistics(
     projections: dict[str, nn.Linear], n_samples: int, hessian: bool
 ) -> Iterator[dict[str, InputStatistics]]:
-    """While active, gather the input statistics of every projection; those fed by one tensor share one statistic.
+    """Collect the input statistics of projections during forward passes of one sequence each, `n_samples` in all.
 
-    Yields:
-        a dictionary that fills with the forward passes (one sequence each, `n_samples` in all).
+    Projections that share an input share one object.
     """
     statistics: dict[str, InputStatistics] = {}
-    current: dict[int, tuple[Tensor, str]] = {}  # id -> (the tensor, kept alive so that the id stays its own; owner)
+    owners: dict[int, tuple[Tensor, str]] = {}  # id -> (tensor, kept alive so that its id stays unique; projection)
 
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        _, owner = current.setdefault(id(x), (x, name))
+        _, owner = owners.setdefault(id(x), (x, name))
         if owner == name:
             _accumulate(statistics, name, x.reshape(-1, x.shape[-1]).float(), n_samples, hessian)
         else:
@@ -60,8 +47,8 @@ def collect_statistics(
     with contextlib.ExitStack() as hooks:
         for name, module in projections.items():
             hooks.enter_context(module.register_forward_pre_hook(partial(hook, name)))
-        for last in list(projections.values())[-1:]:  # there is none where a block is ignored
-            hooks.enter_context(last.register_forward_hook(lambda *_: current.clear()))
+        for last in list(projections.values())[-1:]:
+            hooks.enter_context(last.register_forward_hook(lambda *_: owners.clear()))
         yield statistics
 
 
@@ -70,58 +57,43 @@ def _accumulate(statistics: dict[str, InputStatistics], name: str, x: Tensor, n_
     products = (x.T @ x).mul_(2 / n_samples) if hessian else None
     if name not in statistics:
         statistics[name] = InputStatistics(squares, products)
-    else:
-        statistics[name].squared_norm += squares
-        if products is not None:
-            statistics[name].hessian += products
+        return
+    statistics[name].squared_norm += squares
+    if products is not None:
+        statistics[name].hessian += products
 
 
-def magnitude(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+def magnitude(weight: Matrix) -> Matrix:
     """|W_ij| (Han et al. 2015)."""
-    return weight.abs().float()  # in this order a bfloat16 weight has one float32 copy, not two
+    return weight.abs().float()
 
 
-def wanda(weight: Float[Tensor, "rows columns"], statistics: InputStatistics) -> Float[Tensor, "rows columns"]:
+def wanda(weight: Matrix, statistics: InputStatistics) -> Matrix:
     """|W_ij| * ||x_j||_2 (Sun et al. 2024, Eqn. 1)."""
     return magnitude(weight).mul_(statistics.squared_norm.sqrt())
 
 
-def sparsegpt(weight: Float[Tensor, "rows columns"], statistics: InputStatistics) -> Float[Tensor, "rows columns"]:
-    """W_ij^2 / U_jj with H^-1 = U^T U, the released code's `SparseGPT` metric; 0 in columns that never had an input.
+def sparsegpt(weight: Matrix, statistics: InputStatistics) -> Matrix:
+    """W_ij^2 / U_jj with H^-1 = U^T U; 0 in columns without input.
 
-    The OBS saliency (Frantar and Alistarh 2023, Eqn. 4, as their code computes it) is W_ij^2 / U_jj^2, the released
-    code's `SparseGPT-Git`.
+    The released code's `SparseGPT` metric; the OBS saliency (Frantar and Alistarh 2023, Eqn. 4) is W_ij^2 / U_jj^2.
     """
-    factor = inverse_cholesky(statistics.hessian)
-    return weight.float().square().masked_fill_(statistics.hessian.diag() == 0, 0).div_(factor.upper.diag())
+    upper, _ = inverse_cholesky(statistics.hessian)
+    return weight.float().square().masked_fill_(statistics.hessian.diag() == 0, 0).div_(upper.diag())
 
 
-def importance(
-    kind: Importance, weight: Float[Tensor, "rows columns"], statistics: InputStatistics
-) -> Float[Tensor, "rows columns"]:
-    """Importance of a projection's weights by the name of its kind."""
+def importance(kind: Importance, weight: Matrix, statistics: InputStatistics) -> Matrix:
+    """Importance of a projection's weights by the name of the kind."""
     if kind == "magnitude":
         return magnitude(weight)
     return wanda(weight, statistics) if kind == "wanda" else sparsegpt(weight, statistics)
 
 
-@dataclass(frozen=True)
-class InverseFactor:
-    upper: Float[Tensor, "columns columns"]
-    """U with (H + damping * mean(diag H) * I)^-1 = U^T U, float32."""
-    damping: float
-    dtype: torch.dtype
-    """Precision that the factorization needed."""
+def inverse_cholesky(hessian: Square, damping: float = 0.01) -> tuple[Square, str]:
+    """U with (H + damping * mean(diag H) * I)^-1 = U^T U (Frantar and Alistarh 2023, Sec. 3.3).
 
-
-def inverse_cholesky(hessian: Float[Tensor, "columns columns"], damping: float = 0.01) -> InverseFactor:
-    """Upper Cholesky factor of the inverse of the damped Hessian (Frantar and Alistarh 2023, Sec. 3.3).
-
-    float32 fails on badly conditioned Hessians: float64 is tried next, then ten times the damping, up to 10, until it
-    works; the result says what was used. Columns that never had an input count as 1 on the diagonal.
-
-    Raises:
-        ValueError: none of these helps, nor the given one where it is larger.
+    Badly conditioned Hessians fail in float32: float64 comes next, then ten times the damping, up to 10; the second
+    value says what was used. Columns without input count as 1 on the diagonal.
     """
     largest = max(damping, 10.0)
     diagonal = hessian.diag()
@@ -130,17 +102,11 @@ def inverse_cholesky(hessian: Float[Tensor, "columns columns"], damping: float =
         for dtype in (torch.float32, torch.float64):
             damped = hessian.to(dtype, copy=True)
             damped.diagonal().copy_(diagonal + damping * diagonal.mean())
-            upper = _inverse_upper(damped)
-            if upper is not None:
-                return InverseFactor(upper.float(), damping, dtype)
-        tried, damping = damping, 10 * damping or 1e-6
-    why = "is not that of any inputs" if torch.isfinite(hessian).all() else "holds NaN or infinity"
-    raise ValueError(f"the Hessian cannot be factorized even with damping {tried:g}: it {why}")
-
-
-def _inverse_upper(matrix: Tensor) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed or not torch.isfinite(upper).all() else upper
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if failed:
+                continue
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper.float(), f"damping {damping:g}, {str(dtype).removeprefix('torch.')}"
+        damping = 10 * damping
+    raise ValueError(f"the Hessian cannot be factorized, even with damping {largest:g}")

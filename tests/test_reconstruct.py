@@ -1,98 +1,150 @@
-"""What BESA reconstructs together: projections, attention and MLP, a block, several blocks."""
+"""Reconstruction: new values for kept weights, in closed form and trained."""
 
 import copy
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
 
 import besa
-from besa.decoder import embed, find_blocks, projections, record_calls, record_part, run_block
-from besa.walk import reconstruction_error
+from besa.beyond.reconstruct import Reconstruct, moments, projections_by_input
+from besa.decoder import find_blocks, projections
+from besa.walk import frozen, walk
+
+METHODS = {
+    "wanda": besa.Wanda(),
+    "magnitude": besa.Magnitude(sparsity=0.7),
+    "sparsegpt": besa.SparseGPT(),
+    "besa, dense targets": besa.Besa(targets="dense"),
+    "exact": besa.Exact(sparsity=0.6),
+}
 
 
-def last_hidden(model, window):
-    """What leaves the last block, before the final norm."""
-    calls = record_calls(model, window)
-    hidden = embed(model, window)
-    for block, call in zip(find_blocks(model), calls, strict=True):
-        hidden = run_block(block, hidden, call)
-    return hidden
+def prune(model, windows, reconstruct, method=None):
+    return besa.prune(copy.deepcopy(model), windows, method or besa.Wanda(), progress=False, reconstruct=reconstruct)
 
 
-def test_all_blocks_together_must_reproduce_the_dense_models_output(tiny_llama, windows):
-    dense = copy.deepcopy(tiny_llama)
-    report = besa.prune(tiny_llama, windows, besa.Besa(reconstruct=3), progress=False)
-    with torch.no_grad():
-        errors = [reconstruction_error(last_hidden(tiny_llama, w), last_hidden(dense, w)) for w in windows.split(1)]
-    (error,) = {row["block_error"] for row in report.rows}
-    assert error == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
-    assert len(report.steps) == len(windows)
+def held_out_errors(row):
+    first, last = row["note"].rpartition("held-out error ")[2].split(" -> ")
+    return float(first), float(last)
 
 
-def test_a_span_reports_its_projections_under_their_own_blocks(tiny_llama, windows):
-    report = besa.prune(tiny_llama, windows, besa.Besa(reconstruct=2), progress=False)  # blocks 0 and 1, then 2
-    for row in report.rows:
-        weight = tiny_llama.model.layers[row["block"]].get_submodule(row["projection"]).weight
-        assert row["zeros"] == (weight == 0).sum()
-    assert [row["block"] for row in report.rows] == [0] * 7 + [1] * 7 + [2] * 7
-    errors = report.to_frame().groupby("block")["block_error"].first()
-    assert errors[0] == errors[1] != errors[2]
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    keep_mask = torch.rand(10, 24, generator=generator) < 0.5
+    keep_mask[3], keep_mask[4] = True, False
+    return weight, x.T @ x, keep_mask
 
 
-def test_a_span_on_several_devices_is_refused_before_any_work(tiny_llama):
-    tiny_llama.model.layers[1].to("meta")  # as another GPU
-    besa.Besa().check(tiny_llama)
-    with pytest.raises(
-        ValueError, match="2 blocks from block 0 on lie on cpu and meta, and cannot be pruned as one; take"
-    ):
-        besa.Besa(reconstruct=2).check(tiny_llama)
+def test_many_iterations_reach_the_least_squares_solution_of_each_row(problem):
+    weight, hessian, keep_mask = problem
+    damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24)).double()
+    exact = torch.zeros_like(weight, dtype=torch.float64)
+    for row, kept in enumerate(keep_mask):
+        exact[row, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight[row].double())
+
+    def lost(new):
+        return float(((new - weight).double() @ damped * (new - weight)).sum())
+
+    new = Reconstruct(iterations=5000).closed_form(weight, hessian, hessian, keep_mask)
+    torch.testing.assert_close(new.double(), exact, rtol=1e-2, atol=1e-2)
+    few = Reconstruct().closed_form(weight, hessian, hessian, keep_mask)
+    assert lost(exact) <= lost(few) < 1.05 * lost(exact) < lost(weight * keep_mask)
+    assert not few[~keep_mask].any()
+    torch.testing.assert_close(few[3], weight[3], rtol=1e-3, atol=1e-3)  # a full row stays
 
 
-@pytest.mark.parametrize("reconstruct, n_parts", [("projection", 7), ("sublayer", 2), (1, 1)])
-def test_each_part_keeps_to_the_sparsity_by_itself(tiny_llama, windows, reconstruct, n_parts):
-    tiny_llama.model.layers, tiny_llama.config.num_hidden_layers = tiny_llama.model.layers[:1], 1
-    method = besa.Besa(sparsity=0.45, reconstruct=reconstruct, epochs=30, d_coef=1.0)
-    report = besa.prune(tiny_llama, windows, method, progress=False)
-    assert len(report.steps) == n_parts * 30 * len(windows)
-    frame = report.to_frame()
-    part = {"projection": frame["projection"], "sublayer": frame["projection"].str.split(".").str[0], 1: frame["block"]}
-    sizes = (frame["rows"] * frame["columns"]).groupby(part[reconstruct]).sum()
-    zeros = frame["zeros"].groupby(part[reconstruct]).sum()
-    assert len(sizes) == n_parts
-    assert (zeros / sizes).tolist() == pytest.approx([0.45] * n_parts, abs=0.04)  # whole weights of 32 columns
+def test_targets_lie_between_the_own_output_and_that_of_the_dense_model(problem):
+    weight, _, keep_mask = problem
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(400, 24, generator=generator)
+    x = y + 0.3 * torch.randn(400, 24, generator=generator)
+    for a in (0.0, 0.3, 1.0):
+        wanted = (y + a * (x - y)).double() @ weight.T.double()
+        exact = torch.zeros_like(weight, dtype=torch.float64)
+        for row, kept in enumerate(keep_mask):
+            exact[row, kept] = torch.linalg.lstsq(y[:, kept].double(), wanted[:, row]).solution
+        hessian, toward = y.T @ y, (y + a * (x - y)).T @ y
+        new = Reconstruct(iterations=2000, damping=1e-7).closed_form(weight, hessian, toward, keep_mask)
+        torch.testing.assert_close(new.double(), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_a_part_sees_what_the_pruned_rest_of_the_block_makes_of_the_inputs(tiny_llama, windows):
-    """The second projection of the MLP must reproduce its own output on inputs that the pruned attention made."""
-    call = record_calls(tiny_llama, windows[:1])[0]
-    block = find_blocks(tiny_llama)[0]
-    hidden = torch.cat([embed(tiny_llama, window) for window in windows.split(1)]).detach()
-    pruned = {"self_attn.o_proj": torch.zeros_like(block.self_attn.o_proj.weight)}
-    inputs, _, outputs = record_part(block, "mlp.up_proj", hidden, call, pruned)
-    # Without attention's output, the MLP sees the normalized block input.
-    expected = block.post_attention_layernorm(hidden)
-    torch.testing.assert_close(inputs, expected)
-    torch.testing.assert_close(outputs, block.mlp.up_proj(expected))
+def test_moments_against_hooks_on_whole_runs_of_both_models(tiny_llama, windows):
+    dense, name, a, inputs = copy.deepcopy(tiny_llama), "mlp.down_proj", 0.25, []
+    with frozen(tiny_llama):
+        for block in walk(tiny_llama, windows, dense=True, progress=False):
+            pruned = besa.Wanda().prune_block(block)
+            if block.index == 1:
+                assert [len(names) for names in projections_by_input(block)] == [3, 1, 2, 1]
+                hessian, toward = moments(block, name, pruned.weights, a)
+            block.finish(pruned)
+            if block.index == 1:
+                break
+    for model in (dense, tiny_llama):
+        find_blocks(model)[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        with torch.no_grad():
+            model(windows)
+    x, y = (each.flatten(0, 1) for each in inputs)
+    torch.testing.assert_close(hessian, y.T @ y / len(windows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(toward, (y + a * (x - y)).T @ y / len(windows), rtol=1e-4, atol=1e-5)
 
 
-def test_attention_is_replayed_as_the_block_calls_it(tiny_llama, windows):
-    call = record_calls(tiny_llama, windows[:1])[0]
-    block = find_blocks(tiny_llama)[0]
-    hidden = embed(tiny_llama, windows[:1])
-    inputs, attention, outputs = record_part(block, "self_attn", hidden, call, {})
-    torch.testing.assert_close(run_block(block.self_attn, inputs, attention), outputs)
-    assert attention.in_tuple
+@pytest.mark.parametrize("kind", ["closed", "block"])
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_of_every_method_are_kept_and_less_is_lost(tiny_llama, windows, name, kind):
+    before = prune(tiny_llama, windows, None, METHODS[name])
+    after = besa.prune(tiny_llama, windows, METHODS[name], progress=False, reconstruct=Reconstruct(kind, lr=2e-3))
+    for key, keep_mask in after.keep_masks.items():
+        assert key[0] > 0 or torch.equal(before.keep_masks[key], keep_mask)  # later blocks see other inputs
+        assert not projections(find_blocks(tiny_llama)[key[0]])[key[1]].weight[~keep_mask].any()
+    if name != "sparsegpt":  # which has corrected its weights
+        assert after.rows[-1]["block_error"] < before.rows[-1]["block_error"]
 
 
-def test_parts_of_blocks_without_an_mlp_module_are_their_children(windows):
-    config = OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2)
-    model = OPTForCausalLM(config).eval()
-    report = besa.prune(model, windows, besa.Besa(reconstruct="sublayer"), progress=False)
-    assert len(report.steps) == 2 * 3 * len(windows)  # attention, fc1, fc2
-    assert all(0.4 < (p.weight == 0).float().mean() < 0.6 for b in find_blocks(model) for p in projections(b).values())
+def test_training_lowers_the_held_out_error_and_betters_the_closed_form(tiny_llama):
+    windows = torch.randint(0, 97, (40, 24), generator=torch.Generator().manual_seed(1))
+    closed, trained = (prune(tiny_llama, windows, Reconstruct(kind)) for kind in ("closed", "block"))
+    for before, after in zip(closed.rows, trained.rows):
+        first, last = held_out_errors(after)
+        assert last < 0.95 * first
+        assert after["block_error"] < 0.9 * before["block_error"]
 
 
-def test_parts_of_blocks_have_no_dense_targets():
-    with pytest.raises(ValueError, match="only whole blocks have the dense model's outputs"):
-        besa.Besa(reconstruct="projection", targets="dense")
+def test_training_that_makes_it_worse_is_dropped(tiny_llama, windows):
+    wild, closed = prune(tiny_llama, windows, Reconstruct("block", lr=10.0)), prune(tiny_llama, windows, Reconstruct())
+    first, last = held_out_errors(wild.rows[0])
+    assert first == last and wild.rows[0]["block_error"] == closed.rows[0]["block_error"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_trains_float32_copies(tiny_llama, windows, dtype):
+    full = prune(tiny_llama, windows, Reconstruct("block"))
+    low = prune(tiny_llama.to(dtype), windows, Reconstruct("block"))
+    assert low.rows[-1]["block_error"] == pytest.approx(full.rows[-1]["block_error"], rel=0.1)
+
+
+def test_ignored_projections_and_blocks_stay_dense(tiny_llama, windows):
+    before, method = copy.deepcopy(tiny_llama), besa.Wanda(ignore=("1", "0.mlp.up_proj"))
+    besa.prune(tiny_llama, windows, method, progress=False, reconstruct=Reconstruct("block"))
+    same = [
+        torch.equal(a, b) for a, b in zip(before.model.layers[1].parameters(), tiny_llama.model.layers[1].parameters())
+    ]
+    assert all(same) and torch.equal(
+        before.model.layers[0].mlp.up_proj.weight, tiny_llama.model.layers[0].mlp.up_proj.weight
+    )
+
+
+def test_what_cannot_be_reconstructed_raises(tiny_llama, windows):
+    with pytest.raises(ValueError, match="1 windows are too few for Reconstruct"):
+        prune(tiny_llama, windows[:1], Reconstruct("block"))
+    with pytest.raises(ValueError, match="quantized weights cannot be reconstructed"):
+        prune(tiny_llama, windows, Reconstruct(), besa.Wanda(quantize=besa.Quantize()))
+
+
+def test_hardly_damped_hessian_names_the_fields(problem):
+    weight, _, keep_mask = problem
+    one_token = torch.ones(24, 24)
+    with pytest.raises(ValueError, match="no closed form with rho 1e-30 and damping 1e-30"):
+        Reconstruct(rho=1e-30, damping=1e-30).closed_form(weight, one_token, one_token, keep_mask)

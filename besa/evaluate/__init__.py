@@ -1,1 +1,1 @@
-"""What a pruned model is worth: perplexity, zero-shot accuracy, accelerator cycles."""
+"""Perplexity, zero-shot accuracy and accelerator cycles of a pruned model."""

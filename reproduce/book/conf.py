@@ -1,7 +1,7 @@
-"""The site that `make book` makes: README, tutorials, report, executed notebooks and the module's reference.
+"""Site of `make book`: README, tutorials, report, executed notebooks, and the reference.
 
-Sphinx's source folder is the repository, so that links between its files are links between pages. Nothing is copied or
-generated: a file of besa/ is read as a page of its docstrings, and formulas become MathML, which browsers draw alone.
+The source folder is the repository, so that links between files become links between pages. A file of besa/ is a page
+with its docstrings. Formulas become MathML, which browsers draw without network.
 """
 
 import re
@@ -11,67 +11,63 @@ from docutils.utils.math.latex2mathml import tex2mathml
 
 import besa
 
-project, copyright, release = "besa", "besa contributors", besa.__version__
+project, release, copyright = "besa", besa.__version__, "besa contributors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 source_suffix = {".py": "restructuredtext"}
 root_doc = "README"
 include_patterns = ["*.md", "notebooks/*.ipynb", "reproduce/README.md", "results/reference/*/*.ipynb", "besa/**.py"]
-exclude_patterns = [".*", "**/.*", "build", "tests", "reproduce/templates", "besa/__main__.py"]
-html_theme, html_title, html_copy_source, html_show_sphinx = "furo", "besa", False, False
+exclude_patterns = ["**/.*", "build", "besa/__main__.py"]
+html_theme, html_title, html_copy_source, html_show_sphinx = "furo", f"besa {release}", False, False
 html_static_path = html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode, nb_merge_streams, nb_render_markdown_format = "off", True, "myst"
 default_role, highlight_language, autosummary_generate = "py:obj", "none", False
-suppress_warnings = ["autosummary.import_cycle"]  # the front door lists what stands in the rooms
-autodoc_member_order, autodoc_preserve_defaults, python_maximum_signature_line_length = "bysource", True, 100
+suppress_warnings = ["autosummary.import_cycle"]  # besa.besa.Besa is also besa.Besa
+autodoc_member_order, autodoc_typehints, python_maximum_signature_line_length = "bysource", "none", 100
+autodoc_inherit_docstrings, smartquotes = False, False
 
-
-def contents(docname: str, source: str) -> str:
-    """What a page gets in the sidebar: the toctrees behind its text."""
-    executed = re.findall(r"\[([^\]]+)\]\(\.\.(/results/[^)]+)\.ipynb\)", source)
-    trees = {
-        "README": {
-            "Tutorials": ["notebooks/*"],
-            "Results": ["reproduce/README"],
-            "Reference": ["besa/__init__", "CONTRIBUTING", "CHANGELOG"],
-        },
-        "reproduce/README": {"Notebooks": [f"{title} <{page}>" for title, page in executed]},
-    }
-    tree = "\n```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```\n"
-    return "".join(tree.format(caption, "\n".join(pages)) for caption, pages in trees.get(docname, {}).items())
-
-
-def reference(docname: str) -> str:
-    """The page of a module; a package's leads to its modules, the root's also to the public names."""
-    name = docname.removesuffix("/__init__").replace("/", ".")
-    text = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n"
-    if not docname.endswith("/__init__"):
-        return f"{text}   :members:\n"
-    is_root = name == "besa"
-    public = "".join(f"   ~besa.{home}.{public}\n" for public, home in besa._HOMES.items())
-    text += f"\n.. autosummary::\n\n{public}" * is_root
-    return f"{text}\n.. toctree::\n   :glob:\n   :titlesonly:\n\n   *\n" + "   */__init__\n" * is_root
+TOCTREE = "\n```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```\n"
+SIDEBAR = {"Tutorials": "notebooks/*", "Results": "reproduce/README"}
+SIDEBAR["Reference"] = "besa/__init__\nCONTRIBUTING\nCHANGELOG"
 
 
 def read(app, docname: str, source: list[str]) -> None:
-    source[0] = reference(docname) if docname.startswith("besa/") else source[0] + contents(docname, source[0])
+    """Write the pages of the reference, and give README and report their entries in the sidebar."""
+    if docname.startswith("besa/"):
+        source[0] = reference(docname.removesuffix("/__init__").replace("/", "."))
+    elif docname == "README":
+        source[0] += "".join(TOCTREE.format(caption, pages) for caption, pages in SIDEBAR.items())
+    elif docname == "reproduce/README":  # links to notebooks lead to the executed ones
+        source[0] = re.sub(r"\]\((\w+)\.ipynb\)", r"](../results/reference/\1/\1.ipynb)", source[0])
+        source[0] += TOCTREE.format("Notebooks", "/results/reference/*/*")
 
 
-def hide_colons(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """Napoleon takes what stands before a colon in a constant's first line for its type."""
-    lines[:1] = [line.replace(":", "\0") for line in lines[:1]]
+def reference(name: str) -> str:
+    """The page of a module; that of besa lists the public names, and their modules in the same order."""
+    text = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n"
+    if name != "besa":
+        return f":orphan:\n\n{text}   :members:\n"
+    homes = {public: getattr(besa, public).__module__ for public in besa.__all__}
+    public = "".join(f"   ~{module}.{public}\n" for public, module in homes.items())
+    pages = "".join(f"   /{module.replace('.', '/')}\n" for module in dict.fromkeys(homes.values()))
+    return f"{text}\n.. autosummary::\n\n{public}\n.. toctree::\n   :titlesonly:\n\n{pages}"
 
 
-def take_literally(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """A docstring is plain text: stars and bars mean themselves, and an indented paragraph stands as it is."""
-    escape = lambda text: re.sub(r"(`[^`]*`)|(?<!\\)([*|]|_(?!\w))", lambda found: found[1] or "\\" + found[2], text)
-    paragraphs = re.split(r"\n{2,}", "\n".join(lines).replace("\0", ":"))
-    lines[:] = "\n\n".join(f"::\n\n{p}" if p.startswith("    ") else escape(p) for p in paragraphs).splitlines()
+def plain_text(app, what: str, name: str, thing, options, lines: list[str]) -> None:
+    """Take stars, bars and underscores literally, and indented paragraphs as formulas or code."""
+    paragraphs = "\n".join(lines).split("\n\n")
+    special = re.compile(r"(`[^`]*`)|(?<!\\)([*|]|_(?!\w))")
+    for number, paragraph in enumerate(paragraphs):
+        if paragraph.lstrip("\n").startswith("    "):
+            paragraphs[number] = f"::\n\n{paragraph}"
+        else:
+            paragraphs[number] = special.sub(lambda match: match[1] or "\\" + match[2], paragraph)
+    lines[:] = "\n\n".join(paragraphs).splitlines()
 
 
 def skip_fields(app, what: str, name: str, thing, skip: bool, options) -> bool | None:
-    """The docstring of a configuration lists its fields already."""
+    """Leave out the fields of configurations, which the docstring of the class lists."""
     described = callable(thing) or (isinstance(thing, property) and thing.__doc__)
     return True if what == "class" and not described else None
 
@@ -84,7 +80,6 @@ def draw(writer, node) -> None:
 
 def setup(app) -> None:
     app.connect("source-read", read)
-    app.connect("autodoc-process-docstring", hide_colons, priority=400)  # before napoleon
-    app.connect("autodoc-process-docstring", take_literally, priority=600)  # after it
+    app.connect("autodoc-process-docstring", plain_text, priority=600)  # after napoleon
     app.connect("autodoc-skip-member", skip_fields)
     app.add_html_math_renderer("mathml", inline_renderers=(draw, None), block_renderers=(draw, None))

@@ -1,0 +1,1 @@
+"""Methods that are not in the paper: exact budgets, learned scores, new weights after pruning, training with zeros."""

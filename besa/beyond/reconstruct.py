@@ -1,0 +1,202 @@
+"""New values for the weights that a mask keeps.
+
+"closed", one projection after the other, without training (Boža 2024, Sec. 3, where a = 0). With y the input of the
+projection in the model as pruned and reconstructed so far, and x in the dense model:
+
+    min over Z with Z = M * Z of  sum over tokens of ||Z y - W (y + a (x - y))||^2
+
+by ADMM from Z = M * W, U = 0, with H = sum y y^T scaled to a unit diagonal, and T = sum (y + a (x - y)) y^T:
+
+    V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
+
+"block", from there: gradient descent on the kept weights of a whole block towards the dense model's hidden states.
+"""
+
+import contextlib
+import math
+from dataclasses import KW_ONLY, asdict, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from jaxtyping import Bool, Float, Float32
+from pydantic import PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from besa.config import CONFIG
+from besa.decoder import run_block
+from besa.system import finite_hint, mean_over_ranks, sum_over_ranks
+from besa.walk import Block, PrunedBlock, token_error
+
+Matrix = Float[Tensor, "rows columns"]
+Square = Float32[Tensor, "columns columns"]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Reconstruct:
+    """Give the kept weights new values once a block's mask is chosen.
+
+    Args:
+        kind: "closed": each projection by itself, in about SparseGPT's time; "block": then trained together on the
+            output of the block, in several times BESA's time.
+        iterations: of ADMM.
+        toward_dense: a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model.
+        rho: ADMM's penalty, for a Hessian of unit diagonal.
+        damping: added to the diagonals of H and T, as a fraction of the mean of H's.
+        epochs: passes over the training windows ("block").
+        lr: Adam's highest step size in one cycle ("block").
+        held_out: fraction of the windows that selects the best epoch instead of training ("block").
+    """
+
+    kind: Literal["closed", "block"] = "closed"
+    _: KW_ONLY
+    iterations: PositiveInt = 20
+    toward_dense: Annotated[float, Ge(0), Le(1)] = 0.5
+    rho: PositiveFloat = 1.0
+    damping: PositiveFloat = 0.01
+    epochs: PositiveInt = 2
+    lr: PositiveFloat = 5e-4
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
+
+    def config(self) -> dict[str, Any]:
+        """Fields, for records."""
+        return asdict(self)
+
+    @torch.no_grad()
+    def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
+        """Return the same masks with better weights."""
+        weights: dict[str, Tensor] = {}
+        for names in projections_by_input(block):
+            hessian, toward = moments(block, names[0], weights, self.toward_dense)
+            for name in names:
+                weight = block.projections[name].weight
+                weights[name] = self.closed_form(weight, hessian, toward, pruned.keep_masks[name])
+        pruned = replace(pruned, weights=weights)
+        if self.kind == "block" and weights:
+            pruned = self.train(block, pruned)
+        return pruned
+
+    def closed_form(
+        self, weight: Matrix, hessian: Square, toward: Square, keep_mask: Bool[Tensor, "rows columns"]
+    ) -> Matrix:
+        """ADMM for one projection; exactly 0 where nothing is kept.
+
+        Args:
+            hessian, toward: H and T; with T = H the pruning of this projection alone is repaired.
+        """
+        hessian, toward, scale = self.scaled(hessian, toward)
+        hessian.diagonal().add_(self.rho)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
+        w, kept = weight.float() * scale, keep_mask.float()
+        wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
+        for _ in range(self.iterations):  # both = Z + U: Z is its kept part, U the rest, so rho (Z - U) = sign * both
+            both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
+        new = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
+        if not torch.isfinite(new).all():
+            raise ValueError(f"no closed form with rho {self.rho:g} and damping {self.damping:g}; try 1 and 0.01")
+        return new
+
+    def scaled(self, hessian: Tensor, toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both damped and divided by the square roots of H's diagonal, and these."""
+        damping = self.damping * hessian.diagonal().mean() + 1e-30
+        hessian, toward = hessian.clone(), toward.clone()
+        hessian.diagonal().add_(damping)
+        toward.diagonal().add_(damping)
+        scale = hessian.diagonal().sqrt()
+        scales = scale[:, None] * scale
+        return hessian.div_(scales), toward.div_(scales), scale
+
+    def train(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
+        """Train float32 copies of the kept weights with Adam, one window per step; keep the best epoch."""
+        n_trained = len(block.inputs) - max(1, round(self.held_out * len(block.inputs)))
+        if n_trained < 1:
+            raise ValueError(f"{block.n_samples} windows are too few for Reconstruct('block'), which holds some out")
+        masters = {name: weight.to(torch.float32, copy=True) for name, weight in pruned.weights.items()}
+
+        def current() -> dict[str, Tensor]:
+            masked = {name: master * pruned.keep_masks[name] for name, master in masters.items()}
+            return {name: weight.to(pruned.weights[name].dtype) for name, weight in masked.items()}
+
+        def error_of(number: int, weights: dict[str, Tensor]) -> Tensor:
+            return token_error(block.run(number, weights), block.window(block.dense_outputs, number))
+
+        def held_out_error(weights: dict[str, Tensor]) -> float:
+            errors = [error_of(number, weights) for number in range(n_trained, len(block.inputs))]
+            return float(mean_over_ranks(torch.stack(errors).mean()))
+
+        optimizer = torch.optim.Adam([master.requires_grad_() for master in masters.values()], lr=self.lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.epochs * n_trained)
+        scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
+        weights = pruned.weights
+        first = lowest = held_out_error(weights)
+        for _ in range(self.epochs):
+            for number in block.progress(range(n_trained), "reconstruct"):
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    scaler.scale(error_of(number, current())).backward()
+                for master in masters.values():
+                    mean_over_ranks(master.grad)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+            trained = {name: weight.detach() for name, weight in current().items()}
+            error = held_out_error(trained)
+            if error < lowest:  # never where it is NaN
+                lowest, weights = error, trained
+        note = f"held-out error {first:.4g} -> {lowest:.4g}"
+        notes = {name: "; ".join(filter(None, (pruned.notes.get(name), note))) for name in weights}
+        return replace(pruned, weights=weights, notes=notes)
+
+
+class Stop(Exception):
+    """Ends the run of a block."""
+
+
+def run_until(block: Block, name: str, hidden: Tensor, weights: dict[str, Tensor]) -> Float[Tensor, "tokens columns"]:
+    """Run a block up to a projection and return its input."""
+    entered: list[Tensor] = []
+
+    def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entered.append(inputs[0])
+        raise Stop
+
+    with block.module.get_submodule(name).register_forward_pre_hook(stop), contextlib.suppress(Stop):
+        run_block(block.module, hidden, block.call, weights)
+    return entered[0].flatten(0, -2)
+
+
+def projections_by_input(block: Block) -> list[list[str]]:
+    """Names of the projections in calling order, those with the same input together."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # id -> (the tensor, kept alive so that its id stays unique; names)
+
+    def note(name: str, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+
+    with contextlib.ExitStack() as hooks:
+        for name, linear in block.projections.items():
+            hooks.enter_context(linear.register_forward_pre_hook(partial(note, name)))
+        block.run(0)
+    return [names for _, names in seen.values()]
+
+
+def moments(block: Block, name: str, weights: dict[str, Tensor], toward_dense: float) -> tuple[Square, Square]:
+    """H = sum y y^T and T = sum (y + a (x - y)) y^T of the inputs of a projection over the windows of all ranks.
+
+    y is its input in this block with `weights` in it, x in the dense model; `toward_dense` is a.
+    """
+    columns = block.projections[name].weight.shape[1]
+    hessian = torch.zeros(columns, columns, device=block.device)
+    cross, share = torch.zeros_like(hessian), 1 / block.n_samples
+    for number in block.progress(range(len(block.inputs)), "observe"):
+        y = run_until(block, name, block.window(block.inputs, number), weights)
+        x = run_until(block, name, block.window(block.dense_inputs, number), {})
+        if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
+            x, y = x.float(), y.float()
+        hessian.add_(y.T @ y, alpha=share)
+        cross.add_(x.T @ y, alpha=share)
+    if not torch.isfinite(sum_over_ranks(hessian)).all() or not torch.isfinite(sum_over_ranks(cross)).all():
+        raise ValueError(f"block {block.index}: the inputs of {name} overflow; {finite_hint(block.inputs.dtype)}")
+    return hessian, hessian.lerp(cross, toward_dense)

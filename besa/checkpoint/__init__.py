@@ -1,1 +1,0 @@
-"""The same loop from folder to folder: one block in memory, resumable."""

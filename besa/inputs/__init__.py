@@ -1,1 +1,0 @@
-"""Name -> model, text, embedded assets."""

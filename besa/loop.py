@@ -1,0 +1,149 @@
+"""START HERE: prune a model block by block (paper Algorithm 1), with any method.
+
+`besa/besa.py` holds the paper's method, `besa/baselines.py` those it is compared with, `besa/walk.py` the blocks.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar
+
+import torch
+from beartype import beartype
+from jaxtyping import Bool, Float, Int64, jaxtyped
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from besa.config import Sparsity, config
+from besa.decoder import check_model, check_tokens, find_blocks, pruned_projections
+from besa.masks import keep_largest, parse_pattern, places
+from besa.quantize import Quantize
+from besa.report import Report
+from besa.system import measure, n_ranks, resolve_device
+from besa.walk import Block, PrunedBlock, Targets, frozen, walk
+
+
+@config
+class Method:
+    """Base of the pruning methods: a frozen configuration that prunes one block at a time.
+
+    Args:
+        sparsity: fraction of the weights to set to 0, of the projections that are not ignored; 0.5 by default.
+        sparsities: one for each block, instead of `sparsity`.
+        ignore: projections or blocks that stay dense, by name ("3", "3.mlp.down_proj") or regular expression.
+    """
+
+    sparsity: Sparsity | None = None
+    sparsities: Annotated[tuple[Sparsity, ...], Field(strict=False)] | None = None
+    ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    name: ClassVar[str]
+    targets: ClassVar[Targets] = "pruned"
+    """Outputs that a pruned block must reproduce: its own before pruning, or the dense model's."""
+    batch_size: ClassVar[int | None] = None
+    """Windows per training step; None without training."""
+    needs_hessian: ClassVar[bool] = False
+    quantize: ClassVar[Quantize | None] = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", 0.5)
+
+    def check(self, model: PreTrainedModel, n_samples: int) -> None:
+        """Refuse a configuration that does not fit the model, before any work."""
+        n_blocks = len(find_blocks(model))
+        if self.sparsities is not None and len(self.sparsities) != n_blocks:
+            raise ValueError(f"{len(self.sparsities)} sparsities for {n_blocks} blocks")
+        pruned_projections(model, self.ignore)
+        step = self.batch_size or n_ranks()
+        if n_samples % step or step % n_ranks():
+            raise ValueError(f"{n_samples} windows do not divide into steps of {step} on {n_ranks()} ranks")
+
+    def sparsity_of(self, block: Block) -> float:
+        """Target sparsity of a block."""
+        return self.sparsities[block.index] if self.sparsities else self.sparsity
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        """New weights and keep-masks of a block; the block itself does not change."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Name and fields, after a round trip through JSON."""
+        return json.loads(json.dumps({"method": self.name, **asdict(self)}))
+
+
+@config
+class PatternMethod(Method):
+    """A method that can also prune to a pattern N:M.
+
+    Args:
+        pattern: "2:4" keeps 2 of every 4 consecutive weights of a row; sets the sparsity to 1 - N/M.
+    """
+
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None:
+            n, m = parse_pattern(self.pattern)
+            if self.sparsities or self.sparsity not in (None, 1 - n / m):
+                raise ValueError(f"pattern {self.pattern!r} sets the sparsity; leave sparsity and sparsities out")
+            object.__setattr__(self, "sparsity", 1 - n / m)
+        super().__post_init__()
+
+    def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
+        """Prune the lowest scores of each row, or of each M consecutive weights."""
+        if self.pattern:
+            n, m = parse_pattern(self.pattern)
+            return places(scores, m) >= m - n
+        return keep_largest(scores, sparsity)
+
+
+@jaxtyped(typechecker=beartype)
+def prune(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "n_samples seq_len"],
+    method: Method,
+    progress: bool = True,
+    *,
+    reconstruct: Any = None,
+    device: str | torch.device | None = None,
+) -> Report:
+    """Prune all projections of a model in place, block by block (paper Algorithm 1).
+
+    Under torchrun every rank calls it with the same windows, takes its share of them, and gets the same weights.
+
+    Args:
+        windows: calibration token ids, from `calibration_windows`.
+        method: `Besa`, `Exact`, `Wanda`, `SparseGPT` or `Magnitude`.
+        progress: show bars over blocks and windows.
+        reconstruct: `Reconstruct(...)` gives the kept weights new values.
+        device: move one block at a time there, for models larger than the GPU.
+    """
+    check(model, windows, method, reconstruct)
+    compute_device = model.device if device is None else resolve_device(device)
+    report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
+    with measure(compute_device) as cost, frozen(model, compute_device):
+        options = {"targets": method.targets, "hessian": method.needs_hessian, "ignore": method.ignore}
+        options |= {"dense": reconstruct is not None, "progress": progress}
+        for block in walk(model, windows, load=lambda module: module.to(compute_device), **options):
+            report.extend(prune_block(block, method, reconstruct))
+            block.module.to(model.device)
+    report.seconds, report.peak_bytes = cost.seconds, cost.peak_bytes
+    return report
+
+
+def check(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Any) -> None:
+    """Refuse what does not go together, before any work."""
+    check_model(model)
+    check_tokens(model, windows, windows.shape[1])
+    method.check(model, len(windows))
+    if reconstruct is not None and method.quantize is not None:
+        raise ValueError("quantized weights cannot be reconstructed; leave out `quantize` or `reconstruct`")
+
+
+def prune_block(block: Block, method: Method, reconstruct: Any) -> Report:
+    """Prune one block, give its kept weights new values, and move its inputs on to the next block."""
+    pruned = method.prune_block(block)
+    if reconstruct is not None:
+        pruned = reconstruct.improve(block, pruned)
+    return block.finish(pruned, method.sparsity_of(block))

@@ -1,1 +1,0 @@
-"""Device and memory, processes under torchrun, files, checks of fields, provenance: no pruning."""

@@ -1,0 +1,281 @@
+"""Pruned projections that stay packed: one bit per weight, and the values that are kept.
+
+Layout of a projection of `rows` x `columns`; every tensor is contiguous and little-endian:
+
+- `mask`, uint8 (rows, 8 ceil(columns / 64)): bit c % 8 of byte c // 8 is 1 where column c is kept.
+- `values`: what is kept, row after row, then 64 zeros for wide loads at the end. Either numbers in the precision of the
+  weight, or codes of `Quantize`: 8 bits one a byte (dtype int8, though from 0 to 255); 2 to 4 bits two a byte (uint8),
+  the first in the lower half, and each 64 columns (8 bytes of the mask) start a new byte.
+- `starts`, int64 (rows + 1,): index in `values` of the first element of each row, and of the end of the last one.
+- `scale`, float16, and `zero_point`, uint8, both (rows, groups), with codes: a kept weight of column c is
+  scale (code - zero_point) of group c groups // columns, computed in float32 and rounded once.
+- `bias`, (rows,), if there is one.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from beartype import beartype
+from jaxtyping import Float, jaxtyped
+from torch import Tensor, nn
+
+from besa.masks import KeepMask
+from besa.packed import kernels
+from besa.quantize import QuantizedWeight
+
+PADDING = 64
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
+SLICE = 2**21
+"""Weights that are dense at a time when many tokens are multiplied: they stay in a cache."""
+
+
+class PackedLinear(nn.Module):
+    """A linear map whose pruned weights take one bit each; it computes what `nn.Linear` does, within rounding.
+
+    Few tokens are multiplied by the packed rows; for many, slices of rows are unpacked. The weights are not trained.
+    """
+
+    def __init__(self, in_features: int, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+        """`dtype` is that of inputs, outputs and unpacked weights; `tensors` are named as in the layout above."""
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, len(tensors["mask"]), dtype
+        for name in TENSORS:
+            self.register_buffer(name, tensors.get(name))
+        self._prepared: tuple[Any, ...] = ()
+        if not self.mask.is_meta:
+            self.check()
+
+    @classmethod
+    @jaxtyped(typechecker=beartype)
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, keep_mask: KeepMask | None = None) -> "PackedLinear":
+        """Pack a projection; weights that are not kept become 0.
+
+        Args:
+            keep_mask: True = keep; None keeps all that is not exactly 0.
+        """
+        check_plain(linear)
+        weight, bias = linear.weight.detach().cpu(), linear.bias
+        keep = (weight != 0 if keep_mask is None else keep_mask.cpu()).numpy()
+        mask, bits = _packed_mask(keep), weight.view(torch.int16 if weight.dtype.itemsize == 2 else torch.int32)
+        values = torch.cat([torch.from_numpy(bits.numpy()[keep]).view(weight.dtype), weight.new_zeros(PADDING)])
+        tensors = {"mask": mask, "values": values, "bias": None if bias is None else bias.detach().cpu().clone()}
+        packed = cls(weight.shape[1], weight.dtype, starts=_starts(mask, weight.dtype), **tensors)
+        return packed.to(linear.weight.device).train(linear.training)
+
+    @classmethod
+    @jaxtyped(typechecker=beartype)
+    @torch.no_grad()
+    def from_quantized(
+        cls, codes: QuantizedWeight, keep_mask: KeepMask | None, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> "PackedLinear":
+        """Pack the codes of a pruned and quantized projection.
+
+        Args:
+            keep_mask: True = keep; None keeps the codes that do not stand for 0.
+            dtype: precision of inputs and outputs.
+        """
+        device, codes = codes.codes.device, codes.cpu()
+        columns, groups = codes.codes.shape[1], codes.scale.shape[1]
+        zeros = codes.zero_point.repeat_interleave(columns // groups, dim=1)
+        keep = (codes.codes != zeros if keep_mask is None else keep_mask.cpu()).numpy()
+        values, mask = codes.codes.numpy()[keep], _packed_mask(keep)
+        values = values if codes.bits == 8 else _paired(values, mask)
+        values = torch.from_numpy(np.concatenate([values, np.zeros(PADDING, np.uint8)]))
+        values = values.view(torch.int8) if codes.bits == 8 else values
+        tensors = {"mask": mask, "values": values, "bias": None if bias is None else bias.detach().cpu().clone()}
+        tensors |= {"scale": codes.scale.contiguous(), "zero_point": codes.zero_point.contiguous()}
+        return cls(columns, dtype, starts=_starts(mask, values.dtype), **tensors).to(device)
+
+    def unpack(self) -> nn.Linear:
+        """Return the dense projection, of the same bits that were packed."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dense())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone())
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def dense(self, start: int = 0, end: int | None = None) -> Float[Tensor, "rows columns"]:
+        """Unpack the weights of some rows."""
+        end, prepared = min(end or self.out_features, self.out_features), self._prepare()
+        if prepared is None:
+            return torch.cat([self._unpack_by_torch(i, min(i + 64, end)) for i in range(start, end, 64)])
+        out = torch.empty(end - start, 8 * self.mask.shape[1], dtype=self.dtype)
+        task = kernels.Task.from_buffer_copy(prepared.task)
+        task.row, task.last_row, task.row_stride = start, end, out.stride(0) * out.itemsize
+        task.out = out.data_ptr() - start * task.row_stride
+        kernels.run(prepared.unpack, task, out.numel())
+        return out[:, : self.in_features].contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b."""
+        return self._forward_outside_graph(x) if torch.compiler.is_compiling() else self._forward(x)
+
+    @torch.compiler.disable
+    def _forward_outside_graph(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return nn.functional.linear(x, self.dense(), self.bias)
+        tokens, prepared = x.detach().reshape(-1, self.in_features).contiguous(), self._prepare()
+        few = 3 if self.scale is None else 10  # tokens for which unpacking takes longer (Zen 4)
+        packed = prepared is not None and len(tokens) <= few and x.dtype == self.dtype and x.is_cpu
+        out = prepared.products(tokens) if packed else self._multiply_slices(tokens)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def extra_repr(self) -> str:
+        kind = self.dtype if self.scale is None else f"{self._bits()}-bit codes"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
+
+    def check(self, name: str = "packed projection") -> None:
+        """Raise ValueError if the tensors contradict each other, as those of a damaged file do."""
+        columns, groups = self.in_features, 1 if self.scale is None else self.scale.shape[-1]
+        starts, last_word = _starts(self.mask, self.values.dtype), self.mask[:, -8:].cpu().numpy()
+        kept = np.unpackbits(last_word, axis=1, bitorder="little")[:, columns % kernels.WORD or kernels.WORD :]
+        sizes = len(self.values) - PADDING, columns % groups, kept.sum()
+        if not torch.equal(self.starts.cpu(), starts) or sizes != (starts[-1], 0, 0):
+            raise ValueError(f"{name}: mask, starts and values contradict each other; the tensors are damaged")
+
+    def _prepare(self) -> "Prepared | None":
+        """Choose kernels and write down where the tensors are; None where torch has to compute."""
+        tensors = list(self._buffers.values())
+        if not self._prepared or not all(map(operator.is_, tensors, self._prepared[0])):
+            self._prepared = tensors, self._kernels()
+        return self._prepared[1]
+
+    def _kernels(self) -> "Prepared | None":
+        name, groups = kernels.instructions(), 1 if self.scale is None else self.scale.shape[1]
+        whole = groups == 1 or self.in_features // groups % kernels.WORD == 0
+        if name == "none" or not whole or self.dtype not in DTYPES or self.mask.device.type != "cpu":
+            return None
+        addresses = {part: tensor.data_ptr() for part, tensor in self.named_buffers()}
+        task = kernels.Task(words=self.mask.shape[1] // 8, groups=groups, last_row=self.out_features, **addresses)
+        task.row_stride, task.permutations = self.dtype.itemsize, kernels.PERMUTATIONS.ctypes.data
+        kernels.prefer_large_pages(self.values)
+        kernels.prefer_large_pages(self.mask)
+        kind, bits = DTYPES[self.dtype], 0 if self.scale is None else self._bits()
+        unpack = kernels.float_kernel(name, bits, kind, False)
+        if bits and name != "avx2":
+            return Prepared(task, kernels.integer_kernel(bits, kind), unpack, None)
+        inputs = self.dtype if name == kind == "bf16" else torch.float32
+        return Prepared(task, kernels.float_kernel(name, bits, kind, True), unpack, inputs)
+
+    def _multiply_slices(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
+        """Unpack some rows at a time for the matrix product of torch."""
+        step, outs = max(1, SLICE // self.in_features), []
+        for i in range(0, self.out_features, step):
+            bias = None if self.bias is None else self.bias[i : i + step]
+            outs.append(nn.functional.linear(tokens, self.dense(i, i + step), bias))
+        return torch.cat(outs, dim=1)
+
+    def _unpack_by_torch(self, start: int, end: int) -> Float[Tensor, "rows columns"]:
+        """Unpack rows on any device."""
+        bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=self.mask.device)
+        kept = (self.mask[start:end, :, None] & bits).bool().flatten(1)
+        keep = kept[:, : self.in_features]
+        values = self.values[int(self.starts[start]) : int(self.starts[end])]
+        if self.scale is None:
+            return torch.zeros_like(keep, dtype=self.dtype).masked_scatter_(keep, values)
+        if self._bits() == 4:
+            values = torch.stack([values & 15, values >> 4], 1).flatten()[_filled(kept.view(-1, kernels.WORD).sum(1))]
+        codes = torch.zeros_like(keep, dtype=torch.uint8).masked_scatter_(keep, values.view(torch.uint8))
+        weight = QuantizedWeight(codes, self.scale[start:end], self.zero_point[start:end], self._bits())
+        return weight.dequantize(self.dtype).masked_fill_(~keep, 0)
+
+    def _bits(self) -> int:
+        """Bits of a stored code."""
+        return 8 if self.values.dtype == torch.int8 else 4
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Convert or move; scales stay float16."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if scale is not None:
+            self.scale = scale.to(self.mask.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": ()}
+
+
+class Prepared(NamedTuple):
+    """Kernels of a projection, and their arguments that do not depend on the inputs."""
+
+    task: kernels.Task
+    multiply: Callable
+    unpack: Callable
+    inputs: torch.dtype | None  # of the products; None: digits
+
+    def products(self, tokens: Tensor) -> Tensor:
+        """Pass over the packed rows for every token."""
+        task = kernels.Task.from_buffer_copy(self.task)
+        columns, out = kernels.WORD * task.words, torch.empty(len(tokens), task.last_row, dtype=tokens.dtype)
+        if self.inputs is None:
+            tokens, digits = tokens.float().numpy(), np.empty((3, columns), np.int8)
+            sums = np.empty(task.groups, np.float32)
+        else:
+            tokens = tokens.to(self.inputs)
+            if columns != tokens.shape[1]:
+                tokens = nn.functional.pad(tokens, (0, columns - tokens.shape[1]))
+        for i, token in enumerate(tokens):
+            if self.inputs is None:
+                task.step, task.inputs, task.input_sums = kernels.split_inputs(token, digits, sums)
+            else:
+                task.inputs = token.data_ptr()
+            task.row, task.out = 0, out.data_ptr() + i * task.last_row * out.itemsize
+            kernels.run(self.multiply, task, columns * task.last_row)
+        return out
+
+
+def check_plain(linear: nn.Module, name: str = "projection") -> None:
+    """Refuse a projection that computes more than `nn.Linear` does, and one whose weight cannot be packed."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    if type(linear) is not nn.Linear or hooks or "forward" in vars(linear):
+        raise ValueError(f"{name}: a {type(linear).__name__} with its own forward or with hooks cannot be packed")
+    if linear.weight.dtype not in DTYPES or linear.weight.is_meta:
+        raise ValueError(f"{name}: a weight of {linear.weight.dtype} on {linear.weight.device} cannot be packed")
+
+
+def _packed_mask(keep: np.ndarray) -> Tensor:
+    padded = np.pad(keep, ((0, 0), (0, -keep.shape[1] % kernels.WORD)))
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little"))
+
+
+def _counts(mask: Tensor) -> Tensor:
+    """Kept weights of each word."""
+    return torch.from_numpy(np.bitwise_count(mask.cpu().numpy().view(np.uint64)).astype(np.int64))
+
+
+def _starts(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """First element of each row in `values` of a dtype, and the end."""
+    counts = _counts(mask)
+    counts = (counts + 1) // 2 if dtype == torch.uint8 else counts  # of bytes with two codes
+    return nn.functional.pad(counts.sum(1).cumsum(0), (1, 0))
+
+
+def _filled(counts: Tensor) -> Tensor:
+    """Half-bytes that hold a code: each word starts a byte, so that an odd count leaves its last half empty."""
+    ends = (counts + counts % 2).cumsum(0)
+    filled = torch.ones(int(ends[-1]), dtype=torch.bool, device=counts.device)
+    filled[ends[counts % 2 == 1] - 1] = False
+    return filled
+
+
+def _paired(codes: np.ndarray, mask: Tensor) -> np.ndarray:
+    """Codes of 4 bits two a byte; each word starts a new byte."""
+    filled = _filled(_counts(mask).flatten()).numpy()
+    halves = np.zeros(len(filled), np.uint8)
+    halves[filled] = codes
+    return halves[::2] | halves[1::2] << 4

@@ -1,1 +1,0 @@
-"""What only notebooks and reproduce/ need: records, tables, figures, verdicts, analysis."""

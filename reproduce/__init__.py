@@ -1,0 +1,1 @@
+"""Reproduce the tables and figures of the paper; the notebooks here import it, besa/ never does."""

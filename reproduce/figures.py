@@ -1,0 +1,114 @@
+"""Figures that several notebooks draw, in one palette: DataFrame in, figure out."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+
+matplotlib.rcParams.update({"axes.titlesize": 10, "figure.titlesize": 11, "legend.fontsize": 8, "axes.axisbelow": True})
+
+STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
+    "dense": {"color": "black", "marker": "*"},
+    "besa-row-wise": {"color": "#D55E00", "marker": "D"},
+    "besa-layer-wise": {"color": "#E69F00", "marker": "v"},
+    "exact": {"color": "#CC79A7", "marker": "p"},
+    "wanda": {"color": "#0072B2", "marker": "o"},
+    "sparsegpt": {"color": "#009E73", "marker": "^"},
+    "magnitude": {"color": "#999999", "marker": "s"},
+}
+OTHER = {"color": "#56B4E9", "marker": "X"}
+ALIASES = {"joint-besa": "besa-row-wise", "besa-paper": "besa-row-wise", "joint-wanda": "wanda", "besa": "exact"}
+ALIASES |= {"besa-counts": "exact", "besa-model": "exact", "sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
+
+
+def style(row: str) -> dict[str, str]:
+    """Colour and marker of a row, the same in every figure."""
+    name = row.partition(" + ")[0].removesuffix("-matched")
+    return STYLES.get(ALIASES.get(name, name), OTHER)
+
+
+def perplexity(table: pd.DataFrame, texts: list[str]) -> Figure:
+    """A panel per text: perplexity of each row with its standard deviation ("± text"), the dense model as a line."""
+    size = (1.8 + 3.4 * len(texts), 1.1 + 0.4 * len(table))
+    figure, axes = plt.subplots(1, len(texts), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    places = np.arange(len(table))
+    for ax, text in zip(axes[0], texts, strict=True):
+        for place, (row, value) in zip(places, table[text].items()):
+            spread = table[f"± {text}"].iloc[place] if f"± {text}" in table else np.nan
+            error_point(ax, value, place, spread, row, horizontal=True)
+            ax.annotate(f"{value:.2f}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        if "dense" in table.index:
+            ax.axvline(table[text]["dense"], color="black", linestyle=":", linewidth=1)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlabel(f"perplexity on {text} (log scale, lower is better)")
+        ax.margins(x=0.12)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0, 0].set_yticks(places, table.index)
+    axes[0, 0].set_ylim(len(table) - 0.5, -0.7)
+    return figure
+
+
+def error_point(ax: Axes, x: float, y: float, spread: float, row: str, horizontal: bool = False) -> None:
+    """A point with an error bar that is drawn over its marker, so that short bars are seen too."""
+    colour, marker = style(row)["color"], style(row)["marker"]
+    ax.plot([x], [y], marker, color=colour, markersize=7, alpha=0.6, markeredgewidth=0)
+    if spread == spread:
+        error = {"xerr" if horizontal else "yerr": spread}
+        ax.errorbar([x], [y], **error, fmt="none", color="black", capsize=4, elinewidth=1.2, zorder=4)
+
+
+def log_perplexity(ax: Axes, text: str) -> None:
+    """A logarithmic axis of perplexity."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.1f}".removesuffix(".0")))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylabel(f"perplexity on {text} (log scale)")
+    ax.grid(alpha=0.3)
+
+
+def by_setting(frame: pd.DataFrame, references: dict[str, float] | None = None) -> Figure:
+    """A panel per `panel`: the perplexity of each `setting` with its standard deviation.
+
+    Values 30 % above the median are arrows at the upper edge, with their value.
+
+    Args:
+        frame: columns panel, setting, row (which sets colour and marker), perplexity, spread.
+        references: perplexities that are drawn as horizontal lines, by name.
+    """
+    panels = list(dict.fromkeys(frame["panel"]))
+    widths = [frame.loc[frame["panel"] == panel, "setting"].nunique() + 1 for panel in panels]
+    size = (2.0 + 0.75 * sum(widths), 3.2)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained", width_ratios=widths
+    )
+    edge = 1.3 * frame["perplexity"].median()
+    for ax, panel in zip(axes[0], panels, strict=True):
+        points = frame[frame["panel"] == panel]
+        settings = list(dict.fromkeys(points["setting"]))
+        for _, point in points.iterrows():
+            place, value = settings.index(point["setting"]), point["perplexity"]
+            if value < edge:
+                error_point(ax, place, value, point["spread"], point["row"])
+            else:
+                ax.plot([place], [edge], "^", color=style(point["row"])["color"])
+            ax.annotate(
+                f"{value:.2f}", (place, min(value, edge)), (0, -16), textcoords="offset points", ha="center", size=8
+            )
+        for number, (name, value) in enumerate((references or {}).items()):
+            ax.axhline(value, color="grey", linestyle=(":", "--", "-.")[number % 3], linewidth=1, label=name)
+        ax.set_xticks(range(len(settings)), settings, fontsize=8)
+        ax.set_xlim(-0.6, len(settings) - 0.4)
+        ax.set_title(panel)
+        ax.margins(y=0.25)
+        ax.grid(axis="y", alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure

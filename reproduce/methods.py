@@ -1,0 +1,319 @@
+"""Rows of the tables by name, and methods that are compared with BESA in the notebooks only."""
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import besa
+from besa.besa import Learner, Parameters
+from besa.beyond.exact import Exact, whole_counts
+from besa.config import config
+from besa.decoder import BlockCall, find_blocks, projections
+from besa.importance import InputStatistics, collect_statistics, wanda
+from besa.loop import Method, PatternMethod
+from besa.masks import keep_largest
+from besa.quantize import CLIPPING_START
+from besa.walk import Block, PrunedBlock, reconstruction_error
+
+
+def method_of(row: str, sparsity: float = 0.5, **fields: Any) -> Method | None:
+    """The method of a row by its name, with or without "-matched"; None is the dense model."""
+    known = {"magnitude": besa.Magnitude, "wanda": besa.Wanda, "sparsegpt": besa.SparseGPT, "besa-row-wise": besa.Besa}
+    name = row.removesuffix("-matched")
+    if name == "dense":
+        return None
+    if name == "besa-layer-wise":
+        published = {"row_group": "layer", "targets": "dense", "d_coef": 0.5}
+        return besa.Besa(sparsity=sparsity, **published | fields)
+    if name not in known:
+        raise ValueError(f"unknown row {row!r}; known: dense, besa-layer-wise, {', '.join(known)}")
+    return known[name](sparsity=sparsity, **fields)
+
+
+def methods_of(rows: Sequence[str], sparsity: float, recipe: Any, matched: bool = False) -> dict[str, Method | None]:
+    """The methods of several rows, BESA's step sizes from the recipe.
+
+    Args:
+        matched: Wanda and SparseGPT become rows "wanda-matched" and "sparsegpt-matched", behind the others:
+            `Run.rows` prunes them to the sparsity that BESA reached.
+    """
+    fields = {"besa-row-wise": {"d_coef": recipe.d_coef}, "besa-layer-wise": {"d_coef": recipe.d_coef_layer}}
+    methods = {row: method_of(row, sparsity, **fields.get(row, {})) for row in rows}
+    if matched and "besa-row-wise" in methods:
+        for row in [row for row in rows if row in ("wanda", "sparsegpt")]:
+            methods[f"{row}-matched"] = methods.pop(row)
+    return methods
+
+
+@torch.no_grad()
+def dense_statistics(model: PreTrainedModel, windows: Tensor) -> list[dict[str, InputStatistics]]:
+    """Input statistics of every block's projections in the dense model."""
+    with contextlib.ExitStack() as stack:
+        statistics = [
+            stack.enter_context(collect_statistics(projections(block), len(windows), False))
+            for block in find_blocks(model)
+        ]
+        for window in windows.split(1):
+            model.base_model(window.to(model.device), use_cache=False)
+    return statistics
+
+
+@config
+class WandaByBlock(besa.Wanda):
+    """Wanda with a sparsity for each block, from the importances in the dense model.
+
+    With D_l a value for keeping block l, and d_l = 2 most (D_l - min D) / (max D - min D):
+
+        s_l = sparsity - (d_l - mean of d)
+    """
+
+    most: float
+
+    def worth(self, importances: list[Tensor]) -> float:
+        """D_l, from the importances of a block's projections."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def prepared(self, model: PreTrainedModel, windows: Tensor) -> "WandaByBlock":
+        worths = []
+        for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
+            importances = [wanda(linear.weight, statistics[name]) for name, linear in projections(block).items()]
+            worths.append(self.worth(importances))
+        worths = torch.tensor(worths, dtype=torch.float64)
+        d = 2 * self.most * (worths - worths.min()) / (worths.max() - worths.min()).clamp_min(1e-12)
+        return replace(self, sparsities=tuple((self.sparsity - (d - d.mean())).tolist()))
+
+
+@config
+class Owl(WandaByBlock):
+    """OWL (Yin et al. 2024): D_l is the share of importances above `times` the mean of their projection's."""
+
+    times: float = 5.0
+    most: float = 0.08
+
+    name: ClassVar[str] = "owl"
+
+    def worth(self, importances: list[Tensor]) -> float:
+        outliers = sum(int((each > self.times * each.mean()).sum()) for each in importances)
+        return outliers / sum(each.numel() for each in importances)
+
+
+@config
+class Dlp(WandaByBlock):
+    """DLP (Chen et al. 2025): D_l falls with the median importance of the block."""
+
+    most: float = 0.15
+
+    name: ClassVar[str] = "dlp"
+
+    def worth(self, importances: list[Tensor]) -> float:
+        return -float(torch.cat([each.flatten() for each in importances]).median())
+
+
+@config
+class LlmCompressor(PatternMethod):
+    """SparseGPT of llm-compressor, by its own one-shot run; `pip install llmcompressor` in another environment."""
+
+    name: ClassVar[str] = "llm-compressor"
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor) -> "LlmCompressor":
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+        options = {"mask_structure": self.pattern or "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+        recipe = SparseGPTModifier(sparsity=self.sparsity, **options)
+        data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+        method, pruned = replace(self), copy.deepcopy(model)
+        size = {"max_seq_length": windows.shape[1], "num_calibration_samples": len(windows)}
+        oneshot(model=pruned, dataset=data, recipe=recipe, **size)
+        object.__setattr__(method, "_pruned", find_blocks(pruned))
+        return method
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        theirs = projections(self._pruned[block.index])
+        weights = {name: theirs[name].weight.detach() for name in block.projections}
+        return PrunedBlock(weights=weights, keep_masks={name: weight != 0 for name, weight in weights.items()})
+
+
+@config
+class BesaByPart(besa.Besa):
+    """BESA that reconstructs the output of each projection, or of attention and MLP, one after the other.
+
+    Args:
+        unit: "projection" or "sublayer".
+    """
+
+    unit: Literal["projection", "sublayer"]
+
+    name: ClassVar[str] = "besa-by-part"
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned = PrunedBlock()
+        parts = dict.fromkeys(name.partition(".")[0] for name in block.projections)
+        names = [name for name, _ in block.module.named_children() if name in parts]
+        for name in list(block.projections) if self.unit == "projection" else names:
+            part = part_of(block, name, pruned.weights)
+            learner = Learner(self, part)
+            learned = learner.result(self.learn(learner, part))
+            pruned.weights |= learned.weights
+            pruned.keep_masks |= learned.keep_masks
+            pruned.steps += learned.steps
+        return pruned
+
+
+def besa_with(name: str, value: Any, **fields: Any) -> besa.Besa:
+    """BESA with another value of a field, or with a unit of reconstruction: "projection", "sublayer" or 2 blocks."""
+    if name != "unit":
+        return besa.Besa(**fields | {name: value})
+    return BesaByPair(**fields) if value == 2 else BesaByPart(**fields, unit=value)
+
+
+@dataclass
+class Part(Block):
+    """A submodule of a block, as a block whose projections have their names in the whole block."""
+
+    prefix: str = ""
+
+    @property
+    def projections(self) -> dict[str, nn.Linear]:
+        return {f"{self.prefix}.{name}".strip("."): linear for name, linear in projections(self.module).items()}
+
+    def run(self, number: int, weights: dict[str, Tensor] | None = None) -> Tensor:
+        own = {f"{name.removeprefix(self.prefix)}.weight".strip("."): w for name, w in (weights or {}).items()}
+        inputs = self.window(self.inputs, number), *self.call.args
+        output = torch.func.functional_call(self.module, own, inputs, self.call.kwargs)
+        return output[0] if self.call.in_tuple else output
+
+
+@torch.no_grad()
+def part_of(block: Block, name: str, weights: dict[str, Tensor]) -> Part:
+    """A part with its own outputs as targets; `weights` replace those of the rest of the block."""
+    module, inputs, outputs, calls = block.module.get_submodule(name), [], [], []
+    signature = inspect.signature(module.forward)
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        bound = signature.bind(*args, **kwargs)  # the hidden states come first, whatever their name
+        calls.append(BlockCall(bound.args[1:], bound.kwargs, isinstance(output, tuple)))
+        inputs.append(bound.args[0].view(block.inputs.shape[1], -1))  # some families flatten windows and tokens
+        outputs.append((output[0] if calls[-1].in_tuple else output).view(block.inputs.shape[1], -1))
+
+    with module.register_forward_hook(record, with_kwargs=True):
+        for number in range(len(block.inputs)):
+            block.run(number, weights)
+    shared = None, block.ignored, block.n_samples, block.bar
+    part = Part(block.index, module, calls[0], torch.stack(inputs), *shared, prefix=name)
+    part.targets, part.statistics = torch.stack(outputs), block.statistics
+    return part
+
+
+@config
+class BesaByPair(besa.Besa):
+    """BESA that reconstructs the output of every two consecutive blocks together, of models like Llama."""
+
+    name: ClassVar[str] = "besa-by-pair"
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor) -> "BesaByPair":
+        """Join the blocks of the model in pairs; the model computes the same."""
+        blocks = find_blocks(model)
+        pairs = [Pair(blocks[i : i + 2]) for i in range(0, len(blocks), 2)]
+        model.base_model.layers, model.config.num_hidden_layers = nn.ModuleList(pairs), len(pairs)
+        model._no_split_modules = [*model._no_split_modules, "Pair"]
+        return self
+
+
+class Pair(nn.ModuleList):
+    """Two blocks that are called alike."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for block in self:
+            hidden = block(hidden, *args, **kwargs)
+        return hidden
+
+
+@config
+class SparseGptMask(besa.SparseGPT):
+    """SparseGPT's mask alone: the weights that it keeps stay as they were."""
+
+    name: ClassVar[str] = "sparsegpt-mask"
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned = super().prune_block(block)
+        for name, keep_mask in pruned.keep_masks.items():
+            pruned.weights[name] = block.projections[name].weight * keep_mask
+        return pruned
+
+
+@config
+class LearnedClipping(besa.Wanda):
+    """Wanda's mask of the quantized weights, the clipping of the quantization learned as in joint BESA (Eqn. 7)."""
+
+    name: ClassVar[str] = "learned-clipping"
+
+    @torch.enable_grad()
+    def prune_block(self, block: Block) -> PrunedBlock:
+        pruned, quantize = super().prune_block(block), self.quantize
+        weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
+        shapes = {name: quantize.clipping_shape(weight) for name, weight in weights.items()}
+        clipping = Parameters(shapes, CLIPPING_START, block.device)
+        optimizer = torch.optim.Adam([clipping.flat], lr=quantize.lr)
+        for window in block.progress(range(len(block.inputs)), "learn"):
+            learned = clipping.by_name()
+            masked = {n: quantize.fake(w, learned[n]) * pruned.keep_masks[n] for n, w in weights.items()}
+            optimizer.zero_grad()
+            reconstruction_error(block.run(window, masked), block.window(block.targets, window)).backward()
+            optimizer.step()
+        for name, values in clipping.by_name().items():
+            codes = quantize.codes(weights[name], values.detach()).pruned(pruned.keep_masks[name])
+            pruned.quantized[name], pruned.weights[name] = codes, codes.dequantize(weights[name].dtype)
+        return pruned
+
+
+@config
+class SensitivityBudgets(Exact):
+    """Exact budgets by block: blocks whose pruning adds less to the model's loss are pruned more.
+
+    The loss that pruning block l alone adds is taken as exp(a_l + c_l s), measured at two sparsities with Wanda's
+    masks; at the sparsities chosen, one more pruned weight adds the same loss in every block.
+    """
+
+    name: ClassVar[str] = "sensitivity-budgets"
+
+    def prepared(self, model: PreTrainedModel, windows: Tensor) -> Exact:
+        low, high = max(self.sparsity / 2, self.sparsity - 0.1), min((1 + self.sparsity) / 2, self.sparsity + 0.1)
+        losses = added_losses(model, windows[:8, :512], (low, high)).clamp_min(1e-5).log()
+        slope = ((losses[:, 1] - losses[:, 0]) / (high - low)).clamp_min(0.5)
+        blocks = [projections(block).values() for block in find_blocks(model)]
+        size = torch.tensor([sum(linear.weight.numel() for linear in block) for block in blocks]).double()
+        start, (cheap, dear) = losses.mean(1) + slope.log() - size.log(), torch.tensor([-100.0, 100.0]).double()
+        for _ in range(100):  # bisection of the log loss of one more weight
+            price = (cheap + dear) / 2
+            wanted = ((low + high) / 2 + (price - start) / slope).clamp(low, high)
+            too_few = (wanted * size).sum() < self.sparsity * size.sum()
+            cheap, dear = (price, dear) if too_few else (cheap, price)
+        counts = whole_counts(wanted * size, size.long(), round(self.sparsity * int(size.sum())))
+        return replace(self, sparsities=tuple((counts.double() / size).tolist()))
+
+
+@torch.no_grad()
+def added_losses(model: PreTrainedModel, windows: Tensor, levels: tuple[float, float]) -> Tensor:
+    """Nats per token that pruning one block alone adds to the loss: (blocks, levels)."""
+    tokens, size, losses = windows.flatten(), windows.shape[1], []
+    dense_loss = math.log(besa.perplexity(model, tokens, size, progress=False))
+    for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
+        for level in levels:
+            dense = {name: linear.weight.clone() for name, linear in projections(block).items()}
+            for name, linear in projections(block).items():
+                linear.weight.mul_(keep_largest(wanda(linear.weight, statistics[name]), level))
+            losses.append(math.log(besa.perplexity(model, tokens, size, progress=False)) - dense_loss)
+            for name, linear in projections(block).items():
+                linear.weight.copy_(dense[name])
+    return torch.tensor(losses).double().view(-1, len(levels))

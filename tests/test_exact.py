@@ -1,0 +1,160 @@
+"""Exact budgets, learned scores and N:M patterns."""
+
+import copy
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import besa
+from besa.besa import candidate_rates, rank_rows
+from besa.beyond.exact import BudgetedWeight, ScoredWeight, around_threshold, meet_budget, whole_counts
+from besa.decoder import find_blocks, projections
+
+
+def assert_budgets(report, sparsity):
+    """The zeros of every block are the target, to the weight."""
+    for _, rows in report.to_frame().groupby("block"):
+        assert rows["zeros"].sum() == round(sparsity * (rows["rows"] * rows["columns"]).sum())
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.376, 0.5, 0.77, 0.99])
+def test_every_block_meets_any_target_to_the_weight(tiny_llama, windows, sparsity, scores):
+    report = besa.prune(tiny_llama, windows[:2], besa.Exact(sparsity=sparsity, scores=scores), progress=False)
+    assert_budgets(report, sparsity)
+    for (index, name), keep_mask in report.keep_masks.items():
+        assert torch.equal(projections(find_blocks(tiny_llama)[index])[name].weight != 0, keep_mask)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("fields", [{"row_group": "layer"}, {"row_group": 8}, {"targets": "pruned"}, {"batch_size": 3}])
+def test_budgets_hold_for_every_option(tiny_llama, windows, fields, scores):
+    report = besa.prune(tiny_llama, windows, besa.Exact(sparsity=0.7, scores=scores, **fields), progress=False)
+    assert_budgets(report, 0.7)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_ignored_projections_count_as_kept(tiny_llama, windows, scores):
+    ignore = ("1", ".*o_proj", "0.mlp.up_proj")
+    method = besa.Exact(sparsity=0.55, ignore=ignore, scores=scores)
+    report = besa.prune(tiny_llama, windows[:2], method, progress=False)
+    frame = report.to_frame().query("block != 1")
+    for _, rows in frame.groupby("block"):
+        assert rows["zeros"].sum() == round(0.55 * (rows["rows"] * rows["columns"]).sum())
+    assert all(report.keep_masks[key].all() for key in report.keep_masks if key[0] == 1 or key[1].endswith("o_proj"))
+
+
+def test_budget_beyond_the_prunable_weights_raises_before_any_work(tiny_llama, windows):
+    before = copy.deepcopy(tiny_llama.state_dict())
+    with pytest.raises(ValueError, match=r"block 2: .*below 0.2857"):
+        besa.prune(tiny_llama, windows, besa.Exact(ignore=("2.mlp",)), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
+
+
+def test_learning_lowers_the_error_of_uniform_rows(tiny_llama, windows):
+    report = besa.prune(tiny_llama, windows, besa.Exact(scores=False, epochs=10, lr=0.02), progress=False)
+    errors = [step["reconstruction_error"] for step in report.steps if step["block"] == 0]
+    assert sum(errors[-6:]) < 0.99 * sum(errors[:6])
+    assert report.to_frame()["sparsity"].std() > 0.005
+
+
+@pytest.mark.parametrize("fields, factors", [({"scores": False}, [1]), ({}, [1, 3]), ({"pattern": "2:4"}, [3])])
+def test_step_sizes_fall_to_0_as_a_cosine(tiny_llama, windows, monkeypatch, fields, factors):
+    taken, adam_step = [], torch.optim.Adam.step
+
+    def step(self, *rest):
+        taken.append([group["lr"] for group in self.param_groups])
+        return adam_step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    besa.prune(tiny_llama, windows, besa.Exact(epochs=2, batch_size=2, lr=0.2, **fields), progress=False)
+    assert len(taken) == 3 * 6  # blocks, steps of each
+    for number, rates in enumerate(taken):
+        cosine = 0.2 * (1 + math.cos(math.pi * (number % 6) / 6)) / 2
+        assert sorted(rates) == pytest.approx([factor * cosine for factor in factors])
+
+
+@pytest.mark.parametrize("sparsity", [0.02, 0.5, 0.97])
+def test_shifted_sparsities_have_the_target_as_weighted_mean(sparsity):
+    theta = torch.randn(50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sizes = torch.randint(1, 100, (50,), generator=torch.Generator().manual_seed(1)).float()
+    alpha = meet_budget(theta, sizes, sparsity)
+    assert ((alpha * sizes).sum() / sizes.sum()).item() == pytest.approx(sparsity, abs=1e-5)
+    assert alpha.min() >= 0 and alpha.max() <= 1 + 1e-6
+    (gradient,) = torch.autograd.grad((alpha * sizes).sum(), theta)  # theta cannot change the budget
+    assert gradient.abs().max() < 1e-3 * sizes.max()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 120), st.integers(0, 100)), min_size=1, max_size=9), st.floats(0, 1))
+def test_whole_counts_add_up_within_their_limits(rows, share):
+    limits = torch.tensor([limit for _, limit in rows])
+    total = round(share * int(limits.sum()))
+    counts = whole_counts(torch.tensor([wanted for wanted, _ in rows]), limits, total)
+    assert counts.sum() == total and (counts >= 0).all() and (counts <= limits).all()
+
+
+def test_whole_counts_round_the_largest_remainders_up():
+    wanted, limits = torch.tensor([2.2, 3.9, 1.5, 0.4]), torch.tensor([9, 9, 9, 9])
+    assert whole_counts(wanted, limits, 8).tolist() == [2, 4, 2, 0]
+
+
+def test_gradient_of_a_sparsity_is_the_mean_of_the_weights_near_the_threshold():
+    generator = torch.Generator().manual_seed(0)
+    weight, toward = torch.randn(2, 6, 400, generator=generator)
+    scores = torch.rand(6, 400, generator=generator)
+    alpha = torch.tensor([0.5, 0.02, 0.98], requires_grad=True)  # groups of two rows
+    masked = BudgetedWeight.apply(alpha, weight, rank_rows(scores, candidate_rates(101)), torch.empty_like(weight))
+    (masked * toward).sum().backward()
+    ranks = scores.argsort(1).argsort(1)
+    edges = [math.floor(400 * rate) for rate in candidate_rates(101).flip(0).double().tolist()]  # of 0 %, 1 %, ...
+    for group, (low, high) in enumerate([(45, 55), (0, 7), (93, 100)]):
+        rows = slice(2 * group, 2 * group + 2)
+        near = (ranks[rows] >= edges[low]) & (ranks[rows] < edges[high])
+        expected = -(toward * weight)[rows][near].sum() / ((high - low) / 100)
+        assert alpha.grad[group].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_gradients_of_scores_and_sparsities_against_a_naive_loop():
+    generator = torch.Generator().manual_seed(0)
+    weight, ranked, toward = torch.randn(3, 6, 40, generator=generator)
+    counts = torch.tensor([20, 1, 39, 40, 0, 17])
+    keep, near = around_threshold(ranked, counts)
+    scores, alpha = torch.zeros(3, 40, requires_grad=True), torch.full((3,), 0.5, requires_grad=True)
+    masked = ScoredWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
+    (masked * toward).sum().backward()
+    to_scores, to_alpha = torch.zeros(3, 40), torch.zeros(3)
+    for row, count in enumerate(counts.tolist()):
+        order = ranked[row].argsort().tolist()
+        assert keep[row].nonzero().flatten().tolist() == sorted(order[count:])
+        to_scores[row // 2] += toward[row] * weight[row]
+        band = order[max(count - 2, 0) : count + 2]  # 5 % of 40 on either side
+        to_alpha[row // 2] -= 40 * (toward * weight)[row, band].mean()
+    torch.testing.assert_close(scores.grad, to_scores)
+    torch.testing.assert_close(alpha.grad, to_alpha)
+
+
+@pytest.mark.parametrize("fields", [{}, {"row_group": "layer"}, {"row_group": 8, "batch_size": 2}])
+@pytest.mark.parametrize("pattern", ["2:4", "3:16"])
+def test_learned_patterns_keep_n_of_every_m(tiny_llama, windows, pattern, fields):
+    n, m = map(int, pattern.split(":"))
+    method = besa.Exact(pattern=pattern, **fields)
+    report = besa.prune(tiny_llama, windows[:2], method, progress=False)
+    assert report.sparsity == method.sparsity == 1 - n / m
+    for keep_mask in report.keep_masks.values():
+        assert (keep_mask.view(-1, m).sum(1) == n).all()
+
+
+def test_learned_patterns_lose_less_than_wandas(tiny_llama, windows):
+    method = besa.Exact(pattern="2:4", epochs=4, targets="pruned", loss="channel")
+    learned = besa.prune(copy.deepcopy(tiny_llama), windows, method, progress=False)
+    uniform = besa.prune(tiny_llama, windows, besa.Wanda(pattern="2:4"), progress=False)
+    assert learned.rows[0]["block_error"] < 0.9 * uniform.rows[0]["block_error"]
+
+
+def test_pattern_without_scores_raises():
+    with pytest.raises(ValueError, match=r"pattern '2:4' leaves only scores to learn"):
+        besa.Exact(pattern="2:4", scores=False)

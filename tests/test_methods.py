@@ -1,0 +1,59 @@
+"""Methods of single notebooks: units of reconstruction."""
+
+import copy
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+import besa
+from besa.decoder import find_blocks, projections
+from besa.walk import frozen, reconstruction_error, walk
+from reproduce.methods import BesaByPair, BesaByPart, part_of
+
+
+@pytest.mark.parametrize("unit, n_units", [("projection", 7), ("sublayer", 2)])
+def test_each_part_meets_the_sparsity(tiny_llama, windows, unit, n_units):
+    tiny_llama.model.layers, tiny_llama.config.num_hidden_layers = tiny_llama.model.layers[:1], 1
+    method = BesaByPart(sparsity=0.45, unit=unit, epochs=30, d_coef=1.0)
+    report = besa.prune(tiny_llama, windows, method, progress=False)
+    assert len(report.steps) == n_units * 30 * 6
+    frame = report.to_frame()
+    part = frame["projection"] if unit == "projection" else frame["projection"].str.split(".").str[0]
+    sparsities = frame["zeros"].groupby(part).sum() / (frame["rows"] * frame["columns"]).groupby(part).sum()
+    assert sparsities.tolist() == pytest.approx([0.45] * n_units, abs=0.04)  # whole weights of 32 columns
+
+
+def test_sublayers_of_blocks_without_an_mlp_module_are_their_children(windows):
+    config = OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2)
+    report = besa.prune(OPTForCausalLM(config).eval(), windows, BesaByPart(unit="sublayer"), progress=False)
+    assert len(report.steps) == 2 * 3 * 6  # attention, fc1, fc2
+    assert report.to_frame()["sparsity"].between(0.4, 0.6).all()
+
+
+def test_inputs_of_a_part_come_from_the_pruned_rest_of_the_block(tiny_llama, windows):
+    with frozen(tiny_llama):
+        block = next(iter(walk(tiny_llama, windows, progress=False)))
+        weights = {"self_attn.o_proj": torch.zeros_like(block.module.self_attn.o_proj.weight)}
+        part = part_of(block, "mlp.up_proj", weights)
+        expected = block.module.post_attention_layernorm(block.inputs)  # the MLP sees the block's input alone
+        torch.testing.assert_close(part.inputs, expected)
+        torch.testing.assert_close(part.targets, block.module.mlp.up_proj(expected))
+        torch.testing.assert_close(part.run(0), part.targets[:1])
+        attention = part_of(block, "self_attn", {})
+        torch.testing.assert_close(attention.run(2), attention.targets[2:3])
+
+
+def test_pairs_reproduce_the_output_of_their_last_block(tiny_llama, windows):
+    dense = copy.deepcopy(tiny_llama)
+    method = BesaByPair().prepared(tiny_llama, windows)
+    report = besa.prune(tiny_llama, windows, method, progress=False)  # blocks 0 and 1, then 2
+    assert [row["block"] for row in report.rows] == [0] * 14 + [1] * 7 and len(report.steps) == 2 * 6
+    outputs = []
+    for model, last in ((tiny_llama, find_blocks(tiny_llama)[0]), (dense, find_blocks(dense)[1])):
+        last.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+        model(windows, use_cache=False)
+    errors = [reconstruction_error(outputs[0][n : n + 1], outputs[1][n : n + 1]) for n in range(6)]
+    assert report.rows[0]["block_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
+    for (index, name), keep_mask in report.keep_masks.items():
+        assert not projections(find_blocks(tiny_llama)[index])[name].weight[~keep_mask].any()
