@@ -3,7 +3,7 @@
 Start reading at `besa/loop.py`.
 """
 
-import importlib
+import importlib.util
 import os
 from typing import Any
 
@@ -33,10 +33,11 @@ _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:  # torch is imported with the first public name, not before
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:  # torch is imported with the first public name or submodule, not before
+    if name not in _HOMES and importlib.util.find_spec(f"besa.{name}") is None:
         raise AttributeError(f"module 'besa' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"besa.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"besa.{_HOMES.get(name, name)}")
+    return getattr(module, name) if name in _HOMES else module
 
 
 def __dir__() -> list[str]:

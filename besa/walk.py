@@ -57,9 +57,7 @@ def walk(
     finished: Callable[[int, nn.Module], dict[str, Tensor] | None] | None = None,
     progress: bool = True,
 ) -> Iterator["Block"]:
-    """Yield every block; finish it before taking the next one.
-
-    Call within `frozen(model)`. Under torchrun every rank takes its share of the windows.
+    """Yield every block, within `frozen(model)`; finish it before taking the next one. Ranks share the windows.
 
     Args:
         targets: output of the unpruned block for the same inputs ("pruned"), or hidden states of the dense model.

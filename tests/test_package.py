@@ -36,6 +36,9 @@ def run(*arguments, **environment):
 def test_every_public_name_is_there():
     assert set(besa.__all__) <= set(dir(besa))
     assert all(callable(getattr(besa, name)) for name in besa.__all__)
+    assert besa.quantize.Quantize is besa.Quantize and besa.packed.pack is besa.pack
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        _ = besa.prun
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         besa.prun  # noqa: B018
 
