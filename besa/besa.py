@@ -1,6 +1,7 @@
 """BESA (Xu et al., ICLR 2024): every row of every projection learns its own sparsity, one block at a time.
 
-A row group has logits theta over D + 1 candidate rates p_0 = 1, ..., p_D = 0. With beta = softmax(sigmoid(theta)):
+A row group has logits theta over D + 1 candidate rates p_0 = 1, ..., p_D = 0. With beta = softmax(sigmoid(theta) + c p),
+where theta = 0 gives the target, so that c = 0 at 50 %:
 
     sparsity   alpha = sum_d beta_d p_d                                              (Eqn. 3)
     P(r)       sum of the beta_d with floor(C p_d) > r, for the weight of rank r     (Eqn. 4)
@@ -14,6 +15,7 @@ of dL/dW'_ij W_ij, and the penalty's gradient through alpha.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
@@ -23,6 +25,7 @@ from annotated_types import Ge, Le
 from jaxtyping import Float, Float32, Int64
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from besa.config import config
 from besa.importance import Importance, importance
@@ -43,8 +46,8 @@ class Besa(Method):
         targets: outputs to reproduce: the unpruned block's for the same inputs ("pruned", as the released code does
             row-wise), or the dense model's hidden states ("dense", Algorithm 1 as written).
         importance: ranks the weights of a row: "wanda", "magnitude", or "sparsegpt" (W^2 / U_jj, as released).
-        smooth: beta = softmax(sigmoid(theta)) as released, which limits the sparsity to (0.376, 0.624); False is the
-            paper's softmax(theta).
+        smooth: beta = softmax(sigmoid(theta) + c p): as released at 50 %, where c = 0; ours at other targets. False is
+            the paper's softmax(theta), in which some rows lose all their weights.
         candidates: D + 1.
         penalty: weight of the sparsity term (lambda of Eqn. 2).
         d_coef: Prodigy's step size factor. Published: 5 up to 13B, 10 for 30B, 50 for 65B, 70B; layer-wise 0.05 to 50.
@@ -65,13 +68,10 @@ class Besa(Method):
 
     name: ClassVar[str] = "besa"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        low, high = reachable_sparsity(self.candidates, self.smooth)
-        for sparsity in self.sparsities or [self.sparsity]:
-            if not low < sparsity < high:
-                reach = f"reaches sparsities in ({low:.3f}, {high:.3f}), not {sparsity}; besa.Exact reaches any"
-                raise ValueError(f"BESA with smooth={self.smooth} {reach}")
+    def check(self, model: PreTrainedModel, n_samples: int) -> None:
+        super().check(model, n_samples)
+        if (n_steps := n_samples * self.epochs // self.batch_size) < 32:
+            warnings.warn(f"BESA hardly learns in {n_steps} steps; give at least 32 windows or epochs", stacklevel=4)
 
     @property
     def needs_hessian(self) -> bool:
@@ -123,6 +123,7 @@ class Learner:
         self.method, self.quantize = method, method.quantize
         self.weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
         self.rates = candidate_rates(method.candidates).to(block.device)
+        self.offset = offset(self.rates, method.sparsity_of(block))
         self.rankings = {}
         for name, weight in self.weights.items():
             ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
@@ -131,7 +132,7 @@ class Learner:
         shapes = {
             name: (n_groups(weight, method.row_group), method.candidates) for name, weight in self.weights.items()
         }
-        self.theta = Parameters(shapes, 0.0, block.device)  # all candidates equally likely: sparsity 0.5
+        self.theta = Parameters(shapes, 0.0, block.device)
         self.optimizers = [prodigyopt.Prodigy([self.theta.flat], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
         if self.quantize:
             shapes = {name: self.quantize.clipping_shape(weight) for name, weight in self.weights.items()}
@@ -142,7 +143,7 @@ class Learner:
         """Masked weights and the block's sparsity, weighted by the sizes of the projections."""
         theta, masked, zeros = self.theta.by_name(), {}, 0.0
         for name, weight in self.weights.items():
-            beta = simplex(theta[name], self.method.smooth)
+            beta = simplex(theta[name], self.method.smooth, self.offset)
             alpha = beta @ self.rates  # Eqn. 3
             value = self.quantize.fake(weight, self.clipping.by_name()[name]) if self.quantize else weight
             masked[name] = MaskedWeight.apply(beta, alpha, value, self.rankings[name], self.buffers[name])
@@ -165,7 +166,7 @@ class Learner:
         """The pruned weights and keep-masks as learned so far, with the training log."""
         pruned, theta = PrunedBlock(steps=steps), self.theta.by_name()
         for name, weight in self.weights.items():
-            alpha = simplex(theta[name], self.method.smooth) @ self.rates
+            alpha = simplex(theta[name], self.method.smooth, self.offset) @ self.rates
             keep_mask = self.rankings[name].kept_above(n_pruned(alpha, weight))
             pruned.keep_masks[name] = keep_mask
             if self.quantize:
@@ -215,9 +216,21 @@ def candidate_rates(n: int) -> Float32[Tensor, "n"]:
     return rates
 
 
-def simplex(theta: Float32[Tensor, "groups n"], smooth: bool) -> Float32[Tensor, "groups n"]:
-    """beta: non-negative, sums to 1."""
-    return (theta.sigmoid() if smooth else theta).softmax(-1)
+def offset(rates: Float32[Tensor, "n"], sparsity: float) -> Float32[Tensor, "n"]:
+    """c p_d, with c such that softmax(c p) has mean `sparsity`."""
+    low, high, centered = -1e4, 1e4, torch.linspace(1, -1, len(rates), dtype=torch.float64)
+    while high - low > 1e-9:
+        c = (low + high) / 2
+        too_high = float((c / 2 * centered).softmax(0) @ centered) > 2 * sparsity - 1
+        low, high = (low, c) if too_high else (c, high)
+    return rates * round((low + high) / 2, 8)
+
+
+def simplex(
+    theta: Float32[Tensor, "groups n"], smooth: bool, offset: Float32[Tensor, "n"] | float = 0.0
+) -> Float32[Tensor, "groups n"]:
+    """beta: non-negative, sums to 1. The offset is for the smoothed one only."""
+    return (theta.sigmoid() + offset if smooth else theta).softmax(-1)
 
 
 def n_pruned(alpha: Float32[Tensor, "groups"], weight: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows"]:
@@ -246,12 +259,3 @@ def rank_rows(scores: Float[Tensor, "rows columns"], rates: Float32[Tensor, "n"]
     ranks = ranks_of_rows(scores, torch.int16 if columns < 2**15 else torch.int32)
     buckets = torch.cat([bucket_of_rank[part.int()] for part in row_slices(ranks)])
     return Ranking(ranks, buckets, bucket_of_rank)
-
-
-def reachable_sparsity(n: int, smooth: bool) -> tuple[float, float]:
-    """Range of alpha; at its top sigmoid(theta) is 1 on the k highest rates and 0 elsewhere, for the best k."""
-    if not smooth:
-        return 0.0, 1.0
-    rates, k = candidate_rates(n).double(), torch.arange(1, n)
-    highest = ((math.e - 1) * rates.cumsum(0)[:-1] + rates.sum()) / ((math.e - 1) * k + n)
-    return 1 - float(highest.max()), float(highest.max())

@@ -19,6 +19,7 @@ from besa.evaluate.cycles import simulate_cycles
 from besa.importance import wanda
 from besa.masks import sorted_rows
 from besa.quantize import QuantizedWeight
+from besa.report import Report
 from besa.system import Cost
 from besa.walk import frozen
 from reproduce.methods import dense_statistics
@@ -194,3 +195,9 @@ def simulate_model(model: PreTrainedModel, keep_masks: Mapping[tuple[int, str], 
             table[-1]["cycles"] = sum(run.cycles for run in runs)
             table[-1]["dense_cycles"] = sum(run.dense_cycles for run in runs)
     return pd.DataFrame(table)
+
+
+def row_histogram(report: Report) -> list[int]:
+    """Rows of all projections by sparsity, in 100 bins of 1 %."""
+    sparsities = torch.cat([1 - keep_mask.float().mean(1) for keep_mask in report.keep_masks.values()])
+    return torch.histc(sparsities, 100, 0, 1).long().tolist()
