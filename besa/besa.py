@@ -1,7 +1,7 @@
 """BESA (Xu et al., ICLR 2024): every row of every projection learns its own sparsity, one block at a time.
 
-A row group has logits theta over D + 1 candidate rates p_0 = 1, ..., p_D = 0. With beta = softmax(sigmoid(theta) + c p),
-where theta = 0 gives the target, so that c = 0 at 50 %:
+A row group has logits theta over candidate rates p_0 = 1, ..., p_D = 0. beta = softmax(sigmoid(theta) + c p), where c
+is such that theta = 0 gives the target (0 at 50 %):
 
     sparsity   alpha = sum_d beta_d p_d                                              (Eqn. 3)
     P(r)       sum of the beta_d with floor(C p_d) > r, for the weight of rank r     (Eqn. 4)
@@ -16,7 +16,6 @@ of dL/dW'_ij W_ij, and the penalty's gradient through alpha.
 
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import prodigyopt
@@ -35,6 +34,8 @@ from besa.masks import ranks_of_rows, row_slices
 from besa.quantize import CLIPPING_START, Quantize
 from besa.system import deterministic, finite_hint, mean_over_ranks, n_ranks
 from besa.walk import Block, PrunedBlock, Targets, reconstruction_error
+
+Logits = Float32[Tensor, "groups n"]
 
 
 @config
@@ -90,7 +91,7 @@ class Besa(Method):
         target, log = self.sparsity_of(block), []
         # In float16 the gradient of an unscaled loss underflows; a step whose scaled gradient overflows is skipped.
         scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
-        for step in block.progress(list(self.steps(len(block.inputs))), "learn"):
+        for step in block.progress(block.steps(self.batch_size, self.epochs), "learn"):
             learner.zero_grad()
             for window in step:
                 masked, sparsity = learner()
@@ -100,12 +101,6 @@ class Besa(Method):
                 log.append(torch.stack([loss, error, sparsity]).detach())
             learner.step(scaler)
         return training_log(block, torch.stack(log), self.batch_size)
-
-    def steps(self, n_samples: int) -> Iterator[range]:
-        """This rank's windows, step by step; any number of ranks together take the same windows."""
-        size = self.batch_size // n_ranks()
-        for _ in range(self.epochs):
-            yield from (range(start, start + size) for start in range(0, n_samples, size))
 
 
 def training_log(block: Block, entries: Float32[Tensor, "windows 3"], batch_size: int) -> list[dict[str, float]]:
@@ -226,10 +221,8 @@ def offset(rates: Float32[Tensor, "n"], sparsity: float) -> Float32[Tensor, "n"]
     return rates * round((low + high) / 2, 8)
 
 
-def simplex(
-    theta: Float32[Tensor, "groups n"], smooth: bool, offset: Float32[Tensor, "n"] | float = 0.0
-) -> Float32[Tensor, "groups n"]:
-    """beta: non-negative, sums to 1. The offset is for the smoothed one only."""
+def simplex(theta: Logits, smooth: bool, offset: Float32[Tensor, "n"] | float = 0.0) -> Logits:
+    """beta: non-negative, sums to 1. The offset belongs to the smoothed one."""
     return (theta.sigmoid() + offset if smooth else theta).softmax(-1)
 
 

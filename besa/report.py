@@ -112,7 +112,6 @@ def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = Non
     if ax is None:
         _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
     image = ax.imshow(grid, aspect="auto", cmap="viridis")
-    ax.set_yticks(range(len(names)), names)
-    ax.set_xlabel("block")
+    ax.set(xlabel="block", yticks=range(len(names)), yticklabels=names)
     ax.figure.colorbar(image, ax=ax, label="sparsity (fraction of zeros)")
     return ax

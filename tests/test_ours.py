@@ -17,7 +17,6 @@ from besa import Besa, Exact, Magnitude, Quantize, Reconstruct, SparseGPT, Wanda
 from reproduce.methods import BesaByPair, BesaByPart
 
 GOLDEN = Path(__file__).parent / "golden"
-CHANNEL = {"scores": False, "loss": "channel"}
 CASES = {
     "besa-row": (Besa(), None),
     "besa-row-bfloat16": (Besa(), None),
@@ -37,10 +36,6 @@ CASES = {
     "besa-ignore-down": (Besa(ignore=(".*down_proj",)), None),
     "exact": (Exact(), None),
     "exact-bfloat16": (Exact(), None),
-    "exact-counts": (Exact(scores=False), None),
-    "exact-counts-channel-pruned": (Exact(**CHANNEL, targets="pruned"), None),
-    "exact-counts-groups-of-8": (Exact(**CHANNEL, targets="pruned", row_group=8), None),
-    "exact-counts-layer": (Exact(**CHANNEL, row_group="layer"), None),
     "exact-70": (Exact(sparsity=0.7), None),
     "exact-ignore-block": (Exact(ignore=("0.mlp.up_proj",)), None),
     "exact-2:4": (Exact(pattern="2:4"), None),

@@ -23,11 +23,6 @@ def prune(model, windows, reconstruct, method=None):
     return besa.prune(copy.deepcopy(model), windows, method or besa.Wanda(), progress=False, reconstruct=reconstruct)
 
 
-def held_out_errors(row):
-    first, last = row["note"].rpartition("held-out error ")[2].split(" -> ")
-    return float(first), float(last)
-
-
 @pytest.fixture
 def problem():
     generator = torch.Generator().manual_seed(0)
@@ -94,28 +89,23 @@ def test_moments_against_hooks_on_whole_runs_of_both_models(tiny_llama, windows)
 @pytest.mark.parametrize("kind", ["closed", "block"])
 @pytest.mark.parametrize("name", METHODS)
 def test_masks_of_every_method_are_kept_and_less_is_lost(tiny_llama, windows, name, kind):
-    before = prune(tiny_llama, windows, None, METHODS[name])
-    after = besa.prune(tiny_llama, windows, METHODS[name], progress=False, reconstruct=Reconstruct(kind, lr=2e-3))
+    masked, better = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    before = besa.prune(masked, windows, METHODS[name], progress=False)
+    after = besa.prune(better, windows, METHODS[name], progress=False, reconstruct=Reconstruct(kind, epochs=10))
     for key, keep_mask in after.keep_masks.items():
         assert key[0] > 0 or torch.equal(before.keep_masks[key], keep_mask)  # later blocks see other inputs
-        assert not projections(find_blocks(tiny_llama)[key[0]])[key[1]].weight[~keep_mask].any()
-    if name != "sparsegpt":  # which has corrected its weights
-        assert after.rows[-1]["block_error"] < before.rows[-1]["block_error"]
+        assert not projections(find_blocks(better)[key[0]])[key[1]].weight[~keep_mask].any()
+    with torch.no_grad():
+        dense, *pruned = (model.model(windows).last_hidden_state for model in (tiny_llama, masked, better))
+    if name != "sparsegpt" or kind == "block":  # SparseGPT has corrected its weights
+        assert (pruned[1] - dense).norm() < (pruned[0] - dense).norm()
 
 
-def test_training_lowers_the_held_out_error_and_betters_the_closed_form(tiny_llama):
+def test_training_betters_the_closed_form(tiny_llama):
     windows = torch.randint(0, 97, (40, 24), generator=torch.Generator().manual_seed(1))
-    closed, trained = (prune(tiny_llama, windows, Reconstruct(kind)) for kind in ("closed", "block"))
+    closed, trained = (prune(tiny_llama, windows, Reconstruct(kind, epochs=4)) for kind in ("closed", "block"))
     for before, after in zip(closed.rows, trained.rows):
-        first, last = held_out_errors(after)
-        assert last < 0.95 * first
         assert after["block_error"] < 0.9 * before["block_error"]
-
-
-def test_training_that_makes_it_worse_is_dropped(tiny_llama, windows):
-    wild, closed = prune(tiny_llama, windows, Reconstruct("block", lr=10.0)), prune(tiny_llama, windows, Reconstruct())
-    first, last = held_out_errors(wild.rows[0])
-    assert first == last and wild.rows[0]["block_error"] == closed.rows[0]["block_error"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,8 +127,6 @@ def test_ignored_projections_and_blocks_stay_dense(tiny_llama, windows):
 
 
 def test_what_cannot_be_reconstructed_raises(tiny_llama, windows):
-    with pytest.raises(ValueError, match="1 windows are too few for Reconstruct"):
-        prune(tiny_llama, windows[:1], Reconstruct("block"))
     with pytest.raises(ValueError, match="quantized weights cannot be reconstructed"):
         prune(tiny_llama, windows, Reconstruct(), besa.Wanda(quantize=besa.Quantize()))
 

@@ -9,7 +9,7 @@ by ADMM from Z = M * W, U = 0, with H = sum y y^T scaled to a unit diagonal, and
 
     V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
 
-"block", from there: gradient descent on the kept weights of a whole block towards the dense model's hidden states.
+"block": gradient descent on the kept weights of a whole block, towards the dense model's hidden states.
 """
 
 import contextlib
@@ -19,15 +19,16 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Float32
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from besa.beyond.exact import WeightLearner, learn
 from besa.config import CONFIG
 from besa.decoder import run_block
-from besa.system import finite_hint, mean_over_ranks, sum_over_ranks
+from besa.system import finite_hint, n_ranks, sum_over_ranks
 from besa.walk import Block, PrunedBlock, token_error
 
 Matrix = Float[Tensor, "rows columns"]
@@ -39,15 +40,14 @@ class Reconstruct:
     """Give the kept weights new values once a block's mask is chosen.
 
     Args:
-        kind: "closed": each projection by itself, in about SparseGPT's time; "block": then trained together on the
-            output of the block, in several times BESA's time.
+        kind: "closed": each projection by itself, in about SparseGPT's time; "block": all trained together on the
+            output of the block, as `Exact(update=True)` does once its mask is learned.
         iterations: of ADMM.
         toward_dense: a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model.
         rho: ADMM's penalty, for a Hessian of unit diagonal.
         damping: added to the diagonals of H and T, as a fraction of the mean of H's.
-        epochs: passes over the training windows ("block").
+        epochs: passes over the windows ("block").
         lr: Adam's highest step size in one cycle ("block").
-        held_out: fraction of the windows that selects the best epoch instead of training ("block").
     """
 
     kind: Literal["closed", "block"] = "closed"
@@ -57,8 +57,7 @@ class Reconstruct:
     rho: PositiveFloat = 1.0
     damping: PositiveFloat = 0.01
     epochs: PositiveInt = 2
-    lr: PositiveFloat = 5e-4
-    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
+    lr: PositiveFloat = 1e-3
 
     def config(self) -> dict[str, Any]:
         """Fields, for records."""
@@ -67,16 +66,15 @@ class Reconstruct:
     @torch.no_grad()
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
         """Return the same masks with better weights."""
+        if self.kind == "block" and pruned.weights:
+            return self.train(block, pruned)
         weights: dict[str, Tensor] = {}
         for names in projections_by_input(block):
             hessian, toward = moments(block, names[0], weights, self.toward_dense)
             for name in names:
                 weight = block.projections[name].weight
                 weights[name] = self.closed_form(weight, hessian, toward, pruned.keep_masks[name])
-        pruned = replace(pruned, weights=weights)
-        if self.kind == "block" and weights:
-            pruned = self.train(block, pruned)
-        return pruned
+        return replace(pruned, weights=weights)
 
     def closed_form(
         self, weight: Matrix, hessian: Square, toward: Square, keep_mask: Bool[Tensor, "rows columns"]
@@ -110,45 +108,12 @@ class Reconstruct:
         return hessian.div_(scales), toward.div_(scales), scale
 
     def train(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        """Train float32 copies of the kept weights with Adam, one window per step; keep the best epoch."""
-        n_trained = len(block.inputs) - max(1, round(self.held_out * len(block.inputs)))
-        if n_trained < 1:
-            raise ValueError(f"{block.n_samples} windows are too few for Reconstruct('block'), which holds some out")
-        masters = {name: weight.to(torch.float32, copy=True) for name, weight in pruned.weights.items()}
-
-        def current() -> dict[str, Tensor]:
-            masked = {name: master * pruned.keep_masks[name] for name, master in masters.items()}
-            return {name: weight.to(pruned.weights[name].dtype) for name, weight in masked.items()}
-
-        def error_of(number: int, weights: dict[str, Tensor]) -> Tensor:
-            return token_error(block.run(number, weights), block.window(block.dense_outputs, number))
-
-        def held_out_error(weights: dict[str, Tensor]) -> float:
-            errors = [error_of(number, weights) for number in range(n_trained, len(block.inputs))]
-            return float(mean_over_ranks(torch.stack(errors).mean()))
-
-        optimizer = torch.optim.Adam([master.requires_grad_() for master in masters.values()], lr=self.lr)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.epochs * n_trained)
-        scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
-        weights = pruned.weights
-        first = lowest = held_out_error(weights)
-        for _ in range(self.epochs):
-            for number in block.progress(range(n_trained), "reconstruct"):
-                optimizer.zero_grad()
-                with torch.enable_grad():
-                    scaler.scale(error_of(number, current())).backward()
-                for master in masters.values():
-                    mean_over_ranks(master.grad)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-            trained = {name: weight.detach() for name, weight in current().items()}
-            error = held_out_error(trained)
-            if error < lowest:  # never where it is NaN
-                lowest, weights = error, trained
-        note = f"held-out error {first:.4g} -> {lowest:.4g}"
-        notes = {name: "; ".join(filter(None, (pruned.notes.get(name), note))) for name in weights}
-        return replace(pruned, weights=weights, notes=notes)
+        """Train the kept weights with Adam, one window of each rank per step."""
+        batches = block.steps(n_ranks(), self.epochs)
+        learner = WeightLearner(pruned.weights, len(batches), self.lr)
+        learner.keep_masks = pruned.keep_masks
+        learn(block, block.dense_outputs, batches, [learner], token_error)
+        return replace(pruned, weights=learner.result())
 
 
 class Stop(Exception):

