@@ -49,7 +49,7 @@ class Besa(Method):
         importance: ranks the weights of a row: "wanda", "magnitude", or "sparsegpt" (W^2 / U_jj, as released).
         smooth: beta = softmax(sigmoid(theta) + c p): as released at 50 %, where c = 0; ours at other targets. False is
             the paper's softmax(theta), in which some rows lose all their weights.
-        candidates: D + 1.
+        candidates: number of candidate rates.
         penalty: weight of the sparsity term (lambda of Eqn. 2).
         d_coef: Prodigy's step size factor. Published: 5 up to 13B, 10 for 30B, 50 for 65B, 70B; layer-wise 0.05 to 50.
         epochs, batch_size: passes over the windows; windows per step, over all ranks. Prodigy needs at least 32 steps.

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 import besa
-from besa.beyond.exact import MaskedWeight, around_threshold, meet_budget, whole_counts
+from besa.beyond.exact import UpdatedWeight, around_threshold, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
 
 
@@ -126,7 +126,7 @@ def test_gradients_of_scores_and_sparsities_against_a_naive_loop():
     keep, near = around_threshold(ranked, counts)
     scores, alpha = torch.zeros(3, 40, requires_grad=True), torch.full((3,), 0.5, requires_grad=True)
     weight.requires_grad_()
-    masked = MaskedWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
+    masked = UpdatedWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
     (masked * toward).sum().backward()
     torch.testing.assert_close(weight.grad, toward * keep)
     to_scores, to_alpha = torch.zeros(3, 40), torch.zeros(3)

@@ -5,9 +5,8 @@ Sparsity. Every row group has one number theta; tau is such that the block's spa
     alpha = clip(theta - tau, 0, 1)
     dL/dalpha = -C * mean of dL/dM_ij over the weights of a row ranked within 5 % of its threshold alpha C
 
-Scores. Every weight (of a row group: every column) has one. The weights with the largest sums are kept:
+Scores. Every weight has one (rows of a group share theirs); the largest log importance + score are kept:
 
-    log importance + score
     dL/dscore = sum of dL/dM_ij over the rows of a group, straight through
 
 A pattern N:M fixes how many are kept, so that only the scores are learned. One backward pass through W' = M * W gives
@@ -45,14 +44,17 @@ WEIGHT_LR = 0.1  # step size of weights, relative to that of sparsities
 
 @config
 class Exact(PatternMethod):
-    """Meet any sparsity to the weight in every block, ignored projections included, and learn which weights are kept.
+    """Meet any sparsity to the weight in every block, and learn which weights are kept.
+
+    The sparsity of a block counts all its projections; those that are ignored count as kept.
 
     Args:
         row_group: rows that share what is learned: "row" (each its own), "layer" (all), or a number of rows.
         targets: hidden states of the dense model ("dense"), or outputs of the unpruned block for the same inputs.
         loss: error relative to the norm of each token ("token"), or of each output channel ("channel", as `Besa`).
         update: train the kept weights, too: while the mask is learned, and as long again with the final mask.
-        lr: Adam's step size, which falls to 0 as a cosine; three times as much for scores, a tenth for weights.
+        lr: Adam's step size for sparsities, which falls to 0 as a cosine; three times as much for scores; for weights a
+            tenth, in one cycle.
         epochs, batch_size: passes over the windows to learn the mask; windows per step, over all ranks.
     """
 
@@ -87,17 +89,18 @@ class Exact(PatternMethod):
         """Minimize the reconstruction error over the calibration windows."""
         if not block.projections:  # all are ignored
             return PrunedBlock()
-        batches = block.steps(self.batch_size, self.epochs)
-        masks, learners = MaskLearner(self, block, len(batches)), []
-        if self.update:
-            learners = [WeightLearner(masks.weights, 2 * len(batches), WEIGHT_LR * self.lr)]
-            masks.weights = learners[0].weights
+        steps = block.steps(self.batch_size, self.epochs)
         error_of = token_error if self.loss == "token" else reconstruction_error
-        log = learn(block, block.targets, batches, [masks, *learners], error_of)
+        masks = MaskLearner(self, block, len(steps))
+        if self.update:
+            weights = WeightLearner(masks.weights, 2 * len(steps), WEIGHT_LR * self.lr)
+            masks.weights = weights.weights
+            log = learn(block, block.targets, steps, [masks, weights], error_of)
+            weights.keep_masks = masks.keep_masks()
+            log += learn(block, block.targets, steps, [weights], error_of)
+        else:
+            log = learn(block, block.targets, steps, [masks], error_of)
         pruned = PrunedBlock(keep_masks=masks.keep_masks())
-        for learner in learners:
-            learner.keep_masks = pruned.keep_masks
-            log += learn(block, block.targets, batches, learners, error_of)
         pruned.weights = masked(masks.weights, pruned.keep_masks, masks.buffers)
         sparsity = torch.full((), masks.sparsity, device=block.device)
         pruned.steps = training_log(block, torch.stack([torch.stack([e, e, sparsity]) for e in log]), self.batch_size)
@@ -105,11 +108,11 @@ class Exact(PatternMethod):
 
 
 @torch.enable_grad()
-def learn(block: Block, targets: Tensor, batches: Sequence[range], learners: list, error_of: Any) -> list[Tensor]:
-    """Train on a batch of windows per step, with the masked weights of the first learner; returns their errors."""
+def learn(block: Block, targets: Tensor, steps: Sequence[range], learners: list, error_of: Any) -> list[Tensor]:
+    """Train all learners on the masked weights that the first one gives; returns the errors of the windows."""
     scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
     log = []
-    for batch in block.progress(batches, "learn"):
+    for batch in block.progress(steps, "learn"):
         for learner in learners:
             learner.optimizer.zero_grad()
         for window in batch:
@@ -137,12 +140,12 @@ class WeightLearner:
 
     def __call__(self) -> dict[str, Tensor]:
         return {
-            name: MaskedWeight.apply(None, None, weight, self.keep_masks[name], None, self.buffers[name])
+            name: UpdatedWeight.apply(None, None, weight, self.keep_masks[name], None, self.buffers[name])
             for name, weight in self.weights.items()
         }
 
     def result(self) -> dict[str, Tensor]:
-        """Kept weights as learned so far."""
+        """Masked weights as learned so far, without gradients."""
         return masked(self.weights, self.keep_masks, self.buffers)
 
 
@@ -202,19 +205,18 @@ class MaskLearner:
         return (by_group + scores[:, None]).view_as(log_importance)
 
     def __call__(self) -> dict[str, Tensor]:
-        masked, scores = {}, self.scores.by_name()
+        weights, scores = {}, self.scores.by_name()
         if self.method.pattern:
             for name, keep in self.keep_masks().items():
-                masked[name] = MaskedWeight.apply(
-                    scores[name], None, self.weights[name], keep, None, self.buffers[name]
-                )
-            return masked
+                weight, out = self.weights[name], self.buffers[name]
+                weights[name] = UpdatedWeight.apply(scores[name], None, weight, keep, None, out)
+            return weights
         alpha = self.alpha()
         for name, counts in self.counts(alpha).items():
             keep, near = around_threshold(self.ranked(name), counts)
             weight, out = self.weights[name], self.buffers[name]
-            masked[name] = MaskedWeight.apply(scores[name], alpha[name], weight, keep, near, out)
-        return masked
+            weights[name] = UpdatedWeight.apply(scores[name], alpha[name], weight, keep, near, out)
+        return weights
 
     def keep_masks(self) -> dict[str, KeepMask]:
         """Keep-masks as learned so far."""
@@ -236,7 +238,7 @@ def around_threshold(ranked: Matrix, counts: Counts) -> tuple[KeepMask, KeepMask
     return above(counts), above(counts - band) & ~above(counts + band)
 
 
-class MaskedWeight(torch.autograd.Function):
+class UpdatedWeight(torch.autograd.Function):
     """W' = W * M forward; the gradients of scores, alpha and W, where they are learned, backward.
 
     `near` marks the weights that give the gradient of alpha.
@@ -244,7 +246,8 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores: Tensor | None, alpha, weight: Tensor, keep: Tensor, near: Tensor | None, out: Tensor):
-        ctx.weight, ctx.keep, ctx.near, ctx.n_groups = weight.detach(), keep, near, scores is not None and len(scores)
+        ctx.weight, ctx.keep, ctx.near = weight.detach(), keep, near
+        ctx.n_groups = 0 if scores is None else len(scores)
         return torch.mul(ctx.weight, keep, out=out).view_as(out)
 
     @staticmethod
