@@ -15,10 +15,10 @@ STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
     "besa-row-wise": {"color": "#D55E00", "marker": "D"},
     "besa-layer-wise": {"color": "#E69F00", "marker": "v"},
     "exact": {"color": "#CC79A7", "marker": "p"},
-    "exact-update": {"color": "#7B3294", "marker": "P"},
     "wanda": {"color": "#0072B2", "marker": "o"},
     "sparsegpt": {"color": "#009E73", "marker": "^"},
     "magnitude": {"color": "#999999", "marker": "s"},
+    "exact-update": {"color": "#7B3294", "marker": "P"},
 }
 OTHER = {"color": "#56B4E9", "marker": "X"}
 ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda": "wanda", "exact-model": "exact"}
