@@ -107,9 +107,7 @@ def test_errors_name_a_way_out(local_text):
     with pytest.raises(ValueError, match="the text has 175 tokens, enough for n_samples=3 of 50 tokens"):
         besa.calibration_windows("c4", TOKENIZER, 4, 50, sampler="pack")
     for name in ("c5", "wiki"):  # wiki has no training split
-        with pytest.raises(
-            ValueError, match=f"'{name}' has no train split; take one of sotu, web, c4, wikitext2, ptb"
-        ):
+        with pytest.raises(ValueError, match=f"'{name}' has no train split; take one of sotu, web, c4, wikitext2, ptb"):
             besa.calibration_windows(name, TOKENIZER)
     with pytest.raises(TypeError, match="sampler"):
         besa.calibration_windows("c4", TOKENIZER, sampler="slide")
