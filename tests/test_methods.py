@@ -1,15 +1,17 @@
 """Methods of single notebooks: units of reconstruction."""
 
 import copy
+import math
 
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import besa
+from besa.besa import candidate_rates, rank_rows
 from besa.decoder import find_blocks, projections
 from besa.walk import frozen, reconstruction_error, walk
-from reproduce.methods import BesaByPair, BesaByPart, part_of
+from reproduce.methods import BesaByPair, BesaByPart, BudgetedWeight, part_of
 
 
 @pytest.mark.parametrize("unit, n_units", [("projection", 7), ("sublayer", 2)])
@@ -57,3 +59,19 @@ def test_pairs_reproduce_the_output_of_their_last_block(tiny_llama, windows):
     assert report.rows[0]["block_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
     for (index, name), keep_mask in report.keep_masks.items():
         assert not projections(find_blocks(tiny_llama)[index])[name].weight[~keep_mask].any()
+
+
+def test_gradient_of_a_sparsity_is_the_mean_of_the_weights_near_the_threshold():
+    generator = torch.Generator().manual_seed(0)
+    weight, toward = torch.randn(2, 6, 400, generator=generator)
+    scores = torch.rand(6, 400, generator=generator)
+    alpha = torch.tensor([0.5, 0.02, 0.98], requires_grad=True)  # groups of two rows
+    masked = BudgetedWeight.apply(alpha, weight, rank_rows(scores, candidate_rates(101)), torch.empty_like(weight))
+    (masked * toward).sum().backward()
+    ranks = scores.argsort(1).argsort(1)
+    edges = [math.floor(400 * rate) for rate in candidate_rates(101).flip(0).double().tolist()]  # of 0 %, 1 %, ...
+    for group, (low, high) in enumerate([(45, 55), (0, 7), (93, 100)]):
+        rows = slice(2 * group, 2 * group + 2)
+        near = (ranks[rows] >= edges[low]) & (ranks[rows] < edges[high])
+        expected = -(toward * weight)[rows][near].sum() / ((high - low) / 100)
+        assert alpha.grad[group].item() == pytest.approx(expected.item(), rel=1e-4)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import besa
 from besa import Besa, Exact, Magnitude, Quantize, Reconstruct, SparseGPT, Wanda
-from reproduce.methods import BesaByPair, BesaByPart
+from reproduce.methods import BesaByPair, BesaByPart, ExactCounts
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -36,6 +36,11 @@ CASES = {
     "besa-ignore-down": (Besa(ignore=(".*down_proj",)), None),
     "exact": (Exact(), None),
     "exact-bfloat16": (Exact(), None),
+    "exact-counts": (ExactCounts(), None),
+    "exact-counts-channel-pruned": (ExactCounts(loss="channel", targets="pruned"), None),
+    "exact-counts-groups-of-8": (ExactCounts(loss="channel", targets="pruned", row_group=8), None),
+    "exact-counts-layer": (ExactCounts(loss="channel", row_group="layer"), None),
+    "exact-update": (Exact(update=True), None),
     "exact-70": (Exact(sparsity=0.7), None),
     "exact-ignore-block": (Exact(ignore=("0.mlp.up_proj",)), None),
     "exact-2:4": (Exact(pattern="2:4"), None),

@@ -85,13 +85,16 @@ class Exact(PatternMethod):
             return target
         return target * (n_weights(projections(block.module)) / n_weights(block.projections))
 
+    def learner(self, block: Block, n_steps: int) -> "MaskLearner":
+        return MaskLearner(self, block, n_steps)
+
     def prune_block(self, block: Block) -> PrunedBlock:
         """Minimize the reconstruction error over the calibration windows."""
         if not block.projections:  # all are ignored
             return PrunedBlock()
         steps = block.steps(self.batch_size, self.epochs)
         error_of = token_error if self.loss == "token" else reconstruction_error
-        masks = MaskLearner(self, block, len(steps))
+        masks = self.learner(block, len(steps))
         if self.update:
             weights = WeightLearner(masks.weights, 2 * len(steps), WEIGHT_LR * self.lr)
             masks.weights = weights.weights
