@@ -52,7 +52,7 @@ class Exact(PatternMethod):
         row_group: rows that share what is learned: "row" (each its own), "layer" (all), or a number of rows.
         targets: hidden states of the dense model ("dense"), or outputs of the unpruned block for the same inputs.
         loss: error relative to the norm of each token ("token"), or of each output channel ("channel", as `Besa`).
-        update: train the kept weights, too: while the mask is learned, and as long again with the final mask.
+        update: train the kept weights, too: while the mask is learned, and twice as long with the final mask.
         lr: Adam's step size for sparsities, which falls to 0 as a cosine; three times as much for scores; for weights a
             tenth, in one cycle.
         epochs, batch_size: passes over the windows to learn the mask; windows per step, over all ranks.
@@ -96,11 +96,11 @@ class Exact(PatternMethod):
         error_of = token_error if self.loss == "token" else reconstruction_error
         masks = self.learner(block, len(steps))
         if self.update:
-            weights = WeightLearner(masks.weights, 2 * len(steps), WEIGHT_LR * self.lr)
+            weights = WeightLearner(masks.weights, 3 * len(steps), WEIGHT_LR * self.lr)
             masks.weights = weights.weights
             log = learn(block, block.targets, steps, [masks, weights], error_of)
             weights.keep_masks = masks.keep_masks()
-            log += learn(block, block.targets, steps, [weights], error_of)
+            log += learn(block, block.targets, 2 * steps, [weights], error_of)
         else:
             log = learn(block, block.targets, steps, [masks], error_of)
         pruned = PrunedBlock(keep_masks=masks.keep_masks())
