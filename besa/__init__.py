@@ -20,6 +20,7 @@ _PUBLIC = {
     "report": ("Report",),
     "beyond.exact": ("Exact",),
     "beyond.reconstruct": ("Reconstruct",),
+    "beyond.gptq": ("quantize_pruned",),
     "beyond.adapters": ("masked_lora", "KeepZeros"),
     "data.models": ("load_model", "save_model"),
     "data.text": ("calibration_windows", "test_tokens"),

@@ -1,9 +1,8 @@
 """Command line: `python -m besa prune`, `pack` and `evaluate`."""
 
 import contextlib
-import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,7 +69,7 @@ def method_of(name: str, sparsity: float | None, settings: list[str]) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
     if name not in CLASSES:
-        raise ValueError(f"unknown method {name!r}{_nearest(name, CLASSES)} (known: {', '.join(CLASSES)})")
+        raise ValueError(f"unknown method {name!r} (known: {', '.join(CLASSES)})")
     kind: Any = getattr(besa, CLASSES[name])
     fields: dict[str, Any] = LAYER_WISE if name == "besa-layer-wise" else {}
     if sparsity is not None:
@@ -86,13 +85,7 @@ def method_of(name: str, sparsity: float | None, settings: list[str]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        near = _nearest(field, kind.__dataclass_fields__) if first["type"] == "unexpected_keyword_argument" else ""
-        raise ValueError(f"method {name}, {field}: {first['msg']}{near}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"method {name}, {field}: {first['msg']}") from error
 
 
 @app.command()
@@ -100,11 +93,17 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def pack(
     source: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
     output: Annotated[Path, typer.Argument(help="new folder")],
+    bits: Annotated[int | None, typer.Option(help="round the kept weights to codes of 2, 3, 4 or 8 bits")] = None,
+    calibration: Annotated[str, typer.Option(help="text by which they are rounded")] = "c4",
+    n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
+    seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
 ) -> None:
     """Write a pruned checkpoint packed: one bit per weight, and the weights that are kept."""
+    from besa.data.models import load_tokenizer
     from besa.packed import pack_folder
 
-    pack_folder(source, output)
+    windows = besa.calibration_windows(calibration, load_tokenizer(source), n_samples, seq_len) if bits else None
+    pack_folder(source, output, bits, windows)
     _say(f"wrote {output}")
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from besa.config import config
 from besa.importance import inverse_cholesky, magnitude, wanda
-from besa.kernels import spread_errors
 from besa.loop import PatternMethod
 from besa.masks import parse_pattern
 from besa.quantize import Quantize
@@ -110,8 +109,10 @@ def _prune_columns(
     The mask of `n_chosen` columns is chosen by the OBS saliency of their updated weights.
     """
     weight, errors, keep_mask = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.bool)
-    for j in range(0, weight.shape[1], n_chosen):
-        chosen = slice(j, j + n_chosen)
-        keep_mask[:, chosen] = choose(weight[:, chosen].square() / upper.diag()[chosen].square())
-        spread_errors(weight, keep_mask, upper, errors, range(j, min(j + n_chosen, weight.shape[1])))
+    for j in range(weight.shape[1]):
+        if j % n_chosen == 0:
+            chosen = slice(j, j + n_chosen)
+            keep_mask[:, chosen] = choose(weight[:, chosen].square() / upper.diag()[chosen].square())
+        errors[:, j] = weight[:, j] * ~keep_mask[:, j] / upper[j, j]
+        weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
     return weight * keep_mask, keep_mask, errors

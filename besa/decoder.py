@@ -159,8 +159,8 @@ def _equal_calls(call: BlockCall, other: BlockCall) -> bool:
     return len(leaves) == len(others) and all(map(torch.equal, leaves, others))
 
 
-class _Embedded(Exception):
-    """Stops the model at its first block; holds the hidden states."""
+class Stopped(Exception):
+    """Stops a model or a block; holds the hidden states."""
 
 
 @torch.no_grad()
@@ -168,13 +168,13 @@ def embed(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> Hi
     """The hidden states that enter the first block."""
 
     def stub(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise _Embedded(hidden)
+        raise Stopped(hidden)
 
     with _stubbed(model, stub):
         try:
             model.base_model(windows.to(model.device), use_cache=False)
-        except _Embedded as embedded:
-            return embedded.args[0]
+        except Stopped as stopped:
+            return stopped.args[0]
     raise ValueError(f"{type(model).__name__} did not call its first block: not supported")
 
 

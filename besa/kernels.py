@@ -1,4 +1,4 @@
-"""Passes over every weight, compiled by numba for CPUs: the mask and its gradient, and SparseGPT's update.
+"""Passes over every weight, compiled by numba for CPUs: the mask and its gradient.
 
 On other devices and in other precisions torch computes the same. The compiled passes run on torch's own OpenMP threads,
 which spin when idle and would slow down a second pool.
@@ -69,22 +69,6 @@ def bucket_sums(
     return by_rank @ nn.functional.one_hot(ranking.bucket_of_rank.long(), n_buckets).float()
 
 
-def spread_errors(
-    weight: Float[Tensor, "rows n"],
-    keep_mask: Bool[Tensor, "rows n"],
-    upper: Float[Tensor, "n n"],
-    errors: Float[Tensor, "rows n"],
-    columns: range,
-) -> None:
-    """SparseGPT's update, in place: errors_j = weight_j / U_jj where pruned, weight_k -= errors_j U_jk for k >= j."""
-    if _is_compiled(weight):
-        arrays = weight.numpy(), keep_mask.numpy(), upper.contiguous().numpy(), errors.numpy()
-        return over_rows(_spread, *arrays, columns.start, columns.stop)
-    for j in columns:
-        errors[:, j] = weight[:, j] * ~keep_mask[:, j] / upper[j, j]
-        weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
-
-
 def _is_compiled(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
 
@@ -134,18 +118,6 @@ def _mask(first, last, weight, ranks, n_pruned, out):
     for i in range(first, last):
         for j in range(weight.shape[1]):
             out[i, j] = weight[i, j] if ranks[i, j] >= n_pruned[i] else zero
-
-
-@no_type_check
-@numba.njit(nogil=True, cache=True)
-def _spread(first, last, weight, keep_mask, upper, errors, start, stop):
-    for i in range(first, last):
-        for j in range(start, stop):
-            if not keep_mask[i, j]:
-                error = weight[i, j] / upper[j, j]
-                errors[i, j] = error
-                for k in range(weight.shape[1]):  # U is 0 left of j: whole vectors take a third of the time
-                    weight[i, k] -= error * upper[j, k]
 
 
 @no_type_check

@@ -62,17 +62,6 @@ class Report:
         n_weights = sum(row["rows"] * row["columns"] for row in self.rows)
         return sum(row["zeros"] for row in self.rows) / n_weights if n_weights else 0.0
 
-    @property
-    def missed(self) -> list[str]:
-        """Blocks whose sparsity, without ignored projections, is more than 0.05 from the target."""
-        missed, pruned = [], [row for row in self.rows if row["note"] != "ignored"]
-        for block, target in dict.fromkeys((row["block"], row["target"]) for row in pruned):
-            rows = [row for row in pruned if row["block"] == block]
-            sparsity = sum(row["zeros"] for row in rows) / sum(row["rows"] * row["columns"] for row in rows)
-            if abs(sparsity - target) > 0.05:
-                missed.append(f"block {block} has {sparsity:.4f} for {target:.4g}")
-        return missed
-
     def to_frame(self) -> pd.DataFrame:
         """One row per block and projection."""
         return pd.DataFrame(self.rows)
@@ -91,10 +80,7 @@ class Report:
 
     def __str__(self) -> str:
         blocks = len({row["block"] for row in self.rows})
-        text = f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s"
-        if self.missed:
-            text += f"\nWARNING: {len(self.missed)} of {blocks} blocks miss their target: {'; '.join(self.missed)}"
-        return text
+        return f"{self.method}: sparsity {self.sparsity:.4f} in {blocks} blocks, {self.seconds:.0f} s"
 
     def __repr__(self) -> str:
         return f"{self}\n{self.summary().to_string(float_format='{:.4f}'.format)}" if self.rows else str(self)

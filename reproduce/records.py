@@ -406,5 +406,3 @@ class Row:
         losses = {name: value.losses.numpy() for name, value in metrics.items() if isinstance(value, Perplexity)}
         self.record = save_record(self.run.folder, self.config, outcome | more, losses | dict(samples or {}))
         print(self.name, {name: round(float(value), 4) for name, value in metrics.items()}, flush=True)
-        for missed in report.missed if report else ():
-            print(f"{self.name} WARNING: {missed}", flush=True)

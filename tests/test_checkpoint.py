@@ -161,10 +161,10 @@ def test_small_files_are_copied_and_what_their_user_changes_stays(source, tmp_pa
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"method": besa.Wanda(sparsity=0.6)}, "another method: sparsity: 0.5 there, 0.6 now"),
-        ({"method": besa.SparseGPT()}, "another method: method: 'wanda' there, 'sparsegpt' now"),
-        ({"windows": WINDOWS[:2]}, r"another windows: shape: \[4, 24\] there, \[2, 24\] now"),
-        ({"windows": WINDOWS.flip(0)}, "another windows: sha256"),
+        ({"method": besa.Wanda(sparsity=0.6)}, "another method: .*0.5.* there, .*0.6.* now"),
+        ({"method": besa.SparseGPT()}, "another method: .*wanda.* there, .*sparsegpt.* now"),
+        ({"windows": WINDOWS[:2]}, r"another windows: .*\[4, 24\].* there, .*\[2, 24\]"),
+        ({"windows": WINDOWS.flip(0)}, "another windows: "),
         ({"reconstruct": besa.Reconstruct("closed")}, "another reconstruct: None there"),
     ],
 )

@@ -259,7 +259,7 @@ def test_reports_of_other_models_and_dense_models_are_refused(tiny_llama, window
         save_packed(tiny_llama, "nowhere")
     report = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
     tiny_llama.checkpoint_dtype = torch.bfloat16  # half of float32 values and a bit are more than that
-    with pytest.raises(ValueError, match="precision of its checkpoint"):
+    with pytest.raises(ValueError, match="its checkpoint's precision"):
         pack(tiny_llama, report)
     tiny_llama.checkpoint_dtype = None
     besa.pack(tiny_llama, report)
@@ -377,4 +377,13 @@ def test_any_checkpoint_with_zeros_is_packed_and_load_model_reads_it(tiny_llama,
     model, _ = besa.load_model(str(tmp_path / "packed"), "float32", "cpu")
     assert len(packed_projections(model)) == 3 * 7
     besa.unpack(model)
+    assert_same_weights(model, tiny_llama)
+
+
+def test_a_pruned_checkpoint_is_rounded_while_it_is_packed(tiny_llama, smollm2, windows, tmp_path):
+    report = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    besa.save_model(tiny_llama, smollm2[1], tmp_path / "pruned")
+    pack_folder(tmp_path / "pruned", tmp_path / "packed", 4, windows)
+    besa.pack(tiny_llama, besa.quantize_pruned(tiny_llama, report, windows, 4, progress=False))
+    model, _ = besa.load_model(str(tmp_path / "packed"), "float32", "cpu")
     assert_same_weights(model, tiny_llama)

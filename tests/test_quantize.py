@@ -1,4 +1,4 @@
-"""Quantization of Eqn. 7, learned clipping, and packed codes in files."""
+"""Quantization of Eqn. 7, learned clipping, rounding of pruned models, and packed codes in files."""
 
 import copy
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import besa
+from besa.beyond.gptq import round_columns, with_best_range
 from besa.data.files import load_quantized, save_quantized
 from besa.decoder import find_blocks, projections
+from besa.quantize import Quantize
+from besa.walk import frozen, walk
 
 BITS = [2, 3, 4, 8]
 
@@ -112,3 +115,39 @@ def test_group_size_that_does_not_divide_raises(tiny_llama, windows):
     for method in (besa.Besa, besa.Wanda):
         with pytest.raises(ValueError, match=r"32 columns do not divide into groups of 12"):
             besa.prune(tiny_llama, windows, method(quantize=besa.Quantize(group_size=12)), progress=False)
+
+
+@pytest.mark.parametrize("method", [besa.Wanda(), besa.Exact(pattern="2:4"), besa.SparseGPT(sparsity=0.7)])
+@pytest.mark.parametrize("bits, group_size", [(4, None), (8, None), (4, 16)])
+def test_kept_weights_of_a_pruned_model_become_codes(tiny_llama, windows, method, bits, group_size):
+    report = besa.prune(tiny_llama, windows, method, progress=False)
+    pruned = copy.deepcopy(tiny_llama)
+    rounded = besa.quantize_pruned(tiny_llama, report, windows, bits, group_size, progress=False)
+    assert rounded.sparsity == report.sparsity
+    for (index, name), codes in rounded.quantized.items():
+        before, after = (projections(find_blocks(model)[index])[name].weight for model in (pruned, tiny_llama))
+        assert torch.equal(codes.dequantize(after.dtype), after) and codes.bits == bits
+        assert not after[~report.keep_masks[index, name]].any()
+        assert codes.scale.shape[1] == (before.shape[1] // group_size if group_size else 1)
+        if bits == 8:
+            torch.testing.assert_close(after, before, rtol=0, atol=0.05 * before.abs().max().item())
+    unpacked = copy.deepcopy(tiny_llama)
+    besa.pack(tiny_llama, rounded)
+    tokens = windows.flatten()
+    assert besa.perplexity(tiny_llama, tokens, 24) == pytest.approx(besa.perplexity(unpacked, tokens, 24), rel=1e-3)
+
+
+def test_compensated_rounding_errs_less_than_the_nearest_codes(tiny_llama, windows):
+    besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
+    with frozen(tiny_llama):
+        block = next(walk(tiny_llama, windows, hessian=True, progress=False))
+    for name, projection in block.projections.items():
+        weight, hessian = projection.weight, block.statistics[name].hessian
+
+        def error(codes, weight=weight, hessian=hessian):
+            difference = codes.dequantize(torch.float32) - weight
+            return (difference @ hessian * difference).sum().item()
+
+        quantize = Quantize(bits=4)
+        nearest, best = quantize.codes(weight), with_best_range(quantize, weight, hessian.diag())
+        assert error(round_columns(weight, weight != 0, hessian, quantize)) < error(best) < 1.1 * error(nearest)

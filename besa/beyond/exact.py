@@ -147,10 +147,6 @@ class WeightLearner:
             for name, weight in self.weights.items()
         }
 
-    def result(self) -> dict[str, Tensor]:
-        """Masked weights as learned so far, without gradients."""
-        return masked(self.weights, self.keep_masks, self.buffers)
-
 
 def masked(
     weights: dict[str, Tensor], keep_masks: dict[str, KeepMask], buffers: dict[str, Tensor]

@@ -25,9 +25,9 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from besa.beyond.exact import WeightLearner, learn
+from besa.beyond.exact import WeightLearner, learn, masked
 from besa.config import CONFIG
-from besa.decoder import run_block
+from besa.decoder import Stopped, run_block
 from besa.system import finite_hint, n_ranks, sum_over_ranks
 from besa.walk import Block, PrunedBlock, token_error
 
@@ -113,24 +113,21 @@ class Reconstruct:
         learner = WeightLearner(pruned.weights, len(batches), self.lr)
         learner.keep_masks = pruned.keep_masks
         learn(block, block.dense_outputs, batches, [learner], token_error)
-        return replace(pruned, weights=learner.result())
-
-
-class Stop(Exception):
-    """Ends the run of a block."""
+        return replace(pruned, weights=masked(learner.weights, pruned.keep_masks, learner.buffers))
 
 
 def run_until(block: Block, name: str, hidden: Tensor, weights: dict[str, Tensor]) -> Float[Tensor, "tokens columns"]:
     """Run a block up to a projection and return its input."""
-    entered: list[Tensor] = []
 
     def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entered.append(inputs[0])
-        raise Stop
+        raise Stopped(inputs[0])
 
-    with block.module.get_submodule(name).register_forward_pre_hook(stop), contextlib.suppress(Stop):
-        run_block(block.module, hidden, block.call, weights)
-    return entered[0].flatten(0, -2)
+    with block.module.get_submodule(name).register_forward_pre_hook(stop):
+        try:
+            run_block(block.module, hidden, block.call, weights)
+        except Stopped as stopped:
+            return stopped.args[0].flatten(0, -2)
+    raise ValueError(f"block {block.index}: {name} is never called")
 
 
 def projections_by_input(block: Block) -> list[list[str]]:

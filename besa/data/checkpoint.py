@@ -137,7 +137,12 @@ class Shards:
             if self._beside("block", index).exists():
                 self.notes[index] = json.loads(self._beside("block", index).read_text())
         if self.notes:
-            check_same(json.loads(run.read_text()), identity, self.output)
+            there = json.loads(run.read_text())
+            if name := next((name for name in identity if there.get(name) != identity[name]), None):
+                raise ValueError(
+                    f"output {str(self.output)!r} holds a run with another {name}: {there.get(name)} there, "
+                    f"{identity[name]} now; name another output, or delete that one"
+                )
             tqdm.write(f"continuing: {len(self.notes)} of {len(self.prefixes)} blocks are finished")
         files.write_json(run, identity)
         if not self.complete:
@@ -212,19 +217,6 @@ class Shards:
         inside = tuple(f"{prefix}." for prefix in self.prefixes)
         rest = {name: value for name, value in state.items() if name not in tied and not name.startswith(inside)}
         return {stored_name(self.model, name, value): value for name, value in rest.items()}
-
-
-def check_same(there: dict[str, Any], now: dict[str, Any], output: Path, path: str = "") -> None:
-    """Refuse to continue a run with another configuration; name the first difference."""
-    for name in [*there, *now]:
-        old, new = there.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            check_same(old, new, output, f"{path}{name}: ")
-        elif old != new:
-            raise ValueError(
-                f"output {str(output)!r} holds a run with another {path}{name}: {old!r} there, {new!r} now; "
-                "give the same again, name another output, or delete that one"
-            )
 
 
 def stored_name(model: PreTrainedModel, name: str, tensor: Tensor) -> str:

@@ -41,13 +41,10 @@ class ZeroShot:
         """Mean accuracy over the tasks, as a fraction."""
         return sum(row["acc"] for row in self.rows) / len(self.rows)
 
-    @property
-    def average_stderr(self) -> float:
-        return math.sqrt(sum(row["stderr"] ** 2 for row in self.rows)) / len(self.rows)
-
     def to_frame(self) -> pd.DataFrame:
         """A row per task and one for the average: `acc`, `stderr` and `chance` as fractions, `n` questions `of` all."""
-        average = {"task": "average", "acc": self.average, "stderr": self.average_stderr}
+        stderr = math.sqrt(sum(row["stderr"] ** 2 for row in self.rows)) / len(self.rows)
+        average = {"task": "average", "acc": self.average, "stderr": stderr}
         average |= {"version": "", "questions": ""}
         average |= {name: sum(row[name] for row in self.rows) for name in ("n", "of")}
         average["chance"] = sum(row["chance"] for row in self.rows) / len(self.rows)

@@ -22,6 +22,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from besa.beyond.gptq import quantize_pruned
 from besa.data.files import load_masks, load_quantized
 from besa.data.models import CARRIED, find_checkpoint, open_checkpoint
 from besa.decoder import find_blocks, projections
@@ -72,22 +73,26 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 @jaxtyped(typechecker=beartype)
-def pack_folder(source: str | Path, output: str | Path, trust_remote_code: bool = False) -> tuple[int, int]:
+def pack_folder(
+    source: str | Path, output: str | Path, bits: int | None = None, windows: Tensor | None = None
+) -> tuple[int, int]:
     """Write a pruned checkpoint packed; returns the bytes of its weights before and after.
 
     Args:
         source: output of `prune_checkpoint`, whose keep-masks and codes are used, or another checkpoint with zeros.
         output: new folder.
-        trust_remote_code: run Python code that comes with the source.
+        bits, windows: round the kept weights as `quantize_pruned` does.
     """
     folder, output = find_checkpoint(source), Path(output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} exists; name a new folder")
-    model, keep_masks, quantized = open_checkpoint(folder, trust_remote_code), KeepMasks(), {}
+    model, keep_masks, quantized = open_checkpoint(folder), KeepMasks(), {}
     if packed_projections(model):
         raise ValueError(f"{str(source)!r} is packed already")
     for path in sorted(folder.glob("besa/masks-*.safetensors")):
         keep_masks.update(load_masks(path))
+    if bits:
+        quantized = dict(quantize_pruned(model, keep_masks or None, windows, bits).quantized)
     for index, block in enumerate(find_blocks(model)):
         codes = folder / f"besa/codes-{index:05d}.safetensors"  # of a block, or of several from this one on
         quantized |= load_quantized(codes) if codes.exists() else {}
@@ -140,9 +145,7 @@ def _describe(model: PreTrainedModel) -> None:
         kinds = {part: [str(tensor.dtype)[6:], *tensor.shape] for part, tensor in tensors.items()}
         described[name] = {"in_features": module.in_features, "dtype": str(module.dtype)[6:], "tensors": kinds}
     if not described:
-        raise ValueError(
-            "no projection would be smaller packed than in the precision of its checkpoint; prune it first"
-        )
+        raise ValueError("no projection would be smaller packed than in its checkpoint's precision; prune it first")
     model.config.quantization_config = PackedConfig(described)
 
 

@@ -112,15 +112,9 @@ class PackedLinear(nn.Module):
         kernels.run(prepared.unpack, task, out.numel())
         return out[:, : self.in_features].contiguous()
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b."""
-        return self._forward_outside_graph(x) if torch.compiler.is_compiling() else self._forward(x)
-
-    @torch.compiler.disable
-    def _forward_outside_graph(self, x: Tensor) -> Tensor:
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return nn.functional.linear(x, self.dense(), self.bias)
         tokens, prepared = x.detach().reshape(-1, self.in_features).contiguous(), self._prepare()
