@@ -1,4 +1,4 @@
-"""Exact budgets, learned scores, N:M patterns and new weights, in one pass.
+"""Exact budgets, learned scores and N:M patterns, and new weights that are trained with them.
 
 Sparsity. Every row group has one number theta; tau is such that the block's sparsity is the target:
 
