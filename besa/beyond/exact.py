@@ -39,7 +39,7 @@ Groups = Float32[Tensor, "groups"]
 
 BAND = 0.05  # of a row: the weights this near to its threshold on either side give the gradient of its sparsity
 SCORE_LR = 3.0  # step size of scores, in units of log importance, relative to that of sparsities
-WEIGHT_LR = 0.1  # step size of weights, relative to that of sparsities
+WEIGHT_LR = 0.5  # step size of weights, in units of their root mean square, relative to that of sparsities
 
 
 @config
@@ -53,8 +53,8 @@ class Exact(PatternMethod):
         targets: hidden states of the dense model ("dense"), or outputs of the unpruned block for the same inputs.
         loss: error relative to the norm of each token ("token"), or of each output channel ("channel", as `Besa`).
         update: train the kept weights, too: while the mask is learned, and twice as long with the final mask.
-        lr: Adam's step size for sparsities, which falls to 0 as a cosine; three times as much for scores; for weights a
-            tenth, in one cycle.
+        lr: Adam's step size for sparsities, which falls to 0 as a cosine; three times as much for scores; for weights
+            half of it times their root mean square, in one cycle.
         epochs, batch_size: passes over the windows to learn the mask; windows per step, over all ranks.
     """
 
@@ -132,14 +132,18 @@ def learn(block: Block, targets: Tensor, steps: Sequence[range], learners: list,
 
 
 class WeightLearner:
-    """Train float32 copies of weights, of which keep-masks keep some; calling it gives these."""
+    """Train float32 copies of weights, of which keep-masks keep some; calling it gives these.
+
+    `lr` is relative to the root mean square of a projection's weights, which differs 10 x between models.
+    """
 
     def __init__(self, weights: dict[str, Tensor], n_steps: int, lr: float) -> None:
         self.weights = {name: nn.Parameter(weight.to(torch.float32, copy=True)) for name, weight in weights.items()}
         self.buffers = {name: torch.empty_like(weight) for name, weight in weights.items()}
         self.keep_masks: dict[str, KeepMask] = {}
-        self.optimizer = torch.optim.Adam(self.weights.values(), fused=True)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, n_steps)
+        self.optimizer = torch.optim.Adam([{"params": [weight]} for weight in self.weights.values()], fused=True)
+        lrs = [lr * float(weight.detach().square().mean().sqrt()) for weight in self.weights.values()]
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lrs, n_steps)
 
     def __call__(self) -> dict[str, Tensor]:
         return {

@@ -47,7 +47,7 @@ class Reconstruct:
         rho: ADMM's penalty, for a Hessian of unit diagonal.
         damping: added to the diagonals of H and T, as a fraction of the mean of H's.
         epochs: passes over the windows ("block").
-        lr: Adam's highest step size in one cycle ("block").
+        lr: Adam's highest step size in one cycle, relative to the root mean square of a projection ("block").
     """
 
     kind: Literal["closed", "block"] = "closed"
@@ -57,7 +57,7 @@ class Reconstruct:
     rho: PositiveFloat = 1.0
     damping: PositiveFloat = 0.01
     epochs: PositiveInt = 2
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 5e-3
 
     def config(self) -> dict[str, Any]:
         """Fields, for records."""
