@@ -118,11 +118,13 @@ def test_group_size_that_does_not_divide_raises(tiny_llama, windows):
 
 
 @pytest.mark.parametrize("method", [besa.Wanda(), besa.Exact(pattern="2:4"), besa.SparseGPT(sparsity=0.7)])
-@pytest.mark.parametrize("bits, group_size", [(4, None), (8, None), (4, 16)])
-def test_kept_weights_of_a_pruned_model_become_codes(tiny_llama, windows, method, bits, group_size):
+@pytest.mark.parametrize(
+    "bits, group_size, to_nearest", [(4, None, False), (8, None, True), (4, 16, False), (4, 16, True)]
+)
+def test_kept_weights_of_a_pruned_model_become_codes(tiny_llama, windows, method, bits, group_size, to_nearest):
     report = besa.prune(tiny_llama, windows, method, progress=False)
-    pruned = copy.deepcopy(tiny_llama)
-    rounded = besa.quantize_pruned(tiny_llama, report, windows, bits, group_size, progress=False)
+    pruned, by = copy.deepcopy(tiny_llama), None if to_nearest else windows
+    rounded = besa.quantize_pruned(tiny_llama, report, by, bits, group_size, progress=False)
     assert rounded.sparsity == report.sparsity
     for (index, name), codes in rounded.quantized.items():
         before, after = (projections(find_blocks(model)[index])[name].weight for model in (pruned, tiny_llama))

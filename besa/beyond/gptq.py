@@ -1,5 +1,6 @@
 """GPTQ (Frantar et al. 2023) for a pruned model: its kept weights become codes."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,13 +9,13 @@ from jaxtyping import Bool, Float, Int64, jaxtyped
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from besa.decoder import pruned_projections
 from besa.importance import inverse_cholesky
 from besa.quantize import Quantize, QuantizedWeight
 from besa.report import Report
 from besa.walk import PrunedBlock, frozen, walk
 
 Matrix = Float[Tensor, "rows columns"]
-Square = Float[Tensor, "columns columns"]
 KeepMask = Bool[Tensor, "rows columns"]
 
 
@@ -22,7 +23,7 @@ KeepMask = Bool[Tensor, "rows columns"]
 def quantize_pruned(
     model: PreTrainedModel,
     report: Report | Mapping[tuple[int, str], Tensor] | None,
-    windows: Int64[Tensor, "n_samples seq_len"],
+    windows: Int64[Tensor, "n_samples seq_len"] | None = None,
     bits: int = 4,
     group_size: int | None = None,
     progress: bool = True,
@@ -34,13 +35,21 @@ def quantize_pruned(
     Args:
         model: pruned by any method.
         report: what `prune` returned, or keep-masks by (block, projection); None keeps all weights that are not 0.
-        windows: calibration token ids.
+        windows: calibration token ids; None rounds every weight to the nearest code.
         bits: of a code: 2, 3, 4 or 8.
         group_size: columns that share a scale and a zero-point; None: a whole row.
     """
     masks = report.keep_masks if isinstance(report, Report) else report
-    rounded = Report("gptq", n_samples=len(windows), seq_len=windows.shape[1])
-    quantize = Quantize(bits=bits, group_size=group_size)
+    n_samples, seq_len = (0, 0) if windows is None else windows.shape
+    quantize, rounded = Quantize(bits=bits, group_size=group_size), Report("gptq", n_samples=n_samples, seq_len=seq_len)
+    if windows is None:
+        for key, projection in pruned_projections(model).items():
+            weight = projection.weight.detach()
+            keep_mask = masks[key].to(weight.device) if masks else weight != 0
+            codes = with_best_range(quantize, weight, torch.ones_like(weight[0])).pruned(keep_mask)
+            projection.weight.data = codes.dequantize(weight.dtype)
+            rounded.add(key, keep_mask, codes, {"projection_error": math.nan, "note": "to the nearest"})
+        return rounded
     with frozen(model):
         for block in walk(model, windows, hessian=True, progress=progress):
             pruned = PrunedBlock()
@@ -53,7 +62,7 @@ def quantize_pruned(
     return rounded
 
 
-def round_columns(weight: Matrix, keep_mask: KeepMask, hessian: Square, quantize: Quantize) -> QuantizedWeight:
+def round_columns(weight: Matrix, keep_mask: KeepMask, hessian: Tensor, quantize: Quantize) -> QuantizedWeight:
     """With H^-1 = U^T U, column by column: e_j = (W_j - M_j Q(W_j)) / U_jj, and W_k <- W_k - e_j U_jk for k > j."""
     upper, _ = inverse_cholesky(hessian)
     codes = with_best_range(quantize, weight, hessian.diag())
@@ -71,7 +80,7 @@ def round_columns(weight: Matrix, keep_mask: KeepMask, hessian: Square, quantize
     return codes.pruned(keep_mask)
 
 
-def with_best_range(quantize: Quantize, weight: Matrix, importance: Float[Tensor, "columns"]) -> QuantizedWeight:
+def with_best_range(quantize: Quantize, weight: Matrix, importance: Tensor) -> QuantizedWeight:
     """Q(W) with gamma0 = gamma1 of the least sum of importance * squared error, for each row or group."""
     shape, gammas, errors = quantize.clipping_shape(weight), torch.linspace(1, 0.6, 11, device=weight.device), []
     for gamma in gammas:

@@ -128,10 +128,6 @@ class PackedLinear(nn.Module):
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.buffers())
 
-    def extra_repr(self) -> str:
-        kind = self.dtype if self.scale is None else f"{self._bits()}-bit codes"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kind}"
-
     def check(self, name: str = "packed projection") -> None:
         """Raise ValueError if the tensors contradict each other, as those of a damaged file do."""
         columns, groups = self.in_features, 1 if self.scale is None else self.scale.shape[-1]
