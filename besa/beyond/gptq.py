@@ -63,7 +63,7 @@ def quantize_pruned(
 
 
 def round_columns(weight: Matrix, keep_mask: KeepMask, hessian: Tensor, quantize: Quantize) -> QuantizedWeight:
-    """With H^-1 = U^T U, column by column: e_j = (W_j - M_j Q(W_j)) / U_jj, and W_k <- W_k - e_j U_jk for k > j."""
+    """Column by column, with H^-1 = U^T U: e_j = (W_j - M_j Q(W_j)) / U_jj, and W_k <- W_k - e_j U_jk for k > j."""
     upper, _ = inverse_cholesky(hessian)
     codes = with_best_range(quantize, weight, hessian.diag())
     new_weight, columns, group = weight.float().clone(), range(weight.shape[1]), weight.shape[1] // codes.scale.shape[1]
