@@ -132,10 +132,7 @@ def learn(block: Block, targets: Tensor, steps: Sequence[range], learners: list,
 
 
 class WeightLearner:
-    """Train float32 copies of weights, of which keep-masks keep some; calling it gives these.
-
-    `lr` is relative to the root mean square of a projection's weights, which differs 10 x between models.
-    """
+    """Train float32 copies of weights, of which keep-masks keep some; calling it gives these."""
 
     def __init__(self, weights: dict[str, Tensor], n_steps: int, lr: float) -> None:
         self.weights = {name: nn.Parameter(weight.to(torch.float32, copy=True)) for name, weight in weights.items()}
