@@ -21,7 +21,7 @@ STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
     "exact-update": {"color": "#7B3294", "marker": "P"},
 }
 OTHER = {"color": "#56B4E9", "marker": "X"}
-ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda": "wanda", "exact-model": "exact"}
+ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda": "wanda"}
 ALIASES |= {"sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
 
 

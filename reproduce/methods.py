@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +14,12 @@ from transformers import PreTrainedModel
 
 import besa
 from besa.besa import Learner, Parameters, candidate_rates, rank_rows
-from besa.beyond.exact import Exact, MaskLearner, whole_counts
+from besa.beyond.exact import Exact, MaskLearner
 from besa.config import config
 from besa.decoder import BlockCall, find_blocks, projections
 from besa.importance import InputStatistics, collect_statistics, wanda
 from besa.kernels import Ranking, bucket_sums, masked_rows
 from besa.loop import Method, PatternMethod
-from besa.masks import keep_largest
 from besa.quantize import CLIPPING_START
 from besa.system import deterministic
 from besa.walk import Block, PrunedBlock, reconstruction_error
@@ -335,45 +333,3 @@ class BudgetedWeight(torch.autograd.Function):
         low, high = (middle - BAND).clamp_min(0), (middle + BAND).clamp_max(BUCKETS - 1)
         width = (high - low) / (BUCKETS - 1)  # as a fraction of C
         return -((below.gather(1, high) - below.gather(1, low)) / width)[:, 0], None, None, None
-
-
-@config
-class SensitivityBudgets(Exact):
-    """Exact budgets by block: blocks whose pruning adds less to the model's loss are pruned more.
-
-    The loss that pruning block l alone adds is taken as exp(a_l + c_l s), measured at two sparsities with Wanda's
-    masks; at the sparsities chosen, one more pruned weight adds the same loss in every block.
-    """
-
-    name: ClassVar[str] = "sensitivity-budgets"
-
-    def prepared(self, model: PreTrainedModel, windows: Tensor) -> Exact:
-        low, high = max(self.sparsity / 2, self.sparsity - 0.1), min((1 + self.sparsity) / 2, self.sparsity + 0.1)
-        losses = added_losses(model, windows[:8, :512], (low, high)).clamp_min(1e-5).log()
-        slope = ((losses[:, 1] - losses[:, 0]) / (high - low)).clamp_min(0.5)
-        blocks = [projections(block).values() for block in find_blocks(model)]
-        size = torch.tensor([sum(linear.weight.numel() for linear in block) for block in blocks]).double()
-        start, (cheap, dear) = losses.mean(1) + slope.log() - size.log(), torch.tensor([-100.0, 100.0]).double()
-        for _ in range(100):  # bisection of the log loss of one more weight
-            price = (cheap + dear) / 2
-            wanted = ((low + high) / 2 + (price - start) / slope).clamp(low, high)
-            too_few = (wanted * size).sum() < self.sparsity * size.sum()
-            cheap, dear = (price, dear) if too_few else (cheap, price)
-        counts = whole_counts(wanted * size, size.long(), round(self.sparsity * int(size.sum())))
-        return replace(self, sparsities=tuple((counts.double() / size).tolist()))
-
-
-@torch.no_grad()
-def added_losses(model: PreTrainedModel, windows: Tensor, levels: tuple[float, float]) -> Tensor:
-    """Nats per token that pruning one block alone adds to the loss: (blocks, levels)."""
-    tokens, size, losses = windows.flatten(), windows.shape[1], []
-    dense_loss = math.log(besa.perplexity(model, tokens, size, progress=False))
-    for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
-        for level in levels:
-            dense = {name: linear.weight.clone() for name, linear in projections(block).items()}
-            for name, linear in projections(block).items():
-                linear.weight.mul_(keep_largest(wanda(linear.weight, statistics[name]), level))
-            losses.append(math.log(besa.perplexity(model, tokens, size, progress=False)) - dense_loss)
-            for name, linear in projections(block).items():
-                linear.weight.copy_(dense[name])
-    return torch.tensor(losses).double().view(-1, len(levels))

@@ -99,13 +99,16 @@ def test_losses_against_naive_loops():
     output, target = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
     target[0, 3] *= 1000
     by_token, by_channel = 0.0, 0.0
+    norms = [sum(float(target[0, t, c]) ** 2 for c in range(3)) ** 0.5 for t in range(5)]
+    sizes = [(sum((float(target[0, t, c]) / norms[t]) ** 2 for t in range(5)) / 5) ** 0.5 for c in range(3)]
     for t in range(5):
-        lost = sum(float(target[0, t, c] - output[0, t, c]) ** 2 for c in range(3))
-        by_token += lost / sum(float(target[0, t, c]) ** 2 for c in range(3)) / 5
+        lost = [float(target[0, t, c] - output[0, t, c]) / norms[t] for c in range(3)]
+        by_token += sum(lost[c] ** 2 / sizes[c] for c in range(3)) / sum(sizes) / 5
     for c in range(3):
         lost = sum(float(target[0, t, c] - output[0, t, c]) ** 2 for t in range(5))
         by_channel += lost / sum(float(target[0, t, c]) ** 2 for t in range(5)) / 3
     assert float(token_error(output, target)) == pytest.approx(by_token, rel=1e-5)
+    assert float(token_error(torch.zeros_like(target), target)) == pytest.approx(1, rel=1e-5)
     assert float(reconstruction_error(output, target)) == pytest.approx(by_channel, rel=1e-5)
 
 

@@ -51,7 +51,7 @@ class Exact(PatternMethod):
     Args:
         row_group: rows that share what is learned: "row" (each its own), "layer" (all), or a number of rows.
         targets: hidden states of the dense model ("dense"), or outputs of the unpruned block for the same inputs.
-        loss: error relative to the norm of each token ("token"), or of each output channel ("channel", as `Besa`).
+        loss: error relative to the norm of each token (`token_error`), or of each channel ("channel", as `Besa`).
         update: train the kept weights, too: while the mask is learned, and twice as long with the final mask.
         lr: Adam's step size for sparsities, which falls to 0 as a cosine; three times as much for scores; for weights
             half of it times their root mean square, in one cycle.

@@ -127,7 +127,6 @@ def run_until(block: Block, name: str, hidden: Tensor, weights: dict[str, Tensor
             run_block(block.module, hidden, block.call, weights)
         except Stopped as stopped:
             return stopped.args[0].flatten(0, -2)
-    raise ValueError(f"block {block.index}: {name} is never called")
 
 
 def projections_by_input(block: Block) -> list[list[str]]:
