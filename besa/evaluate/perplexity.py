@@ -2,12 +2,10 @@
 
 import math
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from beartype import beartype
-from jaxtyping import Float, Float64, Int64, jaxtyped
+from jaxtyping import Float64, Int64, jaxtyped
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -72,27 +70,11 @@ def _negative_log_likelihood(
     hidden = embed(model, segment)
     for block, call in zip(find_blocks(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
-    parts = logits_in_parts(model, hidden[0, :-1], segment[0, 1:].to(hidden.device), calls[0])
-    return float(sum(F.cross_entropy(logits.float(), labels, reduction="sum").double() for logits, labels in parts))
-
-
-def logits_in_parts(
-    model: PreTrainedModel, hidden: Float[Tensor, "n hidden"], labels: Int64[Tensor, " n"], call: BlockCall
-) -> Iterator[tuple[Float[Tensor, "part vocab"], Int64[Tensor, " part"]]]:
-    """Logits of a few tokens at a time, with their labels: those of a whole segment need not exist at once."""
+    labels = segment[0, 1:].to(hidden.device)
     at_once = LOGITS_AT_ONCE["cpu" if hidden.device.type == "cpu" else "cuda"]
     step = max(1, min(context_of(model), at_once // model.get_input_embeddings().num_embeddings))
-    for part, part_labels in zip(hidden.split(step), labels.split(step), strict=True):
-        yield run_head(model, part[None], call)[0], part_labels
-
-
-@torch.no_grad()
-def run_blocks(
-    model: PreTrainedModel, tokens: Int64[Tensor, "batch seq_len"], **kwargs: Any
-) -> tuple[Float[Tensor, "batch seq_len hidden"], BlockCall]:
-    """The output of the last block, and a call with which `run_head` takes it."""
-    outputs: list[Any] = []
-    with find_blocks(model)[-1].register_forward_hook(lambda _, __, output: outputs.append(output)):
-        model.base_model(tokens.to(model.device), use_cache=False, **kwargs)
-    in_tuple = isinstance(outputs[0], tuple)
-    return outputs[0][0] if in_tuple else outputs[0], BlockCall((), {}, in_tuple)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for part, part_labels in zip(hidden[0, :-1].split(step), labels.split(step), strict=True):
+        logits = run_head(model, part[None], calls[0])[0].float()
+        total += F.cross_entropy(logits, part_labels, reduction="sum").double()
+    return float(total)

@@ -1,11 +1,13 @@
 """Zero-shot accuracy (Table 2) by lm-eval's tasks and scoring."""
 
+import copy
 import hashlib
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,7 +59,7 @@ def zero_shot(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str] = tuple(TASKS),
     limit: int | None = None,
-    batch_size: int | Literal["auto"] = "auto",
+    batch_size: int = 4,
     seed: int = 0,
     progress: bool = True,
 ) -> ZeroShot:
@@ -68,28 +70,24 @@ def zero_shot(
     Args:
         tasks: of piqa, boolq, hellaswag, winogrande, arc_easy, arc_challenge.
         limit: questions per task, drawn by `seed`; None asks all.
-        batch_size: contexts per batch; "auto" bounds the tokens per batch.
+        batch_size: choices per batch.
     """
     import lm_eval.evaluator  # slow
-
-    from besa.evaluate.likelihood import SharedContexts
+    from lm_eval.models.huggingface import HFLM
 
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
-    numbers = {}
-    for name, task in loaded.items():
-        split = TASKS[name].split
-        numbers[name] = _draw(available[name], limit, seed)
-        task.dataset[split] = task.dataset[split].select(numbers[name])
+    asked = {name: _draw(n, limit, seed) for name, n in available.items()}
+    options = {"add_bos_token": "gemma" in model.config.get_text_config().model_type, "softmax_dtype": "float32"}
     with frozen(model), quiet():
-        lm = SharedContexts(model, tokenizer, batch_size, progress)
-        outcome = lm_eval.evaluator.evaluate(lm, loaded)
+        lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **options)
+        lm.loglikelihood = partial(lm.loglikelihood, disable_tqdm=not progress)
+        outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=asked)
     rows = [_row(name, outcome, available[name]) for name in tasks]
     answers = []
     for name in tasks:
         for sample in outcome["samples"][name]:
-            logliks = [loglik for loglik, _ in sample["filtered_resps"]]
-            question = numbers[name][sample["doc_id"]]
+            logliks, question = [loglik for loglik, _ in sample["filtered_resps"]], sample["doc_id"]
             if not all(map(math.isfinite, logliks)):
                 raise ValueError(f"{name}, question {question}: log-likelihoods {logliks}; {finite_hint(model.dtype)}")
             answers.append({"task": name, "question": question, "logliks": logliks, "correct": bool(sample["acc"])})
