@@ -28,7 +28,7 @@ _PUBLIC = {
     "evaluate.perplexity": ("perplexity",),
     "evaluate.zero_shot": ("zero_shot",),
     "evaluate.cycles": ("simulate_cycles",),
-    "packed": ("pack", "unpack", "save_packed"),
+    "packed": ("pack", "unpack"),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -94,6 +94,7 @@ def pack(
     source: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
     output: Annotated[Path, typer.Argument(help="new folder")],
     bits: Annotated[int | None, typer.Option(help="round the kept weights to codes of 2, 3, 4 or 8 bits")] = None,
+    head: Annotated[bool, typer.Option("--head", help="round the head to 8 bits, too")] = False,
     calibration: Annotated[str, typer.Option(help="text by which they are rounded")] = "c4",
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
@@ -103,7 +104,7 @@ def pack(
     from besa.packed import pack_folder
 
     windows = besa.calibration_windows(calibration, load_tokenizer(source), n_samples, seq_len) if bits else None
-    pack_folder(source, output, bits, windows)
+    pack_folder(source, output, bits, windows, head)
     _say(f"wrote {output}")
 
 

@@ -121,8 +121,8 @@ def test_every_option_of_evaluate_is_passed_on(called):
 
 
 def test_pack_passes_its_folders_on(called):
-    assert invoke("pack", "model", "folder") == "wrote folder\n"
-    assert called["pack_folder"] == ((Path("model"), Path("folder"), None, None), {})
+    assert invoke("pack", "model", "folder", "--head") == "wrote folder\n"
+    assert called["pack_folder"] == ((Path("model"), Path("folder"), None, None, True), {})
 
 
 def test_help_answers_without_loading_torch():

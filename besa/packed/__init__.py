@@ -3,6 +3,5 @@
 from besa.packed.files import pack as pack
 from besa.packed.files import pack_folder as pack_folder
 from besa.packed.files import packed_projections as packed_projections
-from besa.packed.files import save_packed as save_packed
 from besa.packed.files import unpack as unpack
 from besa.packed.linear import PackedLinear as PackedLinear

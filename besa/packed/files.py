@@ -2,8 +2,9 @@
 
 On disk a packed model is an ordinary transformers folder. A packed projection `model.layers.0.mlp.up_proj` is stored as
 `model.layers.0.mlp.up_proj.mask`, `.starts`, `.values` and, if it has them, `.scale`, `.zero_point` and `.bias` (see
-`linear.py`). config.json has in `quantization_config`: `quant_method` "besa_packed", `format_version`, and
-`projections`, by name {"in_features": columns, "dtype": "bfloat16", "tensors": {"mask": ["uint8", rows, bytes], ...}}.
+`linear.py`), and so is a head of 8 bits, which can hold the embeddings, too. config.json has in `quantization_config`:
+`quant_method` "besa_packed", `format_version`, `embeddings_in_head`, and `projections`, by name
+{"in_features": columns, "dtype": "bfloat16", "tensors": {"mask": ["uint8", rows, bytes], ...}}.
 
 Importing this file registers the format, so that `from_pretrained` reads such a folder.
 """
@@ -26,18 +27,17 @@ from besa.beyond.gptq import quantize_pruned
 from besa.data.files import load_masks, load_quantized
 from besa.data.models import CARRIED, find_checkpoint, open_checkpoint
 from besa.decoder import find_blocks, projections
-from besa.masks import KeepMasks
 from besa.packed.linear import TENSORS, PackedLinear, check_plain
-from besa.quantize import QuantizedWeight
+from besa.quantize import Quantize, QuantizedWeight
 from besa.report import Report
 
-METHOD, FORMAT_VERSION = "besa_packed", 1
+METHOD, VERSION = "besa_packed", 1
 Keys = tuple[int, str]
 Masks = Mapping[Keys, Tensor]
 
 
 @jaxtyped(typechecker=beartype)
-def pack(model: PreTrainedModel, report: Report | Masks | None = None) -> None:
+def pack(model: PreTrainedModel, report: Report | Masks | None = None, head: bool = False) -> None:
     """Replace pruned projections by packed ones, in place; `save_pretrained` then writes them packed.
 
     Projections that would not be smaller stay dense.
@@ -45,13 +45,22 @@ def pack(model: PreTrainedModel, report: Report | Masks | None = None) -> None:
     Args:
         model: as `prune` left it.
         report: what `prune` returned, or keep-masks by (block, projection); None keeps all weights that are not 0.
+        head: round the head, and embeddings that are the same matrix, to 8 bits with a scale for each row.
     """
-    keep_masks, quantized = (report.keep_masks, report.quantized) if isinstance(report, Report) else (report, {})
     if packed_projections(model):
         raise ValueError("this model is packed already; besa.unpack(model) makes it dense")
+    keep_masks, quantized = (report.keep_masks, report.quantized) if isinstance(report, Report) else (report, {})
+    stored = getattr(model, "checkpoint_dtype", None) or model.dtype
     try:
         for index, block in enumerate(find_blocks(model)):
-            _pack_block(index, block, keep_masks, quantized, getattr(model, "checkpoint_dtype", None) or model.dtype)
+            for name, linear in projections(block).items():
+                codes, keep_mask = quantized.get((index, name)), (keep_masks or {}).get((index, name))
+                if keep_masks is None or keep_mask is not None or codes is not None:
+                    packed = _packed(linear, f"block {index}, {name}", codes, keep_mask)
+                    if packed.nbytes < sum(parameter.numel() for parameter in linear.parameters()) * stored.itemsize:
+                        block.set_submodule(name, packed)
+        if head:
+            _pack_head(model)
         _describe(model)
     except BaseException:  # a model that is packed in part could be saved as if it were whole
         unpack(model)
@@ -62,50 +71,42 @@ def unpack(model: PreTrainedModel) -> None:
     """Replace packed projections by dense ones of the same bits, in place."""
     for name, module in packed_projections(model).items():
         model.set_submodule(name, module.unpack())
+    if isinstance(model.get_input_embeddings(), PackedEmbedding):
+        weight = model.get_output_embeddings().weight
+        model.set_input_embeddings(nn.Embedding(*weight.shape, device="meta"))
+        model.get_input_embeddings().weight = weight
+        model.config.tie_word_embeddings = True
     if isinstance(getattr(model.config, "quantization_config", None), PackedConfig):
         del model.config.quantization_config
 
 
-def save_packed(model: PreTrainedModel, folder: str | Path) -> None:
-    """Save a packed model; `from_pretrained` and `load_model` read it. Its tokenizer is not saved."""
-    _describe(model)
-    model.save_pretrained(folder)
-
-
 @jaxtyped(typechecker=beartype)
 def pack_folder(
-    source: str | Path, output: str | Path, bits: int | None = None, windows: Tensor | None = None
-) -> tuple[int, int]:
-    """Write a pruned checkpoint packed; returns the bytes of its weights before and after.
+    source: str | Path, output: str | Path, bits: int | None = None, windows: Tensor | None = None, head: bool = False
+) -> None:
+    """Write a pruned checkpoint packed.
 
     Args:
         source: output of `prune_checkpoint`, whose keep-masks and codes are used, or another checkpoint with zeros.
         output: new folder.
         bits, windows: round the kept weights as `quantize_pruned` does.
+        head: as for `pack`.
     """
     folder, output = find_checkpoint(source), Path(output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} exists; name a new folder")
-    model, keep_masks, quantized = open_checkpoint(folder), KeepMasks(), {}
-    if packed_projections(model):
-        raise ValueError(f"{str(source)!r} is packed already")
+    model, report = open_checkpoint(folder), Report("", n_samples=0, seq_len=0)
     for path in sorted(folder.glob("besa/masks-*.safetensors")):
-        keep_masks.update(load_masks(path))
-    if bits:
-        quantized = dict(quantize_pruned(model, keep_masks or None, windows, bits).quantized)
-    for index, block in enumerate(find_blocks(model)):
-        codes = folder / f"besa/codes-{index:05d}.safetensors"  # of a block, or of several from this one on
-        quantized |= load_quantized(codes) if codes.exists() else {}
-        _pack_block(index, block, keep_masks or None, quantized, model.dtype)
-        quantized = {key: weight for key, weight in quantized.items() if key[0] > index}
-    _describe(model)
+        report.keep_masks.update(load_masks(path))
+    for path in sorted(folder.glob("besa/codes-*.safetensors")):
+        report.quantized = {**report.quantized, **load_quantized(path)}
+    found = report if report.keep_masks else None
+    pack(model, quantize_pruned(model, found, windows, bits) if bits else found, head)
     output.mkdir(parents=True, exist_ok=True)
     for path in [path for pattern in CARRIED for path in folder.glob(pattern)]:
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, output / path.name)
-    save_packed(model, output)
-    before, after = (sum(path.stat().st_size for path in part.glob("*.safetensors")) for part in (folder, output))
-    return before, after
+    model.save_pretrained(output)
 
 
 def packed_projections(model: nn.Module) -> dict[str, PackedLinear]:
@@ -113,28 +114,41 @@ def packed_projections(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def _pack_block(
-    index: int,
-    block: nn.Module,
-    keep_masks: Masks | None,
-    quantized: Mapping[Keys, QuantizedWeight],
-    stored: torch.dtype,
-) -> None:
-    """Pack the projections of a block that get smaller than in the precision `stored`."""
-    for name, linear in projections(block).items():
-        codes, keep_mask = quantized.get((index, name)), (keep_masks or {}).get((index, name))
-        if keep_masks is not None and keep_mask is None and codes is None:
-            continue
-        check_plain(linear, f"block {index}, {name}")
-        if codes is None:
-            packed = PackedLinear.from_linear(linear, keep_mask)
-        else:
-            packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, linear.bias)
-        packed = packed.to(linear.weight.device).train(linear.training)
-        if not torch.equal(packed.dense(), linear.weight):
-            raise ValueError(f"block {index}, {name}: the report is of other weights than the model's")
-        if packed.nbytes < sum(parameter.numel() for parameter in linear.parameters()) * stored.itemsize:
-            block.set_submodule(name, packed)
+def _packed(linear: nn.Linear, name: str, codes: QuantizedWeight | None, keep_mask: Tensor | None) -> PackedLinear:
+    """Pack a projection, and check that nothing else comes out."""
+    check_plain(linear, name)
+    if codes is None:
+        packed = PackedLinear.from_linear(linear, keep_mask)
+    else:
+        packed = PackedLinear.from_quantized(codes, keep_mask, linear.weight.dtype, linear.bias)
+    packed = packed.to(linear.weight.device).train(linear.training)
+    if not torch.equal(packed.dense(), linear.weight):
+        raise ValueError(f"{name}: the report is of other weights than the model's")
+    return packed
+
+
+def _pack_head(model: PreTrainedModel) -> None:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_shared = type(embeddings) is nn.Embedding and embeddings.weight is head.weight
+    codes = Quantize(bits=8).codes(head.weight)
+    head.weight = nn.Parameter(codes.dequantize(head.weight.dtype))
+    packed = _packed(head, "head", codes, torch.ones_like(head.weight, dtype=torch.bool))
+    model.set_output_embeddings(packed)
+    if is_shared:
+        model.set_input_embeddings(PackedEmbedding(packed))
+    model.config.tie_word_embeddings = False
+
+
+class PackedEmbedding(nn.Module):
+    """Embeddings that are the rows of a packed head."""
+
+    def __init__(self, head: PackedLinear) -> None:
+        super().__init__()
+        self.head, self.num_embeddings = [head], head.out_features  # in a list, so that it is saved once
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, places = ids.unique(return_inverse=True)
+        return torch.cat([self.head[0].dense(row, row + 1) for row in rows.tolist()])[places]
 
 
 def _describe(model: PreTrainedModel) -> None:
@@ -146,16 +160,18 @@ def _describe(model: PreTrainedModel) -> None:
         described[name] = {"in_features": module.in_features, "dtype": str(module.dtype)[6:], "tensors": kinds}
     if not described:
         raise ValueError("no projection would be smaller packed than in its checkpoint's precision; prune it first")
-    model.config.quantization_config = PackedConfig(described)
+    in_head = isinstance(model.get_input_embeddings(), PackedEmbedding)
+    model.config.quantization_config = PackedConfig(described, in_head)
 
 
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed model."""
 
-    def __init__(self, projections: dict[str, dict[str, Any]], format_version: int = FORMAT_VERSION, **_: Any) -> None:
-        if format_version != FORMAT_VERSION:
-            raise ValueError(f"this besa reads packed format {FORMAT_VERSION}, not {format_version}")
-        self.quant_method, self.format_version, self.projections = METHOD, format_version, projections
+    def __init__(self, projections: dict, embeddings_in_head: bool = False, format_version: int = VERSION, **_: Any):
+        if format_version != VERSION:
+            raise ValueError(f"this besa reads packed format {VERSION}, not {format_version}")
+        self.quant_method, self.format_version = METHOD, format_version
+        self.projections, self.embeddings_in_head = projections, embeddings_in_head
 
 
 class PackedQuantizer(HfQuantizer):
@@ -174,6 +190,8 @@ class PackedQuantizer(HfQuantizer):
             }
             dtype = getattr(torch, described["dtype"])
             model.set_submodule(name, PackedLinear(described["in_features"], dtype, **tensors))
+        if self.quantization_config.embeddings_in_head:
+            model.set_input_embeddings(PackedEmbedding(model.get_output_embeddings()))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, module in packed_projections(model).items():

@@ -29,12 +29,9 @@ from numba.extending import intrinsic, register_model
 
 from besa import kernels as passes
 
-WORD = 64
-"""Columns of a word of the mask."""
-LARGEST = 127 * 2**16
-"""Inputs of integer products are integers of 24 bits, up to this one: three signed digits of 8 bits."""
-PREFETCH = 2048
-"""Bytes; without prefetching, products take twice the time."""
+WORD = 64  # columns of a word of the mask
+LARGEST = 127 * 2**16  # input of integer products: integers of 24 bits, three signed digits of 8 bits
+PREFETCH = 2048  # bytes; without prefetching, products take twice the time
 WEIGHTS_PER_THREAD = 2**17
 _PID = os.getpid()
 _SET = (np.arange(256)[:, None] >> np.arange(8)) & 1

@@ -29,8 +29,7 @@ from besa.quantize import QuantizedWeight
 PADDING = 64
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
-SLICE = 2**21
-"""Weights that are dense at a time when many tokens are multiplied: they stay in a cache."""
+SLICE = 2**21  # weights that are dense at a time when many tokens are multiplied: they stay in a cache
 
 
 class PackedLinear(nn.Module):
@@ -45,6 +44,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.dtype = in_features, len(tensors["mask"]), dtype
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
+        self.bits = 8 if self.values.dtype == torch.int8 else 4  # of a stored code
         self._prepared: tuple[Any, ...] = ()
         if not self.mask.is_meta:
             self.check()
@@ -60,9 +60,8 @@ class PackedLinear(nn.Module):
         """
         check_plain(linear)
         weight, bias = linear.weight.detach().cpu(), linear.bias
-        keep = (weight != 0 if keep_mask is None else keep_mask.cpu()).numpy()
-        mask, bits = _packed_mask(keep), weight.view(torch.int16 if weight.dtype.itemsize == 2 else torch.int32)
-        values = torch.cat([torch.from_numpy(bits.numpy()[keep]).view(weight.dtype), weight.new_zeros(PADDING)])
+        keep = weight != 0 if keep_mask is None else keep_mask.cpu()
+        mask, values = _packed_mask(keep), torch.cat([weight[keep], weight.new_zeros(PADDING)])
         tensors = {"mask": mask, "values": values, "bias": None if bias is None else bias.detach().cpu().clone()}
         packed = cls(weight.shape[1], weight.dtype, starts=_starts(mask, weight.dtype), **tensors)
         return packed.to(linear.weight.device).train(linear.training)
@@ -82,11 +81,10 @@ class PackedLinear(nn.Module):
         device, codes = codes.codes.device, codes.cpu()
         columns, groups = codes.codes.shape[1], codes.scale.shape[1]
         zeros = codes.zero_point.repeat_interleave(columns // groups, dim=1)
-        keep = (codes.codes != zeros if keep_mask is None else keep_mask.cpu()).numpy()
-        values, mask = codes.codes.numpy()[keep], _packed_mask(keep)
-        values = values if codes.bits == 8 else _paired(values, mask)
-        values = torch.from_numpy(np.concatenate([values, np.zeros(PADDING, np.uint8)]))
-        values = values.view(torch.int8) if codes.bits == 8 else values
+        keep = codes.codes != zeros if keep_mask is None else keep_mask.cpu()
+        values, mask = codes.codes[keep], _packed_mask(keep)
+        values = values.view(torch.int8) if codes.bits == 8 else _paired(values, mask)
+        values = torch.cat([values, values.new_zeros(PADDING)])
         tensors = {"mask": mask, "values": values, "bias": None if bias is None else bias.detach().cpu().clone()}
         tensors |= {"scale": codes.scale.contiguous(), "zero_point": codes.zero_point.contiguous()}
         return cls(columns, dtype, starts=_starts(mask, values.dtype), **tensors).to(device)
@@ -154,7 +152,7 @@ class PackedLinear(nn.Module):
         task.row_stride, task.permutations = self.dtype.itemsize, kernels.PERMUTATIONS.ctypes.data
         kernels.prefer_large_pages(self.values)
         kernels.prefer_large_pages(self.mask)
-        kind, bits = DTYPES[self.dtype], 0 if self.scale is None else self._bits()
+        kind, bits = DTYPES[self.dtype], 0 if self.scale is None else self.bits
         unpack = kernels.float_kernel(name, bits, kind, False)
         if bits and name != "avx2":
             return Prepared(task, kernels.integer_kernel(bits, kind), unpack, None)
@@ -177,15 +175,11 @@ class PackedLinear(nn.Module):
         values = self.values[int(self.starts[start]) : int(self.starts[end])]
         if self.scale is None:
             return torch.zeros_like(keep, dtype=self.dtype).masked_scatter_(keep, values)
-        if self._bits() == 4:
+        if self.bits == 4:
             values = torch.stack([values & 15, values >> 4], 1).flatten()[_filled(kept.view(-1, kernels.WORD).sum(1))]
         codes = torch.zeros_like(keep, dtype=torch.uint8).masked_scatter_(keep, values.view(torch.uint8))
-        weight = QuantizedWeight(codes, self.scale[start:end], self.zero_point[start:end], self._bits())
+        weight = QuantizedWeight(codes, self.scale[start:end], self.zero_point[start:end], self.bits)
         return weight.dequantize(self.dtype).masked_fill_(~keep, 0)
-
-    def _bits(self) -> int:
-        """Bits of a stored code."""
-        return 8 if self.values.dtype == torch.int8 else 4
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Convert or move; scales stay float16."""
@@ -238,8 +232,8 @@ def check_plain(linear: nn.Module, name: str = "projection") -> None:
         raise ValueError(f"{name}: a weight of {linear.weight.dtype} on {linear.weight.device} cannot be packed")
 
 
-def _packed_mask(keep: np.ndarray) -> Tensor:
-    padded = np.pad(keep, ((0, 0), (0, -keep.shape[1] % kernels.WORD)))
+def _packed_mask(keep: Tensor) -> Tensor:
+    padded = np.pad(keep.numpy(), ((0, 0), (0, -keep.shape[1] % kernels.WORD)))
     return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little"))
 
 
@@ -263,9 +257,9 @@ def _filled(counts: Tensor) -> Tensor:
     return filled
 
 
-def _paired(codes: np.ndarray, mask: Tensor) -> np.ndarray:
+def _paired(codes: Tensor, mask: Tensor) -> Tensor:
     """Codes of 4 bits two a byte; each word starts a new byte."""
-    filled = _filled(_counts(mask).flatten()).numpy()
-    halves = np.zeros(len(filled), np.uint8)
+    filled = _filled(_counts(mask).flatten())
+    halves = codes.new_zeros(len(filled))
     halves[filled] = codes
     return halves[::2] | halves[1::2] << 4
