@@ -305,7 +305,8 @@ class Run:
     def stem(self) -> str:
         """Name of this run's tables and figures."""
         usual = self.recipe.calibration == resolve_recipe(self.model).calibration
-        return f"{slug(self.model)}-{self.profile.name}" + ("" if usual else f"-{self.recipe.calibration}")
+        calibration = "" if usual else "-" + self.recipe.calibration.replace(" ", "-")
+        return f"{slug(self.model)}-{self.profile.name}{calibration}"
 
     def write_table(self, frame: pd.DataFrame, caption: str, suffix: str = "") -> str:
         """Write a table under the run's name, the size of the run in its caption; returns Markdown."""
