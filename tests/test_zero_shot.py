@@ -110,7 +110,7 @@ def test_every_answer_equals_that_of_lm_eval_on_a_plainly_written_task(model, to
     assert (report.rows[0]["acc"], report.rows[0]["stderr"]) == (result["acc,none"], result["acc_stderr,none"])
 
 
-def test_questions_to_gemma_begin_with_bos(tokenizer, monkeypatch):
+def test_questions_to_gemma_begin_with_bos(tokenizer):
     bos, opening = tokenizer.bos_token_id, copy.deepcopy(tokenizer)
     template = {"single": f"{tokenizer.bos_token} $A", "special_tokens": [(tokenizer.bos_token, bos)]}
     opening.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**template)  # as Gemma's has
