@@ -147,5 +147,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         pre = tokenizers.pre_tokenizers
         byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
         tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), byte_level])
+    if folder.name == "qwen2.5-coder-1.5b":  # the file has two roundings of what is one matrix in the original
+        model.get_input_embeddings().weight = model.lm_head.weight
+        model.config.tie_word_embeddings = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

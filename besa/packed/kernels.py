@@ -1,7 +1,7 @@
 """Compiled passes over packed rows: products with inputs, and rows made dense.
 
 A row is read 64 columns at a time: a word of the mask, and as many values as it has bits. The kernels are numba
-functions of vectors, which numba lacks: this file adds them as a type, with operations of an LLVM instruction or two.
+functions of vectors, which numba lacks: this file adds them as a type, with operations of a few LLVM instructions.
 
 - "vnni" (Ice Lake and later): VPEXPANDB spreads 64 codes to their columns, VPDPBUSD multiplies them by integers.
 - "bf16" (Sapphire Rapids, Zen 4 and later): the same, and VDPBF16PS multiplies bfloat16 values.
@@ -31,7 +31,7 @@ from besa import kernels as passes
 
 WORD = 64  # columns of a word of the mask
 LARGEST = 127 * 2**16  # input of integer products: integers of 24 bits, three signed digits of 8 bits
-PREFETCH = 2048  # bytes; without prefetching, products take twice the time
+PREFETCH = 8192  # bytes to read ahead, to the second cache; without, products take twice the time
 WEIGHTS_PER_THREAD = 2**17
 _PID = os.getpid()
 _SET = (np.arange(256)[:, None] >> np.arange(8)) & 1
@@ -51,21 +51,20 @@ def instructions() -> str:
     return "avx2" if found >= AVX2 else "none"
 
 
-class Task(ctypes.Structure):
-    """Arguments of a kernel: counts, the bytes of a row of the output, addresses, and the step of integer inputs."""
+COUNTS = "row last_row rows_at_once words groups stride mask_ahead values_ahead "
+ADDRESSES = "mask starts values scale zero_point inputs input_sums steps out permutations"
 
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("row", "last_row", "rows_at_once", "words", "groups", "row_stride")],
-        *[(name, ctypes.c_int64) for name in ("mask", "starts", "values", "scale", "zero_point", "bias")],
-        *[(name, ctypes.c_int64) for name in ("inputs", "input_sums", "out", "permutations")],
-        ("step", ctypes.c_double),
-    ]
+
+class Task(ctypes.Structure):
+    """Arguments of a kernel. `stride`: bytes between outputs of tokens, or between dense rows."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (COUNTS + ADDRESSES).split()]
 
 
 def run(kernel: Callable, task: Task, n_weights: int) -> None:
     """Run a kernel on torch's OpenMP threads, each of which takes the next rows until none are left."""
     n_threads = min(torch.get_num_threads(), 1 + n_weights // WEIGHTS_PER_THREAD)
-    task.rows_at_once = max(1, (task.last_row - task.row) // (4 * n_threads))
+    task.rows_at_once = 2 * max(1, (task.last_row - task.row) // (8 * n_threads))  # pairs
     team = passes._openmp()
     if n_threads == 1 or team is None or os.getpid() != _PID:  # a forked child has no threads
         kernel(ctypes.byref(task))
@@ -81,9 +80,9 @@ def prefer_large_pages(tensor: torch.Tensor) -> None:
             ctypes.CDLL(None).madvise(start, size, advice)
 
 
-llvmlite.binding.initialize_native_asmparser()  # for the two instructions in `add_products`
-SIZES = {"bf16": 2, "f16": 2, "f32": 4}
-I1, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
+llvmlite.binding.initialize_native_asmparser()  # for instructions that LLVM has no operation for
+SIZES = {"i8": 1, "bf16": 2, "f16": 2, "f32": 4, "i32": 4}
+I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 ELEMENTS = {"i8": I8, "i16": I16, "i32": I32, "bf16": I16, "f16": I16, "f32": F32}
 SCALARS = {"i64": (types.int64, I64), "f32": (types.float32, F32), "f16": (types.float32, F16)}
@@ -91,11 +90,13 @@ SCALARS |= {f"u{bits}": (getattr(types, f"uint{bits}"), ir.IntType(bits)) for bi
 
 
 class Vector(types.Type):
-    """Elements in one register, such as "32xbf16"."""
+    """Elements in one register, such as "32xbf16", or in several: "6x16xi32"."""
 
     def __init__(self, name: str) -> None:
-        lanes, _, self.element = name.partition("x")
+        *registers, lanes, self.element = name.split("x")
         self.llvm = ir.VectorType(ELEMENTS[self.element], int(lanes))
+        for number in registers:
+            self.llvm = ir.ArrayType(self.llvm, int(number))
         super().__init__(name)
 
 
@@ -106,8 +107,9 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _named(name):
-    """Type of a name such as "u8" or "64xi8"."""
-    return SCALARS[name.literal_value][0] if name.literal_value in SCALARS else Vector(name.literal_value)
+    """Type of what `load` returns for a name."""
+    name = {"64xi4": "64xi8", "8xi4": "8xi32"}.get(name.literal_value, name.literal_value)
+    return SCALARS[name][0] if name in SCALARS else Vector(name)
 
 
 @no_type_check
@@ -148,22 +150,41 @@ def _all(kind, value):
 
 @operation(lambda address, name: _named(name))
 def load(b, signature, address, name):
-    """A number or a vector from memory; float16 numbers become float32."""
+    """A number or a vector from memory; float16 numbers become float32.
+
+    "64xi4" and "8xi4" are codes, two a byte, which become bytes and 32 bits. Addresses of the latter count half bytes.
+    """
     name = signature.args[1].literal_value
+    if name == "64xi4":
+        pairs = b.load(b.inttoptr(address, ir.VectorType(I8, 32).as_pointer()), align=1)
+        pairs = b.zext(pairs, _like(pairs, I16))
+        codes = b.and_(b.or_(pairs, b.shl(pairs, _all(pairs.type, 4))), _all(pairs.type, 0x0F0F))
+        return b.bitcast(codes, signature.return_type.llvm)
+    if name == "8xi4":
+        codes = b.load(b.inttoptr(b.lshr(address, I64(1)), I64.as_pointer()), align=1)
+        codes = _splat(b, b.trunc(b.lshr(codes, b.shl(b.and_(address, I64(1)), I64(2))), I32), 8)
+        return b.and_(b.lshr(codes, ir.Constant(codes.type, list(range(0, 32, 4)))), _all(codes.type, 15))
     kind = SCALARS[name][1] if name in SCALARS else signature.return_type.llvm
-    value = b.load(b.inttoptr(address, kind.as_pointer()))
-    value.align = 1
+    value = b.load(b.inttoptr(address, kind.as_pointer()), align=1)
     return b.fpext(value, F32) if name == "f16" else value
+
+
+@operation(lambda address, bits, name: types.int64)
+def advance(b, signature, address, bits, name):
+    """Where the values of the next bits start; `name` is that for `load`."""
+    name, kept = signature.args[2].literal_value, _call(b, f"llvm.ctpop.i{bits.type.width}", bits.type, bits)
+    kept = b.mul(b.zext(kept, I64), I64(SIZES.get(name.split("x")[1], 1)))
+    return b.add(address, b.lshr(b.add(kept, I64(1)), I64(1)) if name == "64xi4" else kept)
 
 
 @operation(lambda value, address: types.void)
 def store(b, signature, value, address):
-    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 1
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
 @operation(lambda address: types.void)
 def prefetch(b, signature, address):
-    _call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), I32(0), I32(3), I32(1))
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, I8.as_pointer()), I32(0), I32(2), I32(1))
 
 
 @operation(lambda task, rows: types.int64)
@@ -177,99 +198,76 @@ def zeros(b, signature, name):
     return ir.Constant(signature.return_type.llvm, None)
 
 
-@operation(lambda bits: types.int64)
-def count(b, signature, bits):
-    """Number of ones."""
-    return b.zext(_call(b, f"llvm.ctpop.i{bits.type.width}", bits.type, bits), I64)
-
-
 @operation(lambda vector: types.float32)
 def total(b, signature, vector):
     """Sum of all lanes."""
     return _call(b, f"llvm.vector.reduce.fadd.v{vector.type.count}f32", F32, F32(0.0), vector, fastmath=("reassoc",))
 
 
-@operation(lambda pairs: Vector("64xi8"))
-def nibbles(b, signature, pairs):
-    """64 codes of 4 bits from 32 bytes."""
-    wide = _like(pairs, I16)
-    pairs = b.zext(pairs, wide)
-    return b.bitcast(b.and_(b.or_(pairs, b.shl(pairs, _all(wide, 4))), _all(wide, 0x0F0F)), ir.VectorType(I8, 64))
-
-
-@operation(lambda vector, bits, rest, permutations: vector)
-def expand(b, signature, vector, bits, rest, permutations):
-    """The next elements of `vector` where bits are one, elsewhere `rest`: a number, or 0 for zeros."""
-    result, lanes, width = vector.type, vector.type.count, getattr(vector.type.element, "width", 32)
+@operation(lambda values, bits, scale, zero_point, permutations, name: _named(name))
+def spread(b, signature, values, bits, scale, zero_point, permutations, name):
+    """The next weights where bits are one, elsewhere 0; named "i8", the next codes, elsewhere zero_point."""
+    source, target = signature.args[0].element, signature.return_type
+    lanes, width = target.llvm.count, SIZES[target.element] * 8
+    if target.element == "f32":
+        if source[0] == "i":  # scale (code - zero_point)
+            shift = b.fneg(b.fmul(scale, b.uitofp(zero_point, F32)))  # exact, in 19 bits
+            values = _fma(b, b.uitofp(values, target.llvm), _splat(b, scale, lanes), _splat(b, shift, lanes))
+        elif source == "bf16":
+            values = b.shl(b.zext(values, _like(values, I32)), _all(_like(values, I32), 16))
+        elif source == "f16":
+            values = b.fpext(b.bitcast(values, _like(values, F16)), target.llvm)
     kind = ir.VectorType(ir.IntType(width), lanes)
-    vector = b.bitcast(vector, kind)
-    rest = _splat(b, rest, lanes) if rest.type == kind.element else ir.Constant(kind, None)
-    if lanes > 8:
-        name = f"llvm.x86.avx512.mask.expand.v{lanes}i{width}"
-        return b.bitcast(_call(b, name, kind, vector, rest, b.bitcast(bits, ir.VectorType(I1, lanes))), result)
-    wide, address = _like(vector, I32), b.add(permutations, b.mul(b.zext(bits, I64), I64(lanes)))
-    places = b.zext(b.load(b.inttoptr(address, _like(vector, I8).as_pointer())), wide)
-    spread = _call(b, "llvm.x86.avx2.permd", wide, vector if width == 32 else b.zext(vector, wide), places)
-    spread = spread if width == 32 else b.trunc(spread, kind)
-    return b.bitcast(b.select(b.icmp_signed("<", places, _all(wide, 128)), spread, rest), result)
+    values, rest = b.bitcast(values, kind), ir.Constant(kind, None)
+    if target.element == "i8":
+        rest = _splat(b, zero_point, lanes)
+    if lanes > 8:  # LLVM's own operation would read the values from memory, which takes long
+        text, emitted = f"vpexpand{' bw d'[width // 8]} $1, $0 {{$2}}", ir.FunctionType(kind, [kind, bits.type, kind])
+        return b.bitcast(b.asm(emitted, text, "=v,v,^Yk,0", [values, bits, rest], False), target.llvm)
+    wide, address = ir.VectorType(I32, 8), b.add(permutations, b.mul(b.zext(bits, I64), I64(lanes)))
+    places = b.zext(b.load(b.inttoptr(address, ir.VectorType(I8, 8).as_pointer())), wide)
+    values = values if width == 32 else b.zext(values, wide)
+    values = _call(b, "llvm.x86.avx2.permd", wide, values, places)
+    values = b.select(b.icmp_signed("<", places, _all(wide, 128)), values, _all(wide, 0))
+    return b.bitcast(values if width == 32 else b.trunc(values, kind), target.llvm)
 
 
-@operation(lambda sums, weights, inputs: sums)
-def add_products(b, signature, sums, weights, inputs):
-    """sums + weights inputs; of 8 bits four products go to an element, of 16 bits two."""
-    if sums.type.count == weights.type.count:
-        return _fma(b, weights, inputs, sums)
-    name = "vpdpbusd" if sums.type.element == I32 else "vdpbf16ps"
-    kind = ir.FunctionType(sums.type, [sums.type, weights.type, inputs.type])
-    return b.asm(kind, f"{name} $3, $2, $0", "=v,0,v,v", [sums, weights, inputs], False)
+@operation(lambda sums, weights, others, inputs: sums)
+def add_products(b, signature, sums, weights, others, inputs):
+    """Add the products of two vectors of weights and each vector of inputs; the second half of sums is of `others`."""
+    kind, n_inputs = sums.type.element, sums.type.count // 2
+    n_bytes = weights.type.count * SIZES[signature.args[1].element]
+    for number in range(n_inputs):
+        x = b.load(b.inttoptr(b.add(inputs, I64(n_bytes * number)), weights.type.as_pointer()), align=1)
+        for place, vector in ((number, weights), (number + n_inputs, others)):
+            total = b.extract_value(sums, place)
+            if kind.count == x.type.count:
+                total = _fma(b, vector, x, total)
+            else:  # of 8 bits four products go to an element, of 16 bits two
+                emitted = ir.FunctionType(kind, [kind, x.type, x.type])
+                name = "vpdpbusd" if kind.element == I32 else "vdpbf16ps"
+                total = b.asm(emitted, f"{name} $3, $2, $0", "=v,0,v,v", [total, vector, x], False)
+            sums = b.insert_value(sums, total, place)
+    return sums
 
 
-@operation(lambda totals, low, middle, high, scale, shift: totals)
-def add_scaled(b, signature, totals, low, middle, high, scale, shift):
-    """totals + scale (sums - shift); the sums come in three digits."""
-    kind = totals.type
-    low, middle, high = (b.sitofp(digit, kind) for digit in (low, middle, high))
-    base, scale, shift = _all(kind, 256.0), _splat(b, scale, kind.count), _splat(b, shift, kind.count)
-    sums = _fma(b, _fma(b, high, base, middle), base, low)
-    return _fma(b, b.fsub(sums, shift), scale, totals)
+@operation(lambda totals, sums, scales, zero_points, input_sums: totals)
+def add_scaled(b, signature, totals, sums, scales, zero_points, input_sums):
+    """Add scale (sums - zero_point input_sums) to the totals; the sums come in three digits."""
+    kind, n_tokens = totals.type.element, totals.type.count // 2
+    for place in range(2 * n_tokens):
+        low, middle, high = (b.sitofp(b.extract_value(sums, 3 * place + digit), kind) for digit in range(3))
+        value = _fma(b, _fma(b, high, _all(kind, 256.0), middle), _all(kind, 256.0), low)
+        of_input = b.load(b.inttoptr(b.add(input_sums, I64(4 * (place % n_tokens))), F32.as_pointer()))
+        scale, zero_point = (b.extract_value(pair, place // n_tokens) for pair in (scales, zero_points))
+        value = b.fsub(value, _splat(b, b.fmul(b.uitofp(zero_point, F32), of_input), kind.count))
+        value = _fma(b, value, _splat(b, scale, kind.count), b.extract_value(totals, place))
+        totals = b.insert_value(totals, value, place)
+    return totals
 
 
 def _fma(b, x, y, z):
     return _call(b, f"llvm.fma.v{z.type.count}f32", z.type, x, y, z)
-
-
-@operation(lambda values: Vector(f"{values.llvm.count}xf32"))
-def widened(b, signature, values):
-    """Values as float32."""
-    element, floats, wide = signature.args[0].element, signature.return_type.llvm, _like(values, I32)
-    if element == "f16":
-        return b.fpext(b.bitcast(values, _like(values, F16)), floats)
-    return b.bitcast(b.shl(b.zext(values, wide), _all(wide, 16)), floats) if element == "bf16" else values
-
-
-@operation(lambda floats, name: _named(name))
-def rounded(b, signature, floats, name):
-    """float32 in another precision, to the nearest, ties to even."""
-    kind = signature.return_type
-    floats = floats if isinstance(floats.type, ir.VectorType) else _splat(b, floats, 1)
-    if kind.element == "bf16" and kind.llvm.count == 16 and instructions() == "bf16":
-        return b.asm(ir.FunctionType(kind.llvm, [floats.type]), "vcvtneps2bf16 $1, $0", "=v,v", [floats], False)
-    if kind.element == "f16":
-        return b.bitcast(b.fptrunc(floats, _like(floats, F16)), kind.llvm)
-    if kind.element == "f32":
-        return floats
-    bits = b.bitcast(floats, _like(floats, I32))
-    odd = b.and_(b.lshr(bits, _all(bits.type, 16)), _all(bits.type, 1))
-    bits = b.add(b.add(bits, _all(bits.type, 0x7FFF)), odd)
-    return b.trunc(b.lshr(bits, _all(bits.type, 16)), kind.llvm)
-
-
-@operation(lambda codes, scale, zero_point: Vector(f"{codes.llvm.count}xf32"))
-def decoded(b, signature, codes, scale, zero_point):
-    """scale (codes - zero_point)."""
-    floats, lanes = signature.return_type.llvm, codes.type.count
-    shift = b.fneg(b.fmul(scale, b.uitofp(zero_point, F32)))  # exact, in 19 bits
-    return _fma(b, b.uitofp(codes, floats), _splat(b, scale, lanes), _splat(b, shift, lanes))
 
 
 def _compiled(function):
@@ -283,142 +281,139 @@ def _compiled(function):
 
 @numba.njit
 @no_type_check
-def _rows(tasks):
-    """The rows of a task that no other thread takes."""
+def _rows(tasks, step):
+    """The rows of a task that no other thread takes, or the first ones of pairs."""
     task = numba.carray(tasks, 1)[0]
     first = take(tasks, task.rows_at_once)
     while first < task.last_row:
-        for row in range(first, min(first + task.rows_at_once, task.last_row)):  # noqa: UP028 (unknown to numba)
+        for row in range(first, min(first + task.rows_at_once, task.last_row), step):  # noqa: UP028 (unknown to numba)
             yield row
         first = take(tasks, task.rows_at_once)
 
 
+def vector_lanes(instructions, code_bits, dtype):
+    """Columns that are multiplied at once: 64 of codes as integers, 32 of bfloat16, else 16 or 8 of float32."""
+    return 8 if instructions == "avx2" else 64 if code_bits else 32 if instructions == dtype == "bf16" else 16
+
+
 @functools.cache
 @no_type_check
-def integer_kernel(code_bits, dtype):
-    """Kernel for products of codes and an input that `split_inputs` wrote, plus a bias (vnni)."""
-    size, out_name, is_paired = SIZES[dtype], f"1x{dtype}", code_bits == 4
+def product_kernel(instructions, code_bits, dtype, n_tokens):
+    """Kernel for products (float32) of values (code_bits 0) or codes and some tokens.
+
+    Inputs lie as (words, tokens, digits, 64) integers, or as (columns / lanes, tokens, lanes) floats. Two rows are
+    multiplied at a time, for they share what is loaded of the inputs.
+    """
+    lanes, stored_size = vector_lanes(instructions, code_bits, dtype), 1 if code_bits else SIZES[dtype]
+    is_integer, stored_name = lanes == WORD, f"{lanes}x{f'i{code_bits}' if code_bits else dtype}"
+    weights_name = f"{lanes}x{'i8' if is_integer else 'bf16' if lanes == 32 else 'f32'}"
+    n_sums, n_lanes, mask_name = 2 * n_tokens, min(lanes, 16), f"u{lanes}"
+    total_name, totals_name = f"{n_lanes}xf32", f"{n_sums}x{n_lanes}xf32"
+    sums_name = f"{3 * n_sums}x16xi32" if is_integer else totals_name
+    inputs_step = n_tokens * (3 * WORD if is_integer else 4 * n_lanes)
+    halves = int(stored_name == "8xi4")  # of bytes are counted by addresses of values
 
     def kernel(tasks):
         task = numba.carray(tasks, 1)[0]
-        words, stride, permutations = task.words, task.words * WORD, task.permutations
-        for row in _rows(tasks):
-            mask, values = task.mask + 8 * row * words, task.values + load(task.starts + 8 * row, "i64")
-            inputs, totals = task.inputs, zeros("16xf32")
-            for group in range(task.groups):
-                place = row * task.groups + group
-                zero_point, scale = load(task.zero_point + place, "u8"), load(task.scale + 2 * place, "f16")
-                low = middle = high = zeros("16xi32")
-                for _ in range(words // task.groups):
-                    prefetch(values + PREFETCH)
-                    prefetch(mask + PREFETCH)
-                    bits = load(mask, "u64")
-                    if is_paired:
-                        codes = nibbles(load(values, "32xi8"))
-                        values += (count(bits) + 1) >> 1
-                    else:
-                        codes = load(values, "64xi8")
-                        values += count(bits)
-                    codes = expand(codes, bits, zero_point, permutations)
-                    low = add_products(low, codes, load(inputs, "64xi8"))
-                    middle = add_products(middle, codes, load(inputs + stride, "64xi8"))
-                    high = add_products(high, codes, load(inputs + 2 * stride, "64xi8"))
-                    inputs += WORD
-                    mask += 8
-                shift = np.float32(zero_point) * load(task.input_sums + 4 * group, "f32")
-                totals = add_scaled(totals, low, middle, high, scale, shift)
-            product = total(totals) * task.step
-            if task.bias != 0:
-                product += total(widened(load(task.bias + row * size, out_name)))
-            store(rounded(np.float32(product), out_name), task.out + row * task.row_stride)
+        words, groups, permutations = task.words, task.groups, task.permutations
+        room = np.empty(n_sums * n_lanes, np.float32)
+        scale, other_scale, zero, other_zero = np.float32(1), np.float32(1), np.uint8(0), np.uint8(0)
+        for row in _rows(tasks, 2):
+            other = min(row + 1, task.last_row - 1)
+            mask, to_other, inputs = task.mask + 8 * row * words, 8 * (other - row) * words, task.inputs
+            values = task.values + stored_size * load(task.starts + 8 * row, "i64") << halves
+            others = task.values + stored_size * load(task.starts + 8 * other, "i64") << halves
+            totals, sums = zeros(totals_name), zeros(sums_name)
+            for group in range(groups):
+                if code_bits:
+                    place, other_place = row * groups + group, other * groups + group
+                    scale, other_scale = load(task.scale + 2 * place, "f16"), load(task.scale + 2 * other_place, "f16")
+                    zero, other_zero = load(task.zero_point + place, "u8"), load(task.zero_point + other_place, "u8")
+                for _ in range(words // groups):
+                    prefetch(mask + task.mask_ahead)
+                    prefetch(mask + to_other + task.mask_ahead)
+                    for line in range(0, WORD * stored_size, 64):
+                        prefetch((values >> halves) + task.values_ahead + line)
+                        prefetch((others >> halves) + task.values_ahead + line)
+                    for _ in range(WORD // lanes):
+                        bits, other_bits = load(mask, mask_name), load(mask + to_other, mask_name)
+                        x, y = load(values, stored_name), load(others, stored_name)
+                        x = spread(x, bits, scale, zero, permutations, weights_name)
+                        y = spread(y, other_bits, other_scale, other_zero, permutations, weights_name)
+                        sums = add_products(sums, x, y, inputs)
+                        values, others = advance(values, bits, stored_name), advance(others, other_bits, stored_name)
+                        mask += lanes // 8
+                        inputs += inputs_step
+                    values, others = values + (values & halves), others + (others & halves)  # each word starts a byte
+                if is_integer:
+                    input_sums = task.input_sums + 4 * n_tokens * group
+                    totals = add_scaled(totals, sums, (scale, other_scale), (zero, other_zero), input_sums)
+                    sums = zeros(sums_name)
+            if not is_integer:
+                totals = sums
+            store(totals, np.int64(room.ctypes.data))
+            for number in range(n_sums):
+                token, column = number % n_tokens, row if number < n_tokens else other
+                product = total(load(np.int64(room.ctypes.data) + 4 * n_lanes * number, total_name))
+                if is_integer:
+                    product *= load(task.steps + 4 * token, "f32")
+                store(product, task.out + task.stride * token + 4 * column)
 
     return _compiled(kernel)
 
 
 @functools.cache
 @no_type_check
-def float_kernel(instructions, code_bits, dtype, is_product):
-    """Kernel for products of values (code_bits 0) or codes and an input, plus a bias; or for dense rows.
-
-    The input is float32, or bfloat16 if instructions and dtype (of values and of what is written) are "bf16".
-    """
-    is_code, is_paired, size = code_bits > 0, code_bits == 4, SIZES[dtype]
-    is_bf16, stored_size = is_product and instructions == dtype == "bf16", 1 if is_code else size
-    is_copy = is_bf16 or not (is_product or is_code)  # weights are spread in their own precision
-    lanes = 8 if instructions == "avx2" else 64 // size if is_copy else 16
-    stored_name, row_name, out_name = f"{lanes}x{'i8' if is_code else dtype}", f"{lanes}x{dtype}", f"1x{dtype}"
-    inputs_name, inputs_size = (f"{lanes}xbf16", 64) if is_bf16 else (f"{lanes}xf32", 4 * lanes)
-    mask_name, sums_name = f"u{lanes}", f"{min(lanes, 16)}xf32"
+def dense_kernel(code_bits, dtype):
+    """Kernel that writes dense rows: values in their precision, codes as float32."""
+    stored_size, stored_name = (1, f"8xi{code_bits}") if code_bits else (SIZES[dtype], f"8x{dtype}")
+    row_name, row_step, halves = ("8xf32", 32, code_bits == 4) if code_bits else (stored_name, 8 * stored_size, 0)
 
     def kernel(tasks):
         task = numba.carray(tasks, 1)[0]
-        words, permutations = task.words, task.permutations
-        room = np.empty(words * WORD + WORD if is_paired else 0, np.uint8)
-        for row in _rows(tasks):
-            start, end = load(task.starts + 8 * row, "i64"), load(task.starts + 8 * row + 8, "i64")
-            mask, values = task.mask + 8 * row * words, task.values + stored_size * start
-            inputs, out = task.inputs, task.out + row * task.row_stride
-            sums = others = zeros(sums_name)
-            if is_paired:
-                for i in range(0, end - start, 32):
-                    store(nibbles(load(values + i, "32xi8")), np.int64(room.ctypes.data) + 2 * i)
-                values = np.int64(room.ctypes.data)
+        scale, zero = np.float32(1), np.uint8(0)
+        for row in _rows(tasks, 1):
+            mask, out = task.mask + 8 * row * task.words, task.out + task.stride * row
+            values = task.values + stored_size * load(task.starts + 8 * row, "i64") << halves
             for group in range(task.groups):
-                if is_code:
+                if code_bits:
                     place = row * task.groups + group
-                    zero_point, scale = load(task.zero_point + place, "u8"), load(task.scale + 2 * place, "f16")
-                for _ in range(words // task.groups):
-                    prefetch(values + PREFETCH)
-                    prefetch(values + PREFETCH + 64)
-                    prefetch(mask + PREFETCH)
-                    for _ in range(WORD // lanes):
-                        bits, weights = load(mask, mask_name), load(values, stored_name)
-                        if is_code:
-                            spread = expand(decoded(weights, scale, zero_point), bits, 0, permutations)
-                        elif is_copy:
-                            spread = expand(weights, bits, 0, permutations)
-                        else:
-                            spread = expand(widened(weights), bits, 0, permutations)
-                        if is_product:  # two sums take turns, for an addition waits for the one before
-                            sums, others = others, add_products(sums, spread, load(inputs, inputs_name))
-                            inputs += inputs_size
-                        elif is_code:
-                            store(rounded(spread, row_name), out)
-                        else:
-                            store(spread, out)
-                        values += stored_size * count(bits)
-                        mask += lanes // 8
-                        out += 0 if is_product else size * lanes
-                    if is_paired:
-                        values += values & 1  # codes of the next word start a new byte
-            if is_product:
-                product = total(sums) + total(others)
-                if task.bias != 0:
-                    product += total(widened(load(task.bias + row * size, out_name)))
-                store(rounded(product, out_name), out)
+                    scale, zero = load(task.scale + 2 * place, "f16"), load(task.zero_point + place, "u8")
+                for _ in range(task.words // task.groups):
+                    for _ in range(WORD // 8):
+                        bits = load(mask, "u8")
+                        store(spread(load(values, stored_name), bits, scale, zero, task.permutations, row_name), out)
+                        values = advance(values, bits, stored_name)
+                        mask += 1
+                        out += row_step
+                    values += values & halves  # each word starts a byte
 
     return _compiled(kernel)
 
 
 @functools.partial(numba.njit, cache=True, nogil=True)
 @no_type_check
-def split_inputs(x, digits, sums):
-    """Write a float32 input as integers in three digits, the lowest first, and 1/16 of their sum for every group.
+def split_inputs(tokens, digits, sums, steps):
+    """Write tokens (float32) as integers in three digits, the lowest first: digits (words, tokens, 3, 64).
 
-    Returns their step, and the addresses of what is written.
+    `steps` (tokens,) are the units of the integers; `sums` (groups, tokens) are 1/16 of their sums.
     """
-    columns, n_groups = len(x), len(sums)
-    largest, integers = np.int32(0), np.zeros(digits.shape[1], np.int32)
-    for bits in x.view(np.int32):  # without their sign, in the order of the numbers
-        largest = max(largest, bits & np.int32(0x7FFFFFFF))
-    step = np.full(1, largest, np.int32).view(np.float32)[0] / np.float32(LARGEST)
-    step = np.float32(1) if step == 0 else step
-    for j in range(columns):
-        integers[j] = np.int32(np.rint(x[j] / step))
-    for j in range(len(integers)):  # with all digits raised by 128, they are the bytes of a number
-        raised = np.uint32(integers[j] + 0x808080)
-        for digit in range(3):
-            digits[digit, j] = np.int8((raised >> np.uint32(8 * digit)) ^ np.uint32(128))
-    for group in range(n_groups):
-        sums[group] = integers[columns // n_groups * group : columns // n_groups * (group + 1)].sum() / 16
-    return step, digits.ctypes.data, sums.ctypes.data
+    (n_tokens, columns), n_groups = tokens.shape, len(sums)
+    integers = np.zeros(len(digits) * WORD, np.int32)
+    for token in range(n_tokens):
+        largest = np.int32(0)
+        for bits in tokens[token].view(np.int32):  # without their sign, in the order of the numbers
+            largest = max(largest, bits & np.int32(0x7FFFFFFF))
+        step = np.full(1, largest, np.int32).view(np.float32)[0] / np.float32(LARGEST)
+        step = np.float32(1) if step == 0 else step
+        for column in range(columns):
+            integers[column] = np.int32(np.rint(tokens[token, column] / step))
+        for word in range(len(digits)):
+            for lane in range(WORD):  # with all digits raised by 128, they are the bytes of a number
+                raised = np.uint32(integers[WORD * word + lane] + 0x808080)
+                for digit in range(3):
+                    digits[word, token, digit, lane] = np.int8((raised >> np.uint32(8 * digit)) ^ np.uint32(128))
+        for group in range(n_groups):
+            of_group = integers[columns // n_groups * group : columns // n_groups * (group + 1)]
+            sums[group, token] = of_group.sum() / 16
+        steps[token] = step

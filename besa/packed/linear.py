@@ -59,12 +59,10 @@ class PackedLinear(nn.Module):
             keep_mask: True = keep; None keeps all that is not exactly 0.
         """
         check_plain(linear)
-        weight, bias = linear.weight.detach().cpu(), linear.bias
+        weight = linear.weight.detach().cpu()
         keep = weight != 0 if keep_mask is None else keep_mask.cpu()
-        mask, values = _packed_mask(keep), torch.cat([weight[keep], weight.new_zeros(PADDING)])
-        tensors = {"mask": mask, "values": values, "bias": None if bias is None else bias.detach().cpu().clone()}
-        packed = cls(weight.shape[1], weight.dtype, starts=_starts(mask, weight.dtype), **tensors)
-        return packed.to(linear.weight.device).train(linear.training)
+        packed = cls(weight.shape[1], weight.dtype, **_tensors(_packed_mask(keep), weight[keep], linear.bias))
+        return packed.to(linear.weight.device)
 
     @classmethod
     @jaxtyped(typechecker=beartype)
@@ -84,10 +82,9 @@ class PackedLinear(nn.Module):
         keep = codes.codes != zeros if keep_mask is None else keep_mask.cpu()
         values, mask = codes.codes[keep], _packed_mask(keep)
         values = values.view(torch.int8) if codes.bits == 8 else _paired(values, mask)
-        values = torch.cat([values, values.new_zeros(PADDING)])
-        tensors = {"mask": mask, "values": values, "bias": None if bias is None else bias.detach().cpu().clone()}
+        tensors = _tensors(mask, values, bias)
         tensors |= {"scale": codes.scale.contiguous(), "zero_point": codes.zero_point.contiguous()}
-        return cls(columns, dtype, starts=_starts(mask, values.dtype), **tensors).to(device)
+        return cls(columns, dtype, **tensors).to(device)
 
     def unpack(self) -> nn.Linear:
         """Return the dense projection, of the same bits that were packed."""
@@ -103,12 +100,13 @@ class PackedLinear(nn.Module):
         end, prepared = min(end or self.out_features, self.out_features), self._prepare()
         if prepared is None:
             return torch.cat([self._unpack_by_torch(i, min(i + 64, end)) for i in range(start, end, 64)])
-        out = torch.empty(end - start, 8 * self.mask.shape[1], dtype=self.dtype)
+        dtype = self.dtype if self.scale is None else torch.float32
+        out = torch.empty(end - start, 8 * self.mask.shape[1], dtype=dtype)
         task = kernels.Task.from_buffer_copy(prepared.task)
-        task.row, task.last_row, task.row_stride = start, end, out.stride(0) * out.itemsize
-        task.out = out.data_ptr() - start * task.row_stride
-        kernels.run(prepared.unpack, task, out.numel())
-        return out[:, : self.in_features].contiguous()
+        task.row, task.last_row, task.stride = start, end, out.stride(0) * out.itemsize
+        task.out = out.data_ptr() - start * task.stride
+        kernels.run(kernels.dense_kernel(*prepared.kind[1:]), task, out.numel())
+        return out[:, : self.in_features].to(self.dtype).contiguous()
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +114,9 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             return nn.functional.linear(x, self.dense(), self.bias)
         tokens, prepared = x.detach().reshape(-1, self.in_features).contiguous(), self._prepare()
-        few = 3 if self.scale is None else 10  # tokens for which unpacking takes longer (Zen 4)
-        packed = prepared is not None and len(tokens) <= few and x.dtype == self.dtype and x.is_cpu
-        out = prepared.products(tokens) if packed else self._multiply_slices(tokens)
+        few = 0 if prepared is None else 16 if kernels.vector_lanes(*prepared.kind) > 16 else 8  # measured on Zen 4
+        packed = len(tokens) <= few and x.dtype == self.dtype and x.is_cpu
+        out = prepared.products(tokens, self.bias) if packed else self._multiply_slices(tokens)
         return out.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -147,17 +145,16 @@ class PackedLinear(nn.Module):
         whole = groups == 1 or self.in_features // groups % kernels.WORD == 0
         if name == "none" or not whole or self.dtype not in DTYPES or self.mask.device.type != "cpu":
             return None
-        addresses = {part: tensor.data_ptr() for part, tensor in self.named_buffers()}
+        addresses = {part: tensor.data_ptr() for part, tensor in self.named_buffers() if part != "bias"}
         task = kernels.Task(words=self.mask.shape[1] // 8, groups=groups, last_row=self.out_features, **addresses)
-        task.row_stride, task.permutations = self.dtype.itemsize, kernels.PERMUTATIONS.ctypes.data
-        kernels.prefer_large_pages(self.values)
-        kernels.prefer_large_pages(self.mask)
-        kind, bits = DTYPES[self.dtype], 0 if self.scale is None else self.bits
-        unpack = kernels.float_kernel(name, bits, kind, False)
-        if bits and name != "avx2":
-            return Prepared(task, kernels.integer_kernel(bits, kind), unpack, None)
-        inputs = self.dtype if name == kind == "bf16" else torch.float32
-        return Prepared(task, kernels.float_kernel(name, bits, kind, True), unpack, inputs)
+        task.stride, task.permutations = 4 * self.out_features, kernels.PERMUTATIONS.ctypes.data
+        for part, tensor in ("mask", self.mask), ("values", self.values):
+            kernels.prefer_large_pages(tensor)
+            of_pair = (
+                1 + 2 * tensor.nbytes // self.out_features
+            )  # the same columns of a later pair of rows are read ahead
+            setattr(task, f"{part}_ahead", of_pair * -(-kernels.PREFETCH // of_pair))
+        return Prepared(task, (name, 0 if self.scale is None else self.bits, DTYPES[self.dtype]))
 
     def _multiply_slices(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Unpack some rows at a time for the matrix product of torch."""
@@ -195,32 +192,33 @@ class PackedLinear(nn.Module):
 
 
 class Prepared(NamedTuple):
-    """Kernels of a projection, and their arguments that do not depend on the inputs."""
+    """Kind of a projection's kernels, and their arguments that do not depend on the inputs."""
 
     task: kernels.Task
-    multiply: Callable
-    unpack: Callable
-    inputs: torch.dtype | None  # of the products; None: digits
+    kind: tuple[str, int, str]  # instructions, bits of a code, precision
 
-    def products(self, tokens: Tensor) -> Tensor:
-        """Pass over the packed rows for every token."""
-        task = kernels.Task.from_buffer_copy(self.task)
-        columns, out = kernels.WORD * task.words, torch.empty(len(tokens), task.last_row, dtype=tokens.dtype)
-        if self.inputs is None:
-            tokens, digits = tokens.float().numpy(), np.empty((3, columns), np.int8)
-            sums = np.empty(task.groups, np.float32)
-        else:
-            tokens = tokens.to(self.inputs)
-            if columns != tokens.shape[1]:
-                tokens = nn.functional.pad(tokens, (0, columns - tokens.shape[1]))
-        for i, token in enumerate(tokens):
-            if self.inputs is None:
-                task.step, task.inputs, task.input_sums = kernels.split_inputs(token, digits, sums)
+    def products(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        """Pass over the packed rows for one token, or for every four; fewer are padded."""
+        task, lanes = kernels.Task.from_buffer_copy(self.task), kernels.vector_lanes(*self.kind)
+        columns, at_once = kernels.WORD * task.words, 1 if len(tokens) == 1 else 4
+        kernel = kernels.product_kernel(*self.kind, at_once)
+        out = torch.empty(len(tokens) + -len(tokens) % at_once, task.last_row)
+        for i in range(0, len(out), at_once):
+            some = tokens[i : i + at_once]
+            if lanes == kernels.WORD:
+                digits = np.zeros((task.words, at_once, 3, lanes), np.int8)
+                sums, steps = np.empty((task.groups, at_once), np.float32), np.empty(at_once, np.float32)
+                kernels.split_inputs(some.float().numpy(), digits, sums, steps)
+                task.inputs, task.input_sums, task.steps = (a.ctypes.data for a in (digits, sums, steps))
             else:
-                task.inputs = token.data_ptr()
-            task.row, task.out = 0, out.data_ptr() + i * task.last_row * out.itemsize
-            kernels.run(self.multiply, task, columns * task.last_row)
-        return out
+                some = some if lanes == 32 else some.float()
+                some = nn.functional.pad(some, (0, columns - some.shape[1], 0, at_once - len(some)))
+                some = some.view(at_once, -1, lanes).transpose(0, 1).contiguous()
+                task.inputs = some.data_ptr()
+            task.row, task.out = 0, out[i:].data_ptr()
+            kernels.run(kernel, task, columns * task.last_row)
+        out = out[: len(tokens)]
+        return (out if bias is None else out + bias).to(tokens.dtype)
 
 
 def check_plain(linear: nn.Module, name: str = "projection") -> None:
@@ -235,6 +233,12 @@ def check_plain(linear: nn.Module, name: str = "projection") -> None:
 def _packed_mask(keep: Tensor) -> Tensor:
     padded = np.pad(keep.numpy(), ((0, 0), (0, -keep.shape[1] % kernels.WORD)))
     return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little"))
+
+
+def _tensors(mask: Tensor, values: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+    bias = None if bias is None else bias.detach().cpu().clone()
+    padded = torch.cat([values, values.new_zeros(PADDING)])
+    return {"mask": mask, "starts": _starts(mask, values.dtype), "values": padded, "bias": bias}
 
 
 def _counts(mask: Tensor) -> Tensor:
