@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -152,6 +153,27 @@ def write_random(shape: str, folder: Path, n_blocks: int) -> None:
     config = LlamaConfig(**SHAPES[shape], num_hidden_layers=n_blocks, max_position_embeddings=4096)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+class _Clock:
+    """A streamer of `generate` that notes when it gets the prompt and each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generation_seconds(model: PreTrainedModel, ids: Tensor, n_new: int) -> tuple[float, float]:
+    """Seconds of a prompt (batch, tokens), and of each of `n_new` tokens after the first."""
+    clock, fixed = _Clock(), {"max_new_tokens": n_new + 1, "min_new_tokens": n_new + 1, "do_sample": False}
+    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, pad_token_id=0, **fixed)
+    start, first, *_, last = clock.times
+    return first - start, (last - first) / n_new
 
 
 @contextlib.contextmanager

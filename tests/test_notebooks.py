@@ -29,6 +29,7 @@ RUNS = {
     "scale": {},
     "fidelity": {},
     "packed": {},
+    "frontier": {},
 }
 OWN_MODELS = ("cost", "scale", "fidelity", "packed")  # the embedded model, or random weights of a published shape
 

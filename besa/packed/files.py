@@ -32,8 +32,7 @@ from besa.quantize import Quantize, QuantizedWeight
 from besa.report import Report
 
 METHOD, VERSION = "besa_packed", 1
-Keys = tuple[int, str]
-Masks = Mapping[Keys, Tensor]
+Masks = Mapping[tuple[int, str], Tensor]
 
 
 @jaxtyped(typechecker=beartype)

@@ -14,7 +14,7 @@ Layout of a projection of `rows` x `columns`; every tensor is contiguous and lit
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from besa.quantize import QuantizedWeight
 
 PADDING = 64
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+Kind = tuple[str, int, str]  # of kernels: instructions, bits of a code, precision
 TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
 SLICE = 2**21  # weights that are dense at a time when many tokens are multiplied: they stay in a cache
 
@@ -102,10 +103,10 @@ class PackedLinear(nn.Module):
             return torch.cat([self._unpack_by_torch(i, min(i + 64, end)) for i in range(start, end, 64)])
         dtype = self.dtype if self.scale is None else torch.float32
         out = torch.empty(end - start, 8 * self.mask.shape[1], dtype=dtype)
-        task = kernels.Task.from_buffer_copy(prepared.task)
+        task = kernels.Task.from_buffer_copy(prepared[0])
         task.row, task.last_row, task.stride = start, end, out.stride(0) * out.itemsize
         task.out = out.data_ptr() - start * task.stride
-        kernels.run(kernels.dense_kernel(*prepared.kind[1:]), task, out.numel())
+        kernels.run(kernels.dense_kernel(*prepared[1][1:]), task, out.numel())
         return out[:, : self.in_features].to(self.dtype).contiguous()
 
     @torch.compiler.disable
@@ -114,9 +115,9 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             return nn.functional.linear(x, self.dense(), self.bias)
         tokens, prepared = x.detach().reshape(-1, self.in_features).contiguous(), self._prepare()
-        few = 0 if prepared is None else 16 if kernels.vector_lanes(*prepared.kind) > 16 else 8  # measured on Zen 4
+        few = 0 if prepared is None else 16 if kernels.vector_lanes(*prepared[1]) > 16 else 8  # measured on Zen 4
         packed = len(tokens) <= few and x.dtype == self.dtype and x.is_cpu
-        out = prepared.products(tokens, self.bias) if packed else self._multiply_slices(tokens)
+        out = self._multiply_packed(tokens, *prepared) if packed else self._multiply_slices(tokens)
         return out.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -125,36 +126,56 @@ class PackedLinear(nn.Module):
         return sum(tensor.nbytes for tensor in self.buffers())
 
     def check(self, name: str = "packed projection") -> None:
-        """Raise ValueError if the tensors contradict each other, as those of a damaged file do."""
+        """Raise ValueError if the tensors contradict each other (a damaged file); then move them to large pages."""
         columns, groups = self.in_features, 1 if self.scale is None else self.scale.shape[-1]
         starts, last_word = _starts(self.mask, self.values.dtype), self.mask[:, -8:].cpu().numpy()
         kept = np.unpackbits(last_word, axis=1, bitorder="little")[:, columns % kernels.WORD or kernels.WORD :]
         sizes = len(self.values) - PADDING, columns % groups, kept.sum()
         if not torch.equal(self.starts.cpu(), starts) or sizes != (starts[-1], 0, 0):
             raise ValueError(f"{name}: mask, starts and values contradict each other; the tensors are damaged")
+        if self.mask.device.type == "cpu":
+            self.mask, self.values = kernels.in_large_pages(self.mask), kernels.in_large_pages(self.values)
 
-    def _prepare(self) -> "Prepared | None":
+    def _prepare(self) -> tuple[kernels.Task, Kind] | None:
         """Choose kernels and write down where the tensors are; None where torch has to compute."""
         tensors = list(self._buffers.values())
-        if not self._prepared or not all(map(operator.is_, tensors, self._prepared[0])):
-            self._prepared = tensors, self._kernels()
-        return self._prepared[1]
-
-    def _kernels(self) -> "Prepared | None":
+        if self._prepared and all(map(operator.is_, tensors, self._prepared[0])):
+            return self._prepared[1]
         name, groups = kernels.instructions(), 1 if self.scale is None else self.scale.shape[1]
-        whole = groups == 1 or self.in_features // groups % kernels.WORD == 0
-        if name == "none" or not whole or self.dtype not in DTYPES or self.mask.device.type != "cpu":
-            return None
-        addresses = {part: tensor.data_ptr() for part, tensor in self.named_buffers() if part != "bias"}
-        task = kernels.Task(words=self.mask.shape[1] // 8, groups=groups, last_row=self.out_features, **addresses)
-        task.stride, task.permutations = 4 * self.out_features, kernels.PERMUTATIONS.ctypes.data
-        for part, tensor in ("mask", self.mask), ("values", self.values):
-            kernels.prefer_large_pages(tensor)
-            of_pair = (
-                1 + 2 * tensor.nbytes // self.out_features
-            )  # the same columns of a later pair of rows are read ahead
-            setattr(task, f"{part}_ahead", of_pair * -(-kernels.PREFETCH // of_pair))
-        return Prepared(task, (name, 0 if self.scale is None else self.bits, DTYPES[self.dtype]))
+        whole, prepared = groups == 1 or self.in_features // groups % kernels.WORD == 0, None
+        if name != "none" and whole and self.dtype in DTYPES and self.mask.device.type == "cpu":
+            addresses = {part: tensor.data_ptr() for part, tensor in self.named_buffers() if part != "bias"}
+            task = kernels.Task(words=self.mask.shape[1] // 8, groups=groups, last_row=self.out_features, **addresses)
+            task.stride, task.permutations = 4 * self.out_features, kernels.PERMUTATIONS.ctypes.data
+            for part, tensor in ("mask", self.mask), ("values", self.values):
+                of_pair = 1 + 2 * tensor.nbytes // self.out_features  # the same columns of a later pair are read ahead
+                setattr(task, f"{part}_ahead", of_pair * -(-kernels.PREFETCH // of_pair))
+            prepared = task, (name, 0 if self.scale is None else self.bits, DTYPES[self.dtype])
+        self._prepared = tensors, prepared
+        return prepared
+
+    def _multiply_packed(self, tokens: Tensor, task: kernels.Task, kind: Kind) -> Tensor:
+        """Pass over the packed rows for one token, or for every four; fewer are padded."""
+        task, lanes = kernels.Task.from_buffer_copy(task), kernels.vector_lanes(*kind)
+        columns, at_once = kernels.WORD * task.words, 1 if len(tokens) == 1 else 4
+        kernel = kernels.product_kernel(*kind, at_once)
+        out = torch.empty(len(tokens) + -len(tokens) % at_once, task.last_row)
+        for i in range(0, len(out), at_once):
+            some = tokens[i : i + at_once]
+            if lanes == kernels.WORD:
+                digits = np.zeros((task.words, at_once, 3, lanes), np.int8)
+                sums, steps = np.empty((task.groups, at_once), np.float32), np.empty(at_once, np.float32)
+                kernels.split_inputs(some.float().numpy(), digits, sums, steps)
+                task.inputs, task.input_sums, task.steps = (a.ctypes.data for a in (digits, sums, steps))
+            else:
+                some = some if lanes == 32 else some.float()
+                some = nn.functional.pad(some, (0, columns - some.shape[1], 0, at_once - len(some)))
+                some = some.view(at_once, -1, lanes).transpose(0, 1).contiguous()
+                task.inputs = some.data_ptr()
+            task.row, task.out = 0, out[i:].data_ptr()
+            kernels.run(kernel, task, columns * task.last_row)
+        out = out[: len(tokens)]
+        return (out if self.bias is None else out + self.bias).to(tokens.dtype)
 
     def _multiply_slices(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Unpack some rows at a time for the matrix product of torch."""
@@ -189,36 +210,6 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": ()}
-
-
-class Prepared(NamedTuple):
-    """Kind of a projection's kernels, and their arguments that do not depend on the inputs."""
-
-    task: kernels.Task
-    kind: tuple[str, int, str]  # instructions, bits of a code, precision
-
-    def products(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
-        """Pass over the packed rows for one token, or for every four; fewer are padded."""
-        task, lanes = kernels.Task.from_buffer_copy(self.task), kernels.vector_lanes(*self.kind)
-        columns, at_once = kernels.WORD * task.words, 1 if len(tokens) == 1 else 4
-        kernel = kernels.product_kernel(*self.kind, at_once)
-        out = torch.empty(len(tokens) + -len(tokens) % at_once, task.last_row)
-        for i in range(0, len(out), at_once):
-            some = tokens[i : i + at_once]
-            if lanes == kernels.WORD:
-                digits = np.zeros((task.words, at_once, 3, lanes), np.int8)
-                sums, steps = np.empty((task.groups, at_once), np.float32), np.empty(at_once, np.float32)
-                kernels.split_inputs(some.float().numpy(), digits, sums, steps)
-                task.inputs, task.input_sums, task.steps = (a.ctypes.data for a in (digits, sums, steps))
-            else:
-                some = some if lanes == 32 else some.float()
-                some = nn.functional.pad(some, (0, columns - some.shape[1], 0, at_once - len(some)))
-                some = some.view(at_once, -1, lanes).transpose(0, 1).contiguous()
-                task.inputs = some.data_ptr()
-            task.row, task.out = 0, out[i:].data_ptr()
-            kernels.run(kernel, task, columns * task.last_row)
-        out = out[: len(tokens)]
-        return (out if bias is None else out + bias).to(tokens.dtype)
 
 
 def check_plain(linear: nn.Module, name: str = "projection") -> None:
