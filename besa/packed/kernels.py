@@ -404,27 +404,27 @@ def dense_kernel(code_bits, dtype):
 
 @functools.partial(numba.njit, cache=True, nogil=True)
 @no_type_check
-def split_inputs(tokens, digits, sums, steps):
-    """Write tokens (float32) as integers in three digits, the lowest first: digits (words, tokens, 3, 64).
+def split_inputs(tokens, at_once, words, groups):
+    """Tokens (float32) as integers in three digits, the lowest first; `at_once` may be more than there are.
 
-    `steps` (tokens,) are the units of the integers; `sums` (groups, tokens) are 1/16 of their sums.
+    Returns digits (words, at_once, 3, 64), 1/16 of the integers' sums (groups, at_once), their units (at_once,), and
+    the addresses of these arrays.
     """
-    (n_tokens, columns), n_groups = tokens.shape, len(sums)
-    integers = np.zeros(len(digits) * WORD, np.int32)
-    for token in range(n_tokens):
-        largest = np.int32(0)
+    digits, integers = np.empty((words, at_once, 3, WORD), np.int8), np.zeros(words * WORD, np.int32)
+    sums, steps = np.empty((groups, at_once), np.float32), np.empty(at_once, np.float32)
+    for token in range(len(tokens)):
+        columns, largest = tokens.shape[1], np.int32(0)
         for bits in tokens[token].view(np.int32):  # without their sign, in the order of the numbers
             largest = max(largest, bits & np.int32(0x7FFFFFFF))
         step = np.full(1, largest, np.int32).view(np.float32)[0] / np.float32(LARGEST)
-        step = np.float32(1) if step == 0 else step
+        steps[token] = step = np.float32(1) if step == 0 else step
         for column in range(columns):
             integers[column] = np.int32(np.rint(tokens[token, column] / step))
-        for word in range(len(digits)):
+        for word in range(words):
             for lane in range(WORD):  # with all digits raised by 128, they are the bytes of a number
                 raised = np.uint32(integers[WORD * word + lane] + 0x808080)
                 for digit in range(3):
                     digits[word, token, digit, lane] = np.int8((raised >> np.uint32(8 * digit)) ^ np.uint32(128))
-        for group in range(n_groups):
-            of_group = integers[columns // n_groups * group : columns // n_groups * (group + 1)]
-            sums[group, token] = of_group.sum() / 16
-        steps[token] = step
+        for group in range(groups):
+            sums[group, token] = integers[columns // groups * group : columns // groups * (group + 1)].sum() / 16
+    return digits, sums, steps, digits.ctypes.data, sums.ctypes.data, steps.ctypes.data

@@ -30,7 +30,7 @@ PADDING = 64
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 Kind = tuple[str, int, str]  # of kernels: instructions, bits of a code, precision
 TENSORS = "mask", "starts", "values", "scale", "zero_point", "bias"
-SLICE = 2**21  # weights that are dense at a time when many tokens are multiplied: they stay in a cache
+SLICE = 2**22  # bytes of weights that are dense at a time when many tokens are multiplied: they stay in a cache
 
 
 class PackedLinear(nn.Module):
@@ -116,7 +116,7 @@ class PackedLinear(nn.Module):
             return nn.functional.linear(x, self.dense(), self.bias)
         tokens, prepared = x.detach().reshape(-1, self.in_features).contiguous(), self._prepare()
         few = 0 if prepared is None else 16 if kernels.vector_lanes(*prepared[1]) > 16 else 8  # measured on Zen 4
-        packed = len(tokens) <= few and x.dtype == self.dtype and x.is_cpu
+        packed = tokens.shape[0] <= few and x.dtype == self.dtype and x.is_cpu
         out = self._multiply_packed(tokens, *prepared) if packed else self._multiply_slices(tokens)
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -156,30 +156,29 @@ class PackedLinear(nn.Module):
 
     def _multiply_packed(self, tokens: Tensor, task: kernels.Task, kind: Kind) -> Tensor:
         """Pass over the packed rows for one token, or for every four; fewer are padded."""
-        task, lanes = kernels.Task.from_buffer_copy(task), kernels.vector_lanes(*kind)
-        columns, at_once = kernels.WORD * task.words, 1 if len(tokens) == 1 else 4
+        task, lanes, n_tokens = kernels.Task.from_buffer_copy(task), kernels.vector_lanes(*kind), tokens.shape[0]
+        columns, at_once = kernels.WORD * task.words, 1 if n_tokens == 1 else 4
         kernel = kernels.product_kernel(*kind, at_once)
-        out = torch.empty(len(tokens) + -len(tokens) % at_once, task.last_row)
-        for i in range(0, len(out), at_once):
+        out = torch.empty(n_tokens + -n_tokens % at_once, task.last_row)
+        for i in range(0, n_tokens, at_once):
             some = tokens[i : i + at_once]
             if lanes == kernels.WORD:
-                digits = np.zeros((task.words, at_once, 3, lanes), np.int8)
-                sums, steps = np.empty((task.groups, at_once), np.float32), np.empty(at_once, np.float32)
-                kernels.split_inputs(some.float().numpy(), digits, sums, steps)
-                task.inputs, task.input_sums, task.steps = (a.ctypes.data for a in (digits, sums, steps))
+                digits = kernels.split_inputs(some.float().numpy(), at_once, task.words, task.groups)
+                task.inputs, task.input_sums, task.steps = digits[3:]
             else:
                 some = some if lanes == 32 else some.float()
-                some = nn.functional.pad(some, (0, columns - some.shape[1], 0, at_once - len(some)))
+                some = nn.functional.pad(some, (0, columns - some.shape[1], 0, at_once - some.shape[0]))
                 some = some.view(at_once, -1, lanes).transpose(0, 1).contiguous()
                 task.inputs = some.data_ptr()
-            task.row, task.out = 0, out[i:].data_ptr()
+            task.row, task.out = 0, out.data_ptr() + i * task.stride
             kernels.run(kernel, task, columns * task.last_row)
-        out = out[: len(tokens)]
+        out = out[:n_tokens]
         return (out if self.bias is None else out + self.bias).to(tokens.dtype)
 
     def _multiply_slices(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Unpack some rows at a time for the matrix product of torch."""
-        step, outs = max(1, SLICE // self.in_features), []
+        itemsize = self.dtype.itemsize if self.scale is None else 4
+        step, outs = max(1, SLICE // (self.in_features * itemsize)), []
         for i in range(0, self.out_features, step):
             bias = None if self.bias is None else self.bias[i : i + step]
             outs.append(nn.functional.linear(tokens, self.dense(i, i + step), bias))
