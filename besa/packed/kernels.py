@@ -183,7 +183,7 @@ def load(b, signature, address, name):
 
 @operation(lambda address, bits, name: types.int64)
 def advance(b, signature, address, bits, name):
-    """Where the values of the next bits start; `name` is that for `load`."""
+    """Address of the values of the next bits; `name` is that for `load`."""
     name, kept = signature.args[2].literal_value, _call(b, f"llvm.ctpop.i{bits.type.width}", bits.type, bits)
     kept = b.mul(b.zext(kept, I64), I64(SIZES.get(name.split("x")[1], 1)))
     return b.add(address, b.lshr(b.add(kept, I64(1)), I64(1)) if name == "64xi4" else kept)
