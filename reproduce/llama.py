@@ -66,7 +66,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
 def measure(path: Path, n_prompt: int = 8, n_new: int = 16, segments: Tensor | None = None) -> dict[str, float]:
     """Seconds of a prompt and of each token after it, or perplexity on segments, measured by a new process."""
     command = [sys.executable, "-m", "reproduce.llama", path, torch.get_num_threads(), n_prompt, n_new]
-    given = None if segments is None else json.dumps(segments.tolist())
+    given = json.dumps(None if segments is None else segments.tolist())
     told = subprocess.check_output(
         [str(part) for part in command], input=given, text=True, cwd=Path(__file__).parents[1]
     )
@@ -100,5 +100,4 @@ def _measure(path: str, n_threads: int, n_prompt: int, n_new: int, segments: lis
 
 if __name__ == "__main__":
     path, *numbers = sys.argv[1:]
-    read = "" if sys.stdin.isatty() else sys.stdin.read()
-    print(json.dumps(_measure(path, *map(int, numbers), json.loads(read) if read else None)))
+    print(json.dumps(_measure(path, *map(int, numbers), json.load(sys.stdin))))
