@@ -27,7 +27,7 @@ from besa.beyond.gptq import quantize_pruned
 from besa.data.files import load_masks, load_quantized
 from besa.data.models import CARRIED, find_checkpoint, open_checkpoint
 from besa.decoder import find_blocks, projections
-from besa.packed.linear import TENSORS, PackedLinear, check_plain
+from besa.packed.linear import PackedLinear, check_plain
 from besa.quantize import Quantize, QuantizedWeight
 from besa.report import Report
 
@@ -154,8 +154,7 @@ def _describe(model: PreTrainedModel) -> None:
     """Describe the packed projections in the configuration of their model; names of dtypes go without "torch."."""
     described = {}
     for name, module in packed_projections(model).items():
-        tensors = {part: module.get_buffer(part) for part in TENSORS if getattr(module, part) is not None}
-        kinds = {part: [str(tensor.dtype)[6:], *tensor.shape] for part, tensor in tensors.items()}
+        kinds = {part: [str(tensor.dtype)[6:], *tensor.shape] for part, tensor in module.named_buffers()}
         described[name] = {"in_features": module.in_features, "dtype": str(module.dtype)[6:], "tensors": kinds}
     if not described:
         raise ValueError("no projection would be smaller packed than in its checkpoint's precision; prune it first")

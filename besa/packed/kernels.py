@@ -54,14 +54,12 @@ def instructions() -> str:
     return "avx2" if found >= AVX2 else "none"
 
 
-COUNTS = "row last_row rows_at_once words groups stride mask_ahead values_ahead "
-ADDRESSES = "mask starts values scale zero_point inputs input_sums steps out permutations"
-
-
 class Task(ctypes.Structure):
     """Arguments of a kernel. `stride`: bytes between outputs of tokens, or between dense rows."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (COUNTS + ADDRESSES).split()]
+    _COUNTS = "row last_row rows_at_once words groups stride mask_ahead values_ahead"
+    _ADDRESSES = "mask starts values scale zero_point inputs input_sums steps out permutations"
+    _fields_ = [(name, ctypes.c_int64) for names in (_COUNTS, _ADDRESSES) for name in names.split()]
 
 
 def run(kernel: Callable, task: Task, n_weights: int) -> None:
@@ -120,7 +118,7 @@ class _VectorModel(models.PrimitiveModel):
 
 def _named(name):
     """Type of what `load` returns for a name."""
-    name = {"64xi4": "64xi8", "8xi4": "8xi32"}.get(name.literal_value, name.literal_value)
+    name = name.literal_value.replace("i4", "i8")
     return SCALARS[name][0] if name in SCALARS else Vector(name)
 
 
@@ -147,9 +145,8 @@ def _call(b, name, result, *arguments, **options):
 
 
 def _splat(b, scalar, lanes):
-    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
-    first = b.insert_element(undefined, scalar, I32(0))
-    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+    first = b.insert_element(ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined), scalar, I32(0))
+    return b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def _like(vector, element):
@@ -164,18 +161,18 @@ def _all(kind, value):
 def load(b, signature, address, name):
     """A number or a vector from memory; float16 numbers become float32.
 
-    "64xi4" and "8xi4" are codes, two a byte, which become bytes and 32 bits. Addresses of the latter count half bytes.
+    "i4" are codes, two a byte, which become bytes; their addresses count half bytes, "64xi4" starts at a byte.
     """
     name = signature.args[1].literal_value
-    if name == "64xi4":
-        pairs = b.load(b.inttoptr(address, ir.VectorType(I8, 32).as_pointer()), align=1)
-        pairs = b.zext(pairs, _like(pairs, I16))
+    if name.endswith("xi4"):
+        lanes, half = signature.return_type.llvm.count, b.and_(address, I64(1))
+        kind = ir.IntType(4 * lanes if lanes == WORD else 8 * lanes)
+        pairs = b.load(b.inttoptr(b.lshr(address, I64(1)), kind.as_pointer()), align=1)
+        if lanes < WORD:
+            pairs = b.trunc(b.lshr(pairs, b.zext(b.shl(half, I64(2)), kind)), ir.IntType(4 * lanes))
+        pairs = b.zext(b.bitcast(pairs, ir.VectorType(I8, lanes // 2)), ir.VectorType(I16, lanes // 2))
         codes = b.and_(b.or_(pairs, b.shl(pairs, _all(pairs.type, 4))), _all(pairs.type, 0x0F0F))
         return b.bitcast(codes, signature.return_type.llvm)
-    if name == "8xi4":
-        codes = b.load(b.inttoptr(b.lshr(address, I64(1)), I64.as_pointer()), align=1)
-        codes = _splat(b, b.trunc(b.lshr(codes, b.shl(b.and_(address, I64(1)), I64(2))), I32), 8)
-        return b.and_(b.lshr(codes, ir.Constant(codes.type, list(range(0, 32, 4)))), _all(codes.type, 15))
     kind = SCALARS[name][1] if name in SCALARS else signature.return_type.llvm
     value = b.load(b.inttoptr(address, kind.as_pointer()), align=1)
     return b.fpext(value, F32) if name == "f16" else value
@@ -184,13 +181,19 @@ def load(b, signature, address, name):
 @operation(lambda address, bits, name: types.int64)
 def advance(b, signature, address, bits, name):
     """Address of the values of the next bits; `name` is that for `load`."""
-    name, kept = signature.args[2].literal_value, _call(b, f"llvm.ctpop.i{bits.type.width}", bits.type, bits)
-    kept = b.mul(b.zext(kept, I64), I64(SIZES.get(name.split("x")[1], 1)))
-    return b.add(address, b.lshr(b.add(kept, I64(1)), I64(1)) if name == "64xi4" else kept)
+    kept = b.zext(_call(b, f"llvm.ctpop.i{bits.type.width}", bits.type, bits), I64)
+    return b.add(address, b.mul(kept, I64(SIZES.get(signature.args[2].literal_value.split("x")[1], 1))))
 
 
-@operation(lambda value, address: types.void)
-def store(b, signature, value, address):
+@operation(lambda value, address, dtype: types.void)
+def store(b, signature, value, address, dtype):
+    """Write a number or vectors; one of float32 is rounded to dtype, ties to even."""
+    dtype = signature.args[2].literal_value
+    if dtype != "f32" and value.type.element == F32:
+        bits = b.bitcast(value, _like(value, I32))  # of bfloat16, the upper half
+        odd = b.and_(b.lshr(bits, _all(bits.type, 16)), _all(bits.type, 1))
+        bits = b.lshr(b.add(bits, b.add(odd, _all(bits.type, 0x7FFF))), _all(bits.type, 16))
+        value = b.fptrunc(value, _like(value, F16)) if dtype == "f16" else b.trunc(bits, _like(value, I16))
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
@@ -229,18 +232,15 @@ def spread(b, signature, values, bits, scale, zero_point, permutations, name):
         elif source == "f16":
             values = b.fpext(b.bitcast(values, _like(values, F16)), target.llvm)
     kind = ir.VectorType(ir.IntType(width), lanes)
-    values, rest = b.bitcast(values, kind), ir.Constant(kind, None)
-    if target.element == "i8":
-        rest = _splat(b, zero_point, lanes)
+    values = b.bitcast(values, kind)
+    rest = _splat(b, zero_point, lanes) if target.element == "i8" else ir.Constant(kind, None)
     if lanes > 8:  # LLVM's own operation would read the values from memory, which takes long
         text, emitted = f"vpexpand{' bw d'[width // 8]} $1, $0 {{$2}}", ir.FunctionType(kind, [kind, bits.type, kind])
         return b.bitcast(b.asm(emitted, text, "=v,v,^Yk,0", [values, bits, rest], False), target.llvm)
     wide, address = ir.VectorType(I32, 8), b.add(permutations, b.mul(b.zext(bits, I64), I64(lanes)))
     places = b.zext(b.load(b.inttoptr(address, ir.VectorType(I8, 8).as_pointer())), wide)
-    values = values if width == 32 else b.zext(values, wide)
     values = _call(b, "llvm.x86.avx2.permd", wide, values, places)
-    values = b.select(b.icmp_signed("<", places, _all(wide, 128)), values, _all(wide, 0))
-    return b.bitcast(values if width == 32 else b.trunc(values, kind), target.llvm)
+    return b.bitcast(b.select(b.icmp_signed("<", places, _all(wide, 128)), values, rest), target.llvm)
 
 
 @operation(lambda sums, weights, others, inputs: sums)
@@ -322,7 +322,7 @@ def product_kernel(instructions, code_bits, dtype, n_tokens):
     total_name, totals_name = f"{n_lanes}xf32", f"{n_sums}x{n_lanes}xf32"
     sums_name = f"{3 * n_sums}x16xi32" if is_integer else totals_name
     inputs_step = n_tokens * (3 * WORD if is_integer else 4 * n_lanes)
-    halves = int(stored_name == "8xi4")  # of bytes are counted by addresses of values
+    halves = int(code_bits == 4)  # of bytes are counted by addresses of values
 
     def kernel(tasks):
         task = numba.carray(tasks, 1)[0]
@@ -362,23 +362,26 @@ def product_kernel(instructions, code_bits, dtype, n_tokens):
                     sums = zeros(sums_name)
             if not is_integer:
                 totals = sums
-            store(totals, np.int64(room.ctypes.data))
+            store(totals, np.int64(room.ctypes.data), "f32")
             for number in range(n_sums):
                 token, column = number % n_tokens, row if number < n_tokens else other
                 product = total(load(np.int64(room.ctypes.data) + 4 * n_lanes * number, total_name))
                 if is_integer:
                     product *= load(task.steps + 4 * token, "f32")
-                store(product, task.out + task.stride * token + 4 * column)
+                store(product, task.out + task.stride * token + 4 * column, "f32")
 
     return _compiled(kernel)
 
 
 @functools.cache
 @no_type_check
-def dense_kernel(code_bits, dtype):
-    """Kernel that writes dense rows: values in their precision, codes as float32."""
-    stored_size, stored_name = (1, f"8xi{code_bits}") if code_bits else (SIZES[dtype], f"8x{dtype}")
-    row_name, row_step, halves = ("8xf32", 32, code_bits == 4) if code_bits else (stored_name, 8 * stored_size, 0)
+def dense_kernel(instructions, code_bits, dtype):
+    """Kernel that writes dense rows in a precision."""
+    lanes = 8 if instructions == "avx2" else 16 if code_bits else 64 // SIZES[dtype]
+    row_size, stored_name = SIZES[dtype], f"{lanes}x{f'i{code_bits}' if code_bits else dtype}"
+    stored_size = 1 if code_bits else row_size
+    weights_name = f"{lanes}x{'f32' if code_bits or lanes == 8 else dtype}"
+    mask_name, halves = f"u{lanes}", int(code_bits == 4)
 
     def kernel(tasks):
         task = numba.carray(tasks, 1)[0]
@@ -391,12 +394,13 @@ def dense_kernel(code_bits, dtype):
                     place = row * task.groups + group
                     scale, zero = load(task.scale + 2 * place, "f16"), load(task.zero_point + place, "u8")
                 for _ in range(task.words // task.groups):
-                    for _ in range(WORD // 8):
-                        bits = load(mask, "u8")
-                        store(spread(load(values, stored_name), bits, scale, zero, task.permutations, row_name), out)
+                    for _ in range(WORD // lanes):
+                        bits = load(mask, mask_name)
+                        x = spread(load(values, stored_name), bits, scale, zero, task.permutations, weights_name)
+                        store(x, out, dtype)
                         values = advance(values, bits, stored_name)
-                        mask += 1
-                        out += row_step
+                        mask += lanes // 8
+                        out += lanes * row_size
                     values += values & halves  # each word starts a byte
 
     return _compiled(kernel)

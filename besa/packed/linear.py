@@ -91,23 +91,22 @@ class PackedLinear(nn.Module):
         """Return the dense projection, of the same bits that were packed."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.dense())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.clone())
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
         return linear.train(self.training)
 
     @torch.no_grad()
-    def dense(self, start: int = 0, end: int | None = None) -> Float[Tensor, "rows columns"]:
-        """Unpack the weights of some rows."""
+    def dense(self, start: int = 0, end: int | None = None, room: Tensor | None = None) -> Tensor:
+        """Unpack the weights of some rows, (rows, columns), into `room` if there is any."""
         end, prepared = min(end or self.out_features, self.out_features), self._prepare()
         if prepared is None:
             return torch.cat([self._unpack_by_torch(i, min(i + 64, end)) for i in range(start, end, 64)])
-        dtype = self.dtype if self.scale is None else torch.float32
-        out = torch.empty(end - start, 8 * self.mask.shape[1], dtype=dtype)
+        shape = end - start, 8 * self.mask.shape[1]
+        out = torch.empty(shape, dtype=self.dtype) if room is None else room[: end - start]
         task = kernels.Task.from_buffer_copy(prepared[0])
         task.row, task.last_row, task.stride = start, end, out.stride(0) * out.itemsize
         task.out = out.data_ptr() - start * task.stride
-        kernels.run(kernels.dense_kernel(*prepared[1][1:]), task, out.numel())
-        return out[:, : self.in_features].to(self.dtype).contiguous()
+        kernels.run(kernels.dense_kernel(*prepared[1]), task, out.numel())
+        return out[:, : self.in_features].contiguous()
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -177,11 +176,11 @@ class PackedLinear(nn.Module):
 
     def _multiply_slices(self, tokens: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
         """Unpack some rows at a time for the matrix product of torch."""
-        itemsize = self.dtype.itemsize if self.scale is None else 4
-        step, outs = max(1, SLICE // (self.in_features * itemsize)), []
+        step, outs = max(1, SLICE // (self.in_features * self.dtype.itemsize)), []
+        room = torch.empty(min(step, self.out_features), 8 * self.mask.shape[1], dtype=self.dtype)
         for i in range(0, self.out_features, step):
             bias = None if self.bias is None else self.bias[i : i + step]
-            outs.append(nn.functional.linear(tokens, self.dense(i, i + step), bias))
+            outs.append(nn.functional.linear(tokens, self.dense(i, i + step, room), bias))
         return torch.cat(outs, dim=1)
 
     def _unpack_by_torch(self, start: int, end: int) -> Float[Tensor, "rows columns"]:
@@ -203,8 +202,7 @@ class PackedLinear(nn.Module):
         scale = self.scale
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if scale is not None:
-            self.scale = scale.to(self.mask.device)
+        self.scale = None if scale is None else scale.to(self.mask.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,6 +252,5 @@ def _filled(counts: Tensor) -> Tensor:
 def _paired(codes: Tensor, mask: Tensor) -> Tensor:
     """Codes of 4 bits two a byte; each word starts a new byte."""
     filled = _filled(_counts(mask).flatten())
-    halves = codes.new_zeros(len(filled))
-    halves[filled] = codes
+    halves = torch.zeros_like(filled, dtype=torch.uint8).masked_scatter_(filled, codes)
     return halves[::2] | halves[1::2] << 4
