@@ -31,7 +31,7 @@ from numba.extending import intrinsic, register_model
 from besa import kernels as passes
 
 WORD = 64  # columns of a word of the mask
-LARGEST = 127 * 2**16  # input of integer products: integers of 24 bits, three signed digits of 8 bits
+DIGITS = {"bf16": 2, "f16": 2, "f32": 3}  # integer products round inputs to integers of so many signed bytes
 PREFETCH = 8192  # bytes to read ahead, to the second cache; without, products take twice the time
 WEIGHTS_PER_THREAD = 2**17
 PAGE = 2**21
@@ -264,11 +264,11 @@ def add_products(b, signature, sums, weights, others, inputs):
 
 @operation(lambda totals, sums, scales, zero_points, input_sums: totals)
 def add_scaled(b, signature, totals, sums, scales, zero_points, input_sums):
-    """Add scale (sums - zero_point input_sums) to the totals; the sums come in three digits."""
-    kind, n_tokens = totals.type.element, totals.type.count // 2
+    """Add scale (sums - zero_point input_sums) to the totals; the sums come in digits, the lowest first."""
+    kind, n_tokens, n_digits = totals.type.element, totals.type.count // 2, sums.type.count // totals.type.count
     for place in range(2 * n_tokens):
-        low, middle, high = (b.sitofp(b.extract_value(sums, 3 * place + digit), kind) for digit in range(3))
-        value = _fma(b, _fma(b, high, _all(kind, 256.0), middle), _all(kind, 256.0), low)
+        digits = [b.sitofp(b.extract_value(sums, n_digits * place + digit), kind) for digit in range(n_digits)]
+        value = functools.reduce(lambda high, low: _fma(b, high, _all(kind, 256.0), low), reversed(digits))
         of_input = b.load(b.inttoptr(b.add(input_sums, I64(4 * (place % n_tokens))), F32.as_pointer()))
         scale, zero_point = (b.extract_value(pair, place // n_tokens) for pair in (scales, zero_points))
         value = b.fsub(value, _splat(b, b.fmul(b.uitofp(zero_point, F32), of_input), kind.count))
@@ -320,8 +320,8 @@ def product_kernel(instructions, code_bits, dtype, n_tokens):
     weights_name = f"{lanes}x{'i8' if is_integer else 'bf16' if lanes == 32 else 'f32'}"
     n_sums, n_lanes, mask_name = 2 * n_tokens, min(lanes, 16), f"u{lanes}"
     total_name, totals_name = f"{n_lanes}xf32", f"{n_sums}x{n_lanes}xf32"
-    sums_name = f"{3 * n_sums}x16xi32" if is_integer else totals_name
-    inputs_step = n_tokens * (3 * WORD if is_integer else 4 * n_lanes)
+    sums_name = f"{DIGITS[dtype] * n_sums}x16xi32" if is_integer else totals_name
+    inputs_step = n_tokens * (DIGITS[dtype] * WORD if is_integer else 4 * n_lanes)
     halves = int(code_bits == 4)  # of bytes are counted by addresses of values
 
     def kernel(tasks):
@@ -408,26 +408,26 @@ def dense_kernel(instructions, code_bits, dtype):
 
 @functools.partial(numba.njit, cache=True, nogil=True)
 @no_type_check
-def split_inputs(tokens, at_once, words, groups):
-    """Tokens (float32) as integers in three digits, the lowest first; `at_once` may be more than there are.
+def split_inputs(tokens, at_once, words, groups, n_digits):
+    """Tokens (float32) as integers in digits, the lowest first; `at_once` may be more than there are.
 
-    Returns digits (words, at_once, 3, 64), 1/16 of the integers' sums (groups, at_once), their units (at_once,), and
-    the addresses of these arrays.
+    Returns digits (words, at_once, n_digits, 64), 1/16 of the integers' sums (groups, at_once), their units
+    (at_once,), and the addresses of these arrays.
     """
-    digits, integers = np.empty((words, at_once, 3, WORD), np.int8), np.zeros(words * WORD, np.int32)
+    digits, integers = np.empty((words, at_once, n_digits, WORD), np.int8), np.zeros(words * WORD, np.int32)
     sums, steps = np.empty((groups, at_once), np.float32), np.empty(at_once, np.float32)
     for token in range(len(tokens)):
         columns, largest = tokens.shape[1], np.int32(0)
         for bits in tokens[token].view(np.int32):  # without their sign, in the order of the numbers
             largest = max(largest, bits & np.int32(0x7FFFFFFF))
-        step = np.full(1, largest, np.int32).view(np.float32)[0] / np.float32(LARGEST)
+        step = np.full(1, largest, np.int32).view(np.float32)[0] / np.float32(127 << 8 * (n_digits - 1))
         steps[token] = step = np.float32(1) if step == 0 else step
         for column in range(columns):
             integers[column] = np.int32(np.rint(tokens[token, column] / step))
         for word in range(words):
             for lane in range(WORD):  # with all digits raised by 128, they are the bytes of a number
                 raised = np.uint32(integers[WORD * word + lane] + 0x808080)
-                for digit in range(3):
+                for digit in range(n_digits):
                     digits[word, token, digit, lane] = np.int8((raised >> np.uint32(8 * digit)) ^ np.uint32(128))
         for group in range(groups):
             sums[group, token] = integers[columns // groups * group : columns // groups * (group + 1)].sum() / 16

@@ -162,7 +162,8 @@ class PackedLinear(nn.Module):
         for i in range(0, n_tokens, at_once):
             some = tokens[i : i + at_once]
             if lanes == kernels.WORD:
-                digits = kernels.split_inputs(some.float().numpy(), at_once, task.words, task.groups)
+                n_digits = kernels.DIGITS[kind[2]]
+                digits = kernels.split_inputs(some.float().numpy(), at_once, task.words, task.groups, n_digits)
                 task.inputs, task.input_sums, task.steps = digits[3:]
             else:
                 some = some if lanes == 32 else some.float()
