@@ -164,15 +164,15 @@ def packed() -> str:
     return (
         f"Eight blocks of LLaMA-7B's shape at 50 % generate {speeds[0]} times as fast as torch's bfloat16 on two CPU "
         f"cores, in {sizes[0]} of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. llama.cpp, "
-        f"which does not prune, built for this processor: BF16 {speeds[2]}; Q4_0 {speeds[3]}, in {sizes[3]}."
+        f"which does not prune, built natively: BF16 {speeds[2]}; Q4_0 {speeds[3]}, in {sizes[3]}."
     )
 
 
 def frontier() -> pd.DataFrame:
-    """Forms of SmolLM2, pruned to 50 % or not at all."""
-    rows = pd.read_csv(REFERENCE / "frontier" / f"{MODEL}-quick-web.csv", index_col="form")
-    rows = rows[~rows.index.str.contains("60%|70%|2:4|IQ3|Q3|Q2")].sort_values("perplexity")
-    lines = {"SmolLM2": rows.index, "→ bytes/weight": rows["bytes/weight"].map("{:.2f}".format)}
+    """Forms of Qwen2.5-Coder, pruned to 50 % or not at all."""
+    rows = pd.read_csv(REFERENCE / "frontier" / "qwen2.5-coder-1.5b-quick-web.csv", index_col="form")
+    rows = rows.sort_values("bytes/weight", ascending=False)
+    lines = {"Qwen2.5-Coder-1.5B": rows.index, "→ bytes/weight": rows["bytes/weight"].map("{:.2f}".format)}
     lines |= {"→ `wiki` perplexity": rows["perplexity"].map("{:.1f}".format)}
     return pd.DataFrame(lines | {"→ tokens/s": rows["tokens/s"].map("{:.1f}".format)})
 
