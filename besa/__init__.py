@@ -3,8 +3,10 @@
 Start reading at `besa/loop.py`.
 """
 
+import ast
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once: with it, sums repeat to the bit
@@ -12,34 +14,21 @@ os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers read
 
 __version__ = "0.2.0.dev0"
 
-_PUBLIC = {
-    "loop": ("prune", "Method"),
-    "besa": ("Besa",),
-    "baselines": ("Magnitude", "Wanda", "SparseGPT"),
-    "quantize": ("Quantize",),
-    "report": ("Report",),
-    "beyond.exact": ("Exact",),
-    "beyond.reconstruct": ("Reconstruct",),
-    "beyond.gptq": ("quantize_pruned",),
-    "beyond.adapters": ("masked_lora", "KeepZeros"),
-    "data.models": ("load_model", "save_model"),
-    "data.text": ("calibration_windows", "test_tokens"),
-    "data.checkpoint": ("prune_checkpoint",),
-    "evaluate.perplexity": ("perplexity",),
-    "evaluate.zero_shot": ("zero_shot",),
-    "evaluate.cycles": ("simulate_cycles",),
-    "packed": ("pack", "unpack"),
-}
-_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))  # the public names
+_HOMES = {node.names[0].name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom)}
+_EXTRAS = {"besa.beyond.adapters": "peft"} if importlib.util.find_spec("peft") is None else {}
+__all__ = [name for name, home in _HOMES.items() if home not in _EXTRAS]  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:  # torch is imported with the first public name or submodule, not before
-    if name not in _HOMES and importlib.util.find_spec(f"besa.{name}") is None:
+    home = _HOMES.get(name, f"besa.{name}")
+    if name not in _HOMES and importlib.util.find_spec(home) is None:
         raise AttributeError(f"module 'besa' has no attribute {name!r}")
-    module = importlib.import_module(f"besa.{_HOMES.get(name, name)}")
+    if home in _EXTRAS:
+        raise ImportError(f"besa.{name} needs {_EXTRAS[home]}: pip install 'besa-pruning[adapters]'")
+    module = importlib.import_module(home)
     return getattr(module, name) if name in _HOMES else module
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_HOMES]

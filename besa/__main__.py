@@ -11,11 +11,16 @@ import typer
 import besa
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "exact": "Exact"}
-CLASSES |= {"besa": "Besa", "besa-row-wise": "Besa", "besa-layer-wise": "Besa"}
-LAYER_WISE = {"row_group": "layer", "targets": "dense", "d_coef": 0.5}
+CLASSES = {"besa": "Besa", "exact": "Exact", "wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu or cuda")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Prune language models, pack them, and evaluate them."""
+    if version:
+        typer.echo(f"besa {besa.__version__}")
 
 
 @contextlib.contextmanager
@@ -25,9 +30,21 @@ def _one_line_errors() -> Iterator[None]:
     try:
         with joined():
             yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"besa: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _to_be_continued(output: Path) -> Iterator[None]:
+    """Say how to go on after an interruption, or when the disk is full."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        n_blocks = len(list(output.glob("besa/block-*.json")))
+        raise OSError(
+            f"{str(error) or 'interrupted'}; {n_blocks} blocks are finished, and the same command continues"
+        ) from error
 
 
 @app.command()
@@ -35,16 +52,20 @@ def _one_line_errors() -> Iterator[None]:
 def prune(
     source: Annotated[str, typer.Argument(help="folder with safetensors, hub id, llama-7b ..., or smollm2-135m")],
     output: Annotated[Path, typer.Argument(help="new folder, or one in which this run was interrupted")],
-    method: Annotated[str, typer.Option(help=", ".join(CLASSES))] = "besa",
-    sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to set to 0 [default: 0.5]")] = None,
+    method: Annotated[str, typer.Option(help=f"{', '.join(CLASSES)}, or package.module:Class")] = "besa",
+    sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to set to 0; 0.5 by default")] = None,
     fields: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE of the method: pattern=2:4, epochs=8, quantize.bits=4")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE of the method, such as pattern=2:4, quantize.bits=4; NAME=? lists all"),
     ] = None,
     reconstruct: Annotated[Literal["closed", "block"] | None, typer.Option(help="new values for kept weights")] = None,
     calibration: Annotated[str | None, typer.Option(help="text: c4, wikitext2, sotu, or a .txt or .jsonl file")] = None,
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
     seed: Annotated[int, typer.Option(help="seed for drawing the windows")] = 0,
+    sampler: Annotated[
+        Literal["crop", "pack"], typer.Option(help="crop long documents, or cut all of them, joined")
+    ] = "crop",
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -55,37 +76,40 @@ def prune(
     from besa.data.models import EMBEDDED, load_tokenizer
 
     chosen = method_of(method, sparsity, fields or [])
-    new_values = besa.Reconstruct(reconstruct) if reconstruct else None
     text = calibration or ("sotu" if source in EMBEDDED else "c4")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    windows = besa.calibration_windows(text, tokenizer, n_samples, seq_len, seed)
-    options = {"device": device, "reconstruct": new_values, "trust_remote_code": trust_remote_code}
-    report = besa.prune_checkpoint(source, output, windows, chosen, **options)
+    windows = besa.calibration_windows(text, tokenizer, n_samples, seq_len, seed, sampler)
+    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    options["reconstruct"] = besa.Reconstruct(reconstruct) if reconstruct else None
+    with _to_be_continued(output):
+        report = besa.prune_checkpoint(source, output, windows, chosen, **options)
     _say(f"{report}\nwrote {output}")
 
 
 def method_of(name: str, sparsity: float | None, settings: list[str]) -> Any:
-    """A method by its name in the tables, with fields given as "name=value" and checked by pydantic."""
+    """A method by its name, with fields given as "name=value" and checked by pydantic."""
     from pydantic import TypeAdapter, ValidationError
 
-    if name not in CLASSES:
-        raise ValueError(f"unknown method {name!r} (known: {', '.join(CLASSES)})")
-    kind: Any = getattr(besa, CLASSES[name])
-    fields: dict[str, Any] = LAYER_WISE if name == "besa-layer-wise" else {}
+    from besa.config import first_problem, refuse_unknown
+    from besa.loop import method_class
+
+    if ":" not in name and name not in CLASSES:
+        raise ValueError(f"unknown method {name!r} (known: {', '.join(CLASSES)}, or package.module:Class)")
+    kind: Any = method_class(name) if ":" in name else getattr(besa, CLASSES[name])
+    fields: dict[str, Any] = {}
     if sparsity is not None:
-        fields = fields | {"sparsity": sparsity}
+        fields["sparsity"] = sparsity
     for setting in settings:
         path, _, value = setting.partition("=")
         outer, _, inner = path.partition(".")
         with contextlib.suppress(ValueError):
             value = json.loads(value)
-        fields = fields | {outer: fields.get(outer, {}) | {inner: value} if inner else value}
+        fields[outer] = fields.get(outer, {}) | {inner: value} if inner else value
+    refuse_unknown(kind, fields)
     try:
         return TypeAdapter(kind).validate_json(json.dumps(fields))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"method {name}, {field}: {first['msg']}") from error
+        raise ValueError(f"method {name}, {first_problem(error)}") from error
 
 
 @app.command()
@@ -98,13 +122,17 @@ def pack(
     calibration: Annotated[str, typer.Option(help="text by which they are rounded")] = "c4",
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a pruned checkpoint packed: one bit per weight, and the weights that are kept."""
+    from besa.checkpoint import pack_folder
     from besa.data.models import load_tokenizer
-    from besa.packed import pack_folder
 
-    windows = besa.calibration_windows(calibration, load_tokenizer(source), n_samples, seq_len) if bits else None
-    pack_folder(source, output, bits, windows, head)
+    windows = None
+    if bits:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        windows = besa.calibration_windows(calibration, tokenizer, n_samples, seq_len)
+    pack_folder(source, output, bits, windows, head, trust_remote_code)
     _say(f"wrote {output}")
 
 
@@ -115,14 +143,17 @@ def evaluate(
     texts: Annotated[str, typer.Option(help="perplexity on wiki, sotu, wikitext2, c4, files, by commas")] = "wiki",
     tasks: Annotated[str, typer.Option(help="zero-shot tasks by commas: piqa, boolq, hellaswag, ...")] = "",
     seq_len: Annotated[int, typer.Option(help="tokens per segment", min=2)] = 2048,
+    segments: Annotated[int | None, typer.Option(help="segments per text; all by default", min=1)] = None,
     limit: Annotated[int | None, typer.Option(help="questions per task; all by default", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; fastest by default")] = None,
     device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
 ) -> None:
     """Print perplexity and zero-shot accuracy of a model."""
-    loaded, tokenizer = besa.load_model(model, dtype, device)
+    loaded, tokenizer = besa.load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     for text in filter(None, texts.split(",")):
-        _say(f"perplexity on {text}: {besa.perplexity(loaded, besa.test_tokens(text, tokenizer), seq_len):.4f}")
+        tokens = besa.test_tokens(text, tokenizer)[: segments and segments * seq_len]
+        _say(f"perplexity on {text}: {besa.perplexity(loaded, tokens, seq_len):.4f}")
     if tasks:
         _say(besa.zero_shot(loaded, tokenizer, tasks.split(","), limit).to_frame().to_string())
 

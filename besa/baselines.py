@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from besa.config import config
@@ -17,6 +16,8 @@ from besa.walk import Block, PrunedBlock
 
 Matrix = Float[Tensor, "rows columns"]
 KeepMask = Bool[Tensor, "rows columns"]
+
+BLOCK_COLUMNS = 128  # columns whose mask SparseGPT chooses at once, as released; with a pattern, M columns
 
 
 @config
@@ -49,7 +50,8 @@ class Wanda(PatternMethod):
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned = PrunedBlock()
         for name, projection in block.projections.items():
-            weight, statistics = projection.weight, block.statistics[name]
+            weight = projection.weight
+            statistics = block.statistics[name]
             if self.quantize:
                 codes = self.quantize.codes(weight)
                 scores = wanda(codes.dequantize(weight.dtype), statistics)
@@ -64,15 +66,7 @@ class Wanda(PatternMethod):
 
 @config
 class SparseGPT(PatternMethod):
-    """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1).
-
-    Args:
-        damping: added to the Hessian's diagonal, as a fraction of its mean; raised if the factorization fails.
-        block_columns: columns whose mask is chosen at once; with a pattern, M columns.
-    """
-
-    damping: PositiveFloat = 0.01
-    block_columns: PositiveInt = 128
+    """Prune column by column and correct the columns to the right (Frantar and Alistarh 2023, Algorithm 1)."""
 
     name: ClassVar[str] = "sparsegpt"
     needs_hessian: ClassVar[bool] = True
@@ -80,24 +74,28 @@ class SparseGPT(PatternMethod):
     def prune_block(self, block: Block) -> PrunedBlock:
         pruned = PrunedBlock()
         for name, projection in block.projections.items():
-            found = self._prune_projection(projection.weight, block.statistics[name].hessian, self.sparsity_of(block))
-            pruned.weights[name], pruned.keep_masks[name], pruned.notes[name] = found
+            hessian = block.statistics[name].hessian
+            assert hessian is not None  # `needs_hessian`
+            outcome = self._prune_projection(projection.weight, hessian, self.sparsity_of(block))
+            pruned.weights[name], pruned.keep_masks[name], pruned.notes[name] = outcome
         return pruned
 
     def _prune_projection(self, weight: Matrix, hessian: Tensor, sparsity: float) -> tuple[Matrix, KeepMask, str]:
         def choose(scores: Tensor) -> Tensor:
             return self.keep_mask(scores.flatten()[None], sparsity).view_as(scores)
 
-        upper, note = inverse_cholesky(hessian, self.damping)
-        new_weight = weight.float().masked_fill(hessian.diag() == 0, 0.0)
+        upper, note = inverse_cholesky(hessian)
+        no_input = hessian.diag() == 0
+        new_weight = weight.float().masked_fill(no_input, 0.0)  # these columns are pruned first
         keep_mask = torch.empty_like(weight, dtype=torch.bool)
-        n_chosen = parse_pattern(self.pattern)[1] if self.pattern else self.block_columns
-        size = max(n_chosen, self.block_columns // n_chosen * n_chosen)
+        n_chosen = parse_pattern(self.pattern)[1] if self.pattern else BLOCK_COLUMNS
+        size = max(n_chosen, BLOCK_COLUMNS // n_chosen * n_chosen)
         for start in range(0, weight.shape[1], size):
             columns, right = slice(start, start + size), slice(start + size, None)
             pruned = _prune_columns(new_weight[:, columns], upper[columns, columns], choose, n_chosen)
             new_weight[:, columns], keep_mask[:, columns], errors = pruned
             new_weight[:, right] -= errors @ upper[columns, right]
+        new_weight = torch.where(no_input & keep_mask, weight.float(), new_weight)
         return new_weight.to(weight.dtype), keep_mask, note
 
 
@@ -108,7 +106,9 @@ def _prune_columns(
 
     The mask of `n_chosen` columns is chosen by the OBS saliency of their updated weights.
     """
-    weight, errors, keep_mask = weight.clone(), torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.bool)
+    weight = weight.clone()
+    errors = torch.zeros_like(weight)
+    keep_mask = torch.empty_like(weight, dtype=torch.bool)
     for j in range(weight.shape[1]):
         if j % n_chosen == 0:
             chosen = slice(j, j + n_chosen)

@@ -16,7 +16,7 @@ of dL/dW'_ij W_ij, and the penalty's gradient through alpha.
 
 import math
 import warnings
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import prodigyopt
 import torch
@@ -30,22 +30,25 @@ from besa.config import config
 from besa.importance import Importance, importance
 from besa.kernels import Ranking, bucket_sums, masked_rows
 from besa.loop import Method
+from besa.losses import reconstruction_error
 from besa.masks import ranks_of_rows, row_slices
-from besa.quantize import CLIPPING_START, Quantize
+from besa.quantize import CLIPPING_LR, CLIPPING_START, Quantize
 from besa.system import deterministic, finite_hint, mean_over_ranks, n_ranks
-from besa.walk import Block, PrunedBlock, Targets, reconstruction_error
+from besa.walk import Block, Match, PrunedBlock
 
 Logits = Float32[Tensor, "groups n"]
+
+FLOAT16_SCALE = 2.0**16  # of the loss at the start of each block, as released
 
 
 @config
 class Besa(Method):
-    """The published row-wise recipe. Layer-wise: `Besa(row_group="layer", targets="dense", d_coef=0.5)`.
+    """The published row-wise recipe; `Besa.layer_wise()` is the layer-wise one.
 
     Args:
         row_group: rows that share one learned sparsity: "row" (each its own), "layer" (all), or a number of rows.
-        targets: outputs to reproduce: the unpruned block's for the same inputs ("pruned", as the released code does
-            row-wise), or the dense model's hidden states ("dense", Algorithm 1 as written).
+        match: outputs to reproduce: the unpruned block's for the same inputs ("block", as the released code does
+            row-wise), or the dense model's hidden states ("model", Algorithm 1 as written).
         importance: ranks the weights of a row: "wanda", "magnitude", or "sparsegpt" (W^2 / U_jj, as released).
         smooth: beta = softmax(sigmoid(theta) + c p): as released at 50 %, where c = 0; ours at other targets. False is
             the paper's softmax(theta), in which some rows lose all their weights.
@@ -57,7 +60,7 @@ class Besa(Method):
     """
 
     row_group: Literal["row", "layer"] | PositiveInt = "row"
-    targets: Targets = "pruned"
+    match: Match = "block"
     importance: Importance = "wanda"
     smooth: bool = True
     candidates: Annotated[int, Ge(2), Le(256)] = 101
@@ -68,6 +71,15 @@ class Besa(Method):
     quantize: Quantize | None = None
 
     name: ClassVar[str] = "besa"
+
+    def __post_init__(self) -> None:
+        if 0 in (self.sparsities or (self.sparsity,)):
+            raise ValueError("the sparsity must be above 0: the penalty is relative to it")
+
+    @classmethod
+    def layer_wise(cls, **fields: Any) -> "Besa":
+        """The published layer-wise recipe: one sparsity per projection. `d_coef` differs by model: 50 for LLaMA-7B."""
+        return cls(**{"row_group": "layer", "match": "model", "d_coef": 0.5} | fields)
 
     def check(self, model: PreTrainedModel, n_samples: int) -> None:
         super().check(model, n_samples)
@@ -88,34 +100,56 @@ class Besa(Method):
     @torch.enable_grad()
     def learn(self, learner: "Learner", block: Block) -> list[dict[str, float]]:
         """Minimize Eqn. 2 over the calibration windows; returns the training log."""
-        target, log = self.sparsity_of(block), []
-        # In float16 the gradient of an unscaled loss underflows; a step whose scaled gradient overflows is skipped.
-        scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
-        for step in block.progress(block.steps(self.batch_size, self.epochs), "learn"):
+        target_sparsity = self.sparsity_of(block)
+        log = []
+        scaler = loss_scaler(block)
+        for batch in block.progress(block.batches(self.batch_size, self.epochs), "learn"):
             learner.zero_grad()
-            for window in step:
+            for window in batch:
                 masked, sparsity = learner()
                 error = reconstruction_error(block.run(window, masked), block.window(block.targets, window))  # Eqn. 1
-                loss = error + self.penalty * ((sparsity - target) / target) ** 2  # Eqn. 2
-                scaler.scale(loss / len(step)).backward()  # Eqn. 6
+                loss = error + self.penalty * ((sparsity - target_sparsity) / target_sparsity) ** 2  # Eqn. 2
+                scaler.scale(loss / len(batch)).backward()  # Eqn. 6
                 log.append(torch.stack([loss, error, sparsity]).detach())
-            learner.step(scaler)
-        return training_log(block, torch.stack(log), self.batch_size)
+            for optimizer in learner.optimizers:
+                mean_over_ranks(optimizer.param_groups[0]["params"][0].grad)
+                scaler.step(optimizer)
+            scaler.update()
+        return training_log(block, torch.stack(log), self.batch_size, scaler)
 
 
-def training_log(block: Block, entries: Float32[Tensor, "windows 3"], batch_size: int) -> list[dict[str, float]]:
-    """Loss, reconstruction error and sparsity of each step, averaged over its windows and the ranks."""
+def loss_scaler(block: Block) -> torch.amp.GradScaler:
+    """Scale losses in float16, whose gradients would underflow; a step whose scaled gradient overflows is skipped."""
+    is_float16 = block.inputs.dtype == torch.float16
+    return torch.amp.GradScaler(block.device.type, init_scale=FLOAT16_SCALE, enabled=is_float16)
+
+
+def training_log(
+    block: Block, entries: Float32[Tensor, "windows 3"], batch_size: int, scaler: torch.amp.GradScaler
+) -> list[dict[str, float]]:
+    """Loss, reconstruction error and sparsity of each step, averaged over its windows and the ranks.
+
+    The last step has the number of those that float16 skipped, if any: the scale halves at each.
+    """
     entries = mean_over_ranks(entries.view(-1, batch_size // n_ranks(), 3).mean(1))
     if not entries.isfinite().all():
         raise ValueError(f"block {block.index}: the loss is not finite; {finite_hint(block.inputs.dtype)}")
-    return [dict(zip(("loss", "reconstruction_error", "sparsity"), entry, strict=True)) for entry in entries.tolist()]
+    names = ["loss", "reconstruction_error", "sparsity"]
+    log = [dict(zip(names, entry, strict=True)) for entry in entries.tolist()]
+    n_skipped = round(math.log2(FLOAT16_SCALE / scaler.get_scale())) if scaler.is_enabled() else 0
+    if n_skipped > 0:
+        log[-1]["skipped"] = n_skipped
+    if n_skipped > len(log) / 2:
+        warnings.warn(f"block {block.index}: float16 overflowed in {n_skipped} of {len(log)} steps", stacklevel=2)
+    return log
 
 
 class Learner:
     """The trainable parameters of one block: calling it gives masked weights and the block's expected sparsity."""
 
     def __init__(self, method: Besa, block: Block) -> None:
-        self.method, self.quantize = method, method.quantize
+        self.method = method
+        self.quantize = method.quantize
         self.weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
         self.rates = candidate_rates(method.candidates).to(block.device)
         self.offset = offset(self.rates, method.sparsity_of(block))
@@ -128,15 +162,18 @@ class Learner:
             name: (n_groups(weight, method.row_group), method.candidates) for name, weight in self.weights.items()
         }
         self.theta = Parameters(shapes, 0.0, block.device)
-        self.optimizers = [prodigyopt.Prodigy([self.theta.flat], lr=1.0, d_coef=method.d_coef, weight_decay=0.0)]
+        prodigy = prodigyopt.Prodigy([self.theta.flat], lr=1.0, d_coef=method.d_coef, weight_decay=0)
+        self.optimizers: list[torch.optim.Optimizer] = [prodigy]
         if self.quantize:
             shapes = {name: self.quantize.clipping_shape(weight) for name, weight in self.weights.items()}
             self.clipping = Parameters(shapes, CLIPPING_START, block.device)
-            self.optimizers.append(torch.optim.Adam([self.clipping.flat], lr=self.quantize.lr))
+            self.optimizers.append(torch.optim.Adam([self.clipping.flat], lr=CLIPPING_LR))
 
     def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
         """Masked weights and the block's sparsity, weighted by the sizes of the projections."""
-        theta, masked, zeros = self.theta.by_name(), {}, 0.0
+        theta = self.theta.by_name()
+        masked = {}
+        zeros: Any = 0.0
         for name, weight in self.weights.items():
             beta = simplex(theta[name], self.method.smooth, self.offset)
             alpha = beta @ self.rates  # Eqn. 3
@@ -149,17 +186,11 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Take a step with the gradients of all ranks."""
-        for optimizer in self.optimizers:
-            mean_over_ranks(optimizer.param_groups[0]["params"][0].grad)
-            scaler.step(optimizer)
-        scaler.update()
-
     @torch.no_grad()
     def result(self, steps: list[dict[str, float]]) -> PrunedBlock:
         """The pruned weights and keep-masks as learned so far, with the training log."""
-        pruned, theta = PrunedBlock(steps=steps), self.theta.by_name()
+        pruned = PrunedBlock(steps=steps)
+        theta = self.theta.by_name()
         for name, weight in self.weights.items():
             alpha = simplex(theta[name], self.method.smooth, self.offset) @ self.rates
             keep_mask = self.rankings[name].kept_above(n_pruned(alpha, weight))
@@ -178,7 +209,10 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, beta, alpha, weight, ranking, out):
-        ctx.weight, ctx.ranking, ctx.shape, ctx.n_pruned = weight.detach(), ranking, beta.shape, n_pruned(alpha, weight)
+        ctx.weight = weight.detach()
+        ctx.ranking = ranking
+        ctx.shape = beta.shape
+        ctx.n_pruned = n_pruned(alpha, weight)
         return masked_rows(weight, ranking.ranks, ctx.n_pruned, out).view_as(out)
 
     @staticmethod
@@ -186,7 +220,8 @@ class MaskedWeight(torch.autograd.Function):
         groups, n = ctx.shape
         sums = bucket_sums(grad, ctx.weight, ctx.ranking, n).view(groups, -1, n).sum(1)
         with deterministic(False):  # torch refuses CUDA's cumsum; one this short has a fixed order
-            to_beta, to_weight = -sums.flip(-1).cumsum(-1).flip(-1), None
+            to_beta = -sums.flip(-1).cumsum(-1).flip(-1)
+            to_weight = None
         if ctx.needs_input_grad[2]:  # a quantized weight, whose clipping is learned
             to_weight = masked_rows(grad, ctx.ranking.ranks, ctx.n_pruned, torch.empty_like(grad))
         return to_beta, None, to_weight, None, None
@@ -213,7 +248,9 @@ def candidate_rates(n: int) -> Float32[Tensor, "n"]:
 
 def offset(rates: Float32[Tensor, "n"], sparsity: float) -> Float32[Tensor, "n"]:
     """c p_d, with c such that softmax(c p) has mean `sparsity`."""
-    low, high, centered = -1e4, 1e4, torch.linspace(1, -1, len(rates), dtype=torch.float64)
+    low = -1e4
+    high = 1e4
+    centered = torch.linspace(1, -1, len(rates), dtype=torch.float64)
     while high - low > 1e-9:
         c = (low + high) / 2
         too_high = float((c / 2 * centered).softmax(0) @ centered) > 2 * sparsity - 1
@@ -233,7 +270,7 @@ def n_pruned(alpha: Float32[Tensor, "groups"], weight: Float[Tensor, "rows colum
 
 def n_groups(weight: Float[Tensor, "rows columns"], row_group: str | int) -> int:
     """Number of row groups of a projection."""
-    size = {"row": 1, "layer": len(weight)}.get(row_group, row_group)
+    size = {"row": 1, "layer": len(weight)}.get(str(row_group)) or int(row_group)
     if len(weight) % size:
         raise ValueError(f"row_group {row_group} does not divide the {len(weight)} rows of a projection")
     return len(weight) // size
@@ -250,5 +287,6 @@ def rank_rows(scores: Float[Tensor, "rows columns"], rates: Float32[Tensor, "n"]
     counts = candidate_counts(rates, columns)
     bucket_of_rank = (counts[None, :] > torch.arange(columns, device=counts.device)[:, None]).sum(1).sub_(1).byte()
     ranks = ranks_of_rows(scores, torch.int16 if columns < 2**15 else torch.int32)
-    buckets = torch.cat([bucket_of_rank[part.int()] for part in row_slices(ranks)])
-    return Ranking(ranks, buckets, bucket_of_rank)
+    if scores.device.type != "cpu":
+        return Ranking(ranks, None, bucket_of_rank)
+    return Ranking(ranks, torch.cat([bucket_of_rank[part.int()] for part in row_slices(ranks)]), bucket_of_rank)

@@ -62,7 +62,14 @@ def pruned_projections(model: PreTrainedModel, ignore: Sequence[str] = ()) -> di
     Args:
         ignore: names such as "3" (a block), "3.self_attn" or "3.mlp.down_proj", or regular expressions that match one.
     """
-    pruned, known, unused = {}, [], set(ignore)
+    pruned = {}
+    known = []
+    unused = set(ignore)
+    for entry in ignore:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ValueError(f"ignore {entry!r} is no regular expression ({error}); write '.*' for any text") from None
     for index, block in enumerate(find_blocks(model)):
         for name, linear in projections(block).items():
             full_name = f"{index}.{name}"
@@ -83,7 +90,8 @@ def check_model(model: PreTrainedModel) -> None:
     owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
         for name, module in block.named_modules():
-            problem, full_name = _problem(module), f"block {index}, {name}"
+            problem = _problem(module)
+            full_name = f"block {index}, {name}"
             if isinstance(module, nn.Linear) and problem is None:
                 owner = owners.setdefault(id(module.weight), full_name)
                 problem = None if owner == full_name else f"its weight is shared with {owner}; untie them first"
@@ -127,9 +135,10 @@ def context_of(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> list[BlockCall]:
     """Record how the model calls each block for windows of this number and length."""
-    blocks, name = find_blocks(model), type(model).__name__
+    blocks = find_blocks(model)
+    name = type(model).__name__
     calls: list[BlockCall] = []
-    run_first = blocks[0].forward
+    in_tuple = isinstance(_at_first_block(model, windows[:1, :2], blocks[0].forward), tuple)
     last_hidden = torch.empty(0)
 
     def stub(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -137,8 +146,6 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
         if index > 0 and not torch.equal(hidden, last_hidden.to(hidden.device)):
             raise ValueError(f"{name} changes the hidden states between blocks {index - 1} and {index}: not supported")
         last_hidden = hidden
-        # The first block runs once, to find out whether blocks return a tuple.
-        in_tuple = calls[0].in_tuple if calls else isinstance(run_first(hidden, *args, **kwargs), tuple)
         calls.append(BlockCall(args, kwargs, in_tuple))
         return calls[-1].answer(hidden)
 
@@ -166,13 +173,18 @@ class Stopped(Exception):
 @torch.no_grad()
 def embed(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]) -> Hidden:
     """The hidden states that enter the first block."""
+    return _at_first_block(model, windows, lambda hidden, *_, **__: hidden)
 
-    def stub(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise Stopped(hidden)
+
+def _at_first_block(model: PreTrainedModel, tokens: Int64[Tensor, "batch seq_len"], answer: Callable[..., Any]) -> Any:
+    """Run the model up to its first block, and `answer` with that block's arguments."""
+
+    def stub(index: int, *args: Any, **kwargs: Any) -> Any:
+        raise Stopped(answer(*args, **kwargs))
 
     with _stubbed(model, stub):
         try:
-            model.base_model(windows.to(model.device), use_cache=False)
+            model.base_model(tokens.to(model.device), use_cache=False)
         except Stopped as stopped:
             return stopped.args[0]
     raise ValueError(f"{type(model).__name__} did not call its first block: not supported")

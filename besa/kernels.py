@@ -1,15 +1,9 @@
 """Passes over every weight, compiled by numba for CPUs: the mask and its gradient.
 
-On other devices and in other precisions torch computes the same. The compiled passes run on torch's own OpenMP threads,
-which spin when idle and would slow down a second pool.
+On other devices and in other precisions torch computes the same.
 """
 
-import ctypes
-import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import no_type_check
 
 import numba
@@ -19,9 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from besa.system import deterministic
-
-MIN_ELEMENTS = 2**15  # per thread; starting one takes as long as passing over these
-_PID = os.getpid()  # a forked child has no OpenMP threads
+from besa.threads import over_rows
 
 
 @dataclass(frozen=True)
@@ -30,8 +22,8 @@ class Ranking:
 
     ranks: Int[Tensor, "rows columns"]
     """0 = least important; int16 if it suffices, else int32."""
-    buckets: UInt8[Tensor, "rows columns"]
-    """Index of the last candidate that prunes the weight."""
+    buckets: UInt8[Tensor, "rows columns"] | None
+    """Index of the last candidate that prunes the weight; None on GPUs, which sum by `bucket_of_rank`."""
     bucket_of_rank: UInt8[Tensor, "columns"]
 
     def kept_above(self, n_pruned: Int[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
@@ -77,38 +69,6 @@ def _bits(tensor: Tensor) -> np.ndarray:
     """A numpy view: float32 as it is, bfloat16 (which numpy lacks) as its 16 bits."""
     tensor = tensor.detach()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def over_rows(kernel: Callable[..., None], matrix: np.ndarray, *args: object) -> None:
-    """Run kernel(first, last, matrix, *args) for a range of the rows on each of torch's OpenMP threads."""
-    rows, team = len(matrix), _openmp()
-    n_threads = min(torch.get_num_threads(), 1 + matrix.size // MIN_ELEMENTS)
-    if n_threads == 1 or team is None or os.getpid() != _PID:
-        return kernel(0, rows, matrix, *args)
-
-    errors: list[BaseException] = []  # ctypes would only print them
-
-    def run(_: int | None) -> None:
-        number, count = team.omp_get_thread_num(), team.omp_get_num_threads()
-        try:
-            kernel(rows * number // count, rows * (number + 1) // count, matrix, *args)
-        except BaseException as error:
-            errors.append(error)
-
-    team.parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(run), None, n_threads, 0)
-    if errors:
-        raise errors[0]
-
-
-@functools.cache
-def _openmp() -> ctypes.PyDLL | None:
-    """The OpenMP library that torch has loaded; None if it is another one than GNU's."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
-        library = ctypes.PyDLL(str(path))
-        if hasattr(library, "GOMP_parallel"):
-            library.parallel = ctypes.CDLL(str(path)).GOMP_parallel  # gives up Python's lock, which `run` takes
-            return library
-    return None
 
 
 @no_type_check

@@ -4,23 +4,26 @@
 """
 
 import json
+import os
+import pkgutil
+import sys
+import warnings
 from dataclasses import asdict
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from beartype import beartype
-from jaxtyping import Bool, Float, Int64, jaxtyped
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from besa.config import Sparsity, config
-from besa.decoder import check_model, check_tokens, find_blocks, pruned_projections
-from besa.masks import keep_largest, parse_pattern, places
+from besa.config import Sparsity, checked, config
+from besa.decoder import check_model, check_tokens, find_blocks, projections, pruned_projections
+from besa.masks import keep_largest, parse_pattern, places, zeros_before
 from besa.quantize import Quantize
 from besa.report import Report
 from besa.system import measure, n_ranks, resolve_device
-from besa.walk import Block, PrunedBlock, Targets, frozen, walk
+from besa.walk import Block, Match, PrunedBlock, frozen, walk
 
 
 @config
@@ -33,21 +36,17 @@ class Method:
         ignore: projections or blocks that stay dense, by name ("3", "3.mlp.down_proj") or regular expression.
     """
 
-    sparsity: Sparsity | None = None
+    sparsity: Sparsity = 0.5
     sparsities: Annotated[tuple[Sparsity, ...], Field(strict=False)] | None = None
     ignore: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     name: ClassVar[str]
-    targets: ClassVar[Targets] = "pruned"
-    """Outputs that a pruned block must reproduce: its own before pruning, or the dense model's."""
+    match: ClassVar[Match] = "block"
+    """Whose output a pruned block must reproduce: its own before pruning ("block"), or the dense model's ("model")."""
     batch_size: ClassVar[int | None] = None
     """Windows per training step; None without training."""
     needs_hessian: ClassVar[bool] = False
     quantize: ClassVar[Quantize | None] = None
-
-    def __post_init__(self) -> None:
-        if self.sparsity is None:
-            object.__setattr__(self, "sparsity", 0.5)
 
     def check(self, model: PreTrainedModel, n_samples: int) -> None:
         """Refuse a configuration that does not fit the model, before any work."""
@@ -85,10 +84,9 @@ class PatternMethod(Method):
     def __post_init__(self) -> None:
         if self.pattern is not None:
             n, m = parse_pattern(self.pattern)
-            if self.sparsities or self.sparsity not in (None, 1 - n / m):
+            if self.sparsities or self.sparsity not in (0.5, 1 - n / m):
                 raise ValueError(f"pattern {self.pattern!r} sets the sparsity; leave sparsity and sparsities out")
             object.__setattr__(self, "sparsity", 1 - n / m)
-        super().__post_init__()
 
     def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
         """Prune the lowest scores of each row, or of each M consecutive weights."""
@@ -98,14 +96,23 @@ class PatternMethod(Method):
         return keep_largest(scores, sparsity)
 
 
-@jaxtyped(typechecker=beartype)
+@runtime_checkable
+class Reconstruction(Protocol):
+    """Gives the kept weights of a pruned block new values, such as `besa.Reconstruct("closed")`."""
+
+    def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock: ...
+
+    def config(self) -> dict[str, Any]: ...
+
+
+@checked
 def prune(
     model: PreTrainedModel,
     windows: Int64[Tensor, "n_samples seq_len"],
     method: Method,
     progress: bool = True,
     *,
-    reconstruct: Any = None,
+    reconstruct: Reconstruction | None = None,
     device: str | torch.device | None = None,
 ) -> Report:
     """Prune all projections of a model in place, block by block (paper Algorithm 1).
@@ -116,34 +123,66 @@ def prune(
         windows: calibration token ids, from `calibration_windows`.
         method: `Besa`, `Exact`, `Wanda`, `SparseGPT` or `Magnitude`.
         progress: show bars over blocks and windows.
-        reconstruct: `Reconstruct(...)` gives the kept weights new values.
+        reconstruct: `Reconstruct("closed")` gives the kept weights new values.
         device: move one block at a time there, for models larger than the GPU.
     """
     check(model, windows, method, reconstruct)
     compute_device = model.device if device is None else resolve_device(device)
+    home = model.device
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
+    options = {"match": method.match, "hessian": method.needs_hessian, "ignore": method.ignore}
+    options |= {"dense": reconstruct is not None, "progress": progress}
     with measure(compute_device) as cost, frozen(model, compute_device):
-        options = {"targets": method.targets, "hessian": method.needs_hessian, "ignore": method.ignore}
-        options |= {"dense": reconstruct is not None, "progress": progress}
-        for block in walk(model, windows, load=lambda module: module.to(compute_device), **options):
-            report.extend(prune_block(block, method, reconstruct))
-            block.module.to(model.device)
-    report.seconds, report.peak_bytes = cost.seconds, cost.peak_bytes
+        try:
+            for block in walk(model, windows, place=lambda module: module.to(compute_device), **options):
+                report.extend(prune_block(block, method, reconstruct))
+                block.module.to(home)
+        finally:
+            find_blocks(model).to(home)  # the one that was being pruned, after an error
+    report.seconds = cost.seconds
+    report.peak_bytes = cost.peak_bytes
     return report
 
 
-def check(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Any) -> None:
+def method_class(name: str) -> type[Method]:
+    """A method of yours by "package.module:Class"; the package may lie in the working folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be imported: {error}") from error
+
+
+def check(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Reconstruction | None) -> None:
     """Refuse what does not go together, before any work."""
     check_model(model)
+    first = projections(find_blocks(model)[0]).values()
+    n_zeros = sum(int(zeros_before(linear.weight).sum()) for linear in first)
+    if n_zeros:
+        share = n_zeros / sum(linear.weight.numel() for linear in first)
+        warnings.warn(
+            f"{share:.1%} of the first block's weights are 0 already: was this model pruned before? Load it again to "
+            "start from the dense model",
+            stacklevel=5,
+        )
     check_tokens(model, windows, windows.shape[1])
     method.check(model, len(windows))
     if reconstruct is not None and method.quantize is not None:
         raise ValueError("quantized weights cannot be reconstructed; leave out `quantize` or `reconstruct`")
 
 
-def prune_block(block: Block, method: Method, reconstruct: Any) -> Report:
-    """Prune one block, give its kept weights new values, and move its inputs on to the next block."""
+def prune_block(
+    block: Block, method: Method, reconstruct: Reconstruction | None, dtype: torch.dtype | None = None
+) -> Report:
+    """Prune one block, give its kept weights new values, and move its inputs on to the next block.
+
+    Args:
+        dtype: precision in which the weights are stored, to which they are rounded.
+    """
     pruned = method.prune_block(block)
     if reconstruct is not None:
         pruned = reconstruct.improve(block, pruned)
+    if dtype is not None:
+        pruned.weights = {name: weight.to(dtype).to(weight.dtype) for name, weight in pruned.weights.items()}
     return block.finish(pruned, method.sparsity_of(block))

@@ -1,15 +1,15 @@
 """Scores -> keep-masks, N:M patterns, and keep-masks as bits."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import UserDict
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
 from torch import Tensor
 
-from besa.kernels import over_rows
 from besa.system import deterministic
+from besa.threads import over_rows
 
 Scores = Float[Tensor, "rows columns"]
 KeepMask = Bool[Tensor, "rows columns"]
@@ -24,6 +24,12 @@ def keep_largest(scores: Scores, sparsity: float) -> KeepMask:
     lower, equal = scores < threshold, scores == threshold
     n_equal = n_pruned - lower.sum(dim=1, keepdim=True)  # of these are pruned, at least one
     return ~(lower | equal & (equal.cumsum(dim=1, dtype=torch.int32) <= n_equal))
+
+
+def zeros_before(weight: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
+    """Zeros of a weight that was pruned before; dequantized weights have a few, which do not count."""
+    zeros = weight == 0
+    return zeros if zeros.float().mean() > 0.01 else torch.zeros_like(zeros)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -68,13 +74,37 @@ def ranks_of_rows(scores: Scores, dtype: torch.dtype) -> Int[Tensor, "rows colum
     return ranks
 
 
+def order_statistics(scores: Scores, ranks: Int64[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+    """The scores of these ranks in each row, 0 for the lowest: by a sort on CPUs, by bisection on GPUs."""
+    if scores.device.type == "cpu":
+        return sorted_rows(scores).gather(1, ranks)
+    return torch.stack([bisect_rows(scores, rank) for rank in ranks.T], dim=1)
+
+
+def bisect_rows(scores: Float32[Tensor, "rows columns"], rank: Int64[Tensor, "rows"]) -> Float32[Tensor, "rows"]:
+    """The score of one rank in each row, exactly, in 32 passes over the integers behind the scores."""
+    keys = _ordered_bits(scores)
+    low = torch.full_like(rank, -(2**31))
+    high = torch.full_like(rank, 2**31 - 1)
+    for _ in range(32):
+        middle = (low + high) >> 1
+        is_above = (keys <= middle.int()[:, None]).sum(1) <= rank
+        low, high = torch.where(is_above, middle + 1, low), torch.where(is_above, high, middle)
+    bits = low.int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _ordered_bits(scores: Float32[Tensor, "rows columns"]) -> Int32[Tensor, "rows columns"]:
+    """Integers in the order of the scores; -0.0 counts as 0.0."""
+    bits = (scores.detach() + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 def _order_of_rows(scores: Scores) -> Int64[Tensor, "rows columns"]:
     """Indices that sort each row; of equal scores, the first comes first."""
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.sort(dim=1, stable=True).indices
-    bits = (scores.detach() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the scores
-    keys = bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(scores.shape[1]))
+    keys = _ordered_bits(scores).long().bitwise_left_shift_(32).bitwise_or_(torch.arange(scores.shape[1]))
     return torch.from_numpy(_sort(keys.numpy())).bitwise_and_(0xFFFFFFFF)
 
 
@@ -100,23 +130,11 @@ def unpack_bits(bits: UInt8[Tensor, "n"], rows: int, columns: int) -> KeepMask:
     return torch.from_numpy(kept).view(rows, columns).bool()
 
 
-class KeepMasks(Mapping[tuple[int, str], Tensor]):
-    """Keep-masks (rows, columns), True = keep, by (block, projection); held as one bit per weight."""
-
-    def __init__(self) -> None:
-        self.bits: dict[tuple[int, str], tuple[Tensor, int, int]] = {}  # bits, rows, columns
+class KeepMasks(UserDict[tuple[int, str], Tensor]):
+    """Keep-masks (rows, columns), True = keep, by (block, projection); `data` holds one bit per weight, and shapes."""
 
     def __setitem__(self, key: tuple[int, str], keep_mask: Tensor) -> None:
-        self.bits[key] = pack_bits(keep_mask), *keep_mask.shape
+        self.data[key] = pack_bits(keep_mask), *keep_mask.shape
 
     def __getitem__(self, key: tuple[int, str]) -> Tensor:
-        return unpack_bits(*self.bits[key])
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return iter(self.bits)
-
-    def __len__(self) -> int:
-        return len(self.bits)
-
-    def update(self, other: "KeepMasks") -> None:
-        self.bits |= other.bits
+        return unpack_bits(*self.data[key])

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float16, Float32, UInt8
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from besa.config import config
@@ -21,6 +21,7 @@ Matrix = Float[Tensor, "rows columns"]
 Clipping = Float32[Tensor, "2 rows groups"]
 
 CLIPPING_START = 4.0  # clipping logits before training: gamma = sigmoid(4) = 0.98
+CLIPPING_LR = 0.2  # Adam's step size for them; the paper names none
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class QuantizedWeight:
     scale: Float16[Tensor, "rows groups"]
     zero_point: UInt8[Tensor, "rows groups"]
     bits: int
-    keep_mask: Bool[Tensor, "rows columns"] | None = None
-    """None if nothing is pruned. Kept weights may have code z, too."""
 
     def dequantize(self, dtype: torch.dtype) -> Matrix:
         """h (Q - z), computed in float32."""
@@ -40,15 +39,12 @@ class QuantizedWeight:
         return (self.scale.float()[..., None] * steps).view(self.codes.shape).to(dtype)
 
     def pruned(self, keep_mask: Bool[Tensor, "rows columns"]) -> "QuantizedWeight":
-        """Set pruned weights to 0."""
-        if keep_mask.all():
-            return self
+        """Set pruned weights to 0, which is code z; kept weights may have it, too."""
         zeros = self.zero_point.repeat_interleave(self.codes.shape[1] // self.scale.shape[1], dim=1)
-        return replace(self, codes=torch.where(keep_mask, self.codes, zeros), keep_mask=keep_mask)
+        return replace(self, codes=torch.where(keep_mask, self.codes, zeros))
 
     def cpu(self) -> "QuantizedWeight":
-        keep_mask = None if self.keep_mask is None else self.keep_mask.cpu()
-        return QuantizedWeight(self.codes.cpu(), self.scale.cpu(), self.zero_point.cpu(), self.bits, keep_mask)
+        return QuantizedWeight(self.codes.cpu(), self.scale.cpu(), self.zero_point.cpu(), self.bits)
 
 
 @config
@@ -58,12 +54,10 @@ class Quantize:
     Args:
         bits: N.
         group_size: columns that share a scale and a zero-point; None: a whole row.
-        lr: Adam's step size for learned clipping logits; the paper names none.
     """
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: PositiveInt | None = None
-    lr: PositiveFloat = 0.2
 
     def clipping_shape(self, weight: Matrix) -> tuple[int, int, int]:
         """Shape of the clipping logits: (2, rows, groups), for gamma0 and gamma1."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from besa.masks import KeepMasks
 from besa.quantize import QuantizedWeight
+from besa.system import require
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -20,8 +21,8 @@ class Report:
 
     Args:
         rows: by block and projection: `block`, `projection`, `rows`, `columns`, `zeros`, `sparsity`, `projection_error`
-            (||(W - W')x||^2 / ||Wx||^2 on the first window), `note`; and of the block: its `target` sparsity,
-            `block_error` (Eqn. 1, mean over windows) and `block_seconds`.
+            (||(W - W')x||^2 / ||Wx||^2 on the first window), `note`; and of the block: its
+            `target_sparsity`, `block_error` (Eqn. 1, mean over windows) and `block_seconds`.
         steps: by training step: `block`, `step`, `loss`, `reconstruction_error`, `sparsity`.
         peak_bytes: highest allocation on the GPU, or highest resident memory of the process.
         keep_masks: True = keep, by (block, projection).
@@ -39,10 +40,15 @@ class Report:
     keep_masks: KeepMasks = field(default_factory=KeepMasks)
     quantized: Mapping[tuple[int, str], QuantizedWeight] = field(default_factory=dict)
 
-    def add(self, key: tuple[int, str], keep_mask: Tensor, quantized: QuantizedWeight | None, row: dict) -> None:
-        """Add a projection."""
+    def add(
+        self, key: tuple[int, str], keep_mask: Tensor, zeros: int, quantized: QuantizedWeight | None, row: dict
+    ) -> None:
+        """Add a projection.
+
+        Args:
+            zeros: weights that are pruned, now or before this run.
+        """
         rows, columns = keep_mask.shape
-        zeros = rows * columns - int(keep_mask.sum())
         counted = {"block": key[0], "projection": key[1], "rows": rows, "columns": columns, "zeros": zeros}
         self.rows.append({**counted, "sparsity": zeros / (rows * columns), **row})
         self.keep_masks[key] = keep_mask
@@ -58,7 +64,7 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the projections' weights that are pruned, counted from the keep-masks."""
+        """Fraction of the projections' weights that are pruned, now or before this run."""
         n_weights = sum(row["rows"] * row["columns"] for row in self.rows)
         return sum(row["zeros"] for row in self.rows) / n_weights if n_weights else 0.0
 
@@ -91,6 +97,7 @@ class Report:
 
 def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
     """Heat map of `sparsity` over `block` and `projection`, the columns of `Report.to_frame()`."""
+    require("matplotlib", "plot")
     import matplotlib.pyplot as plt  # slow to import
 
     names = list(dict.fromkeys(frame["projection"]))

@@ -1,6 +1,7 @@
 """Device, precision, determinism, processes under torchrun, cost."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import sys
@@ -19,6 +20,10 @@ from torch import Tensor
 _LOCK = threading.RLock()
 
 
+if hasattr(os, "register_at_fork"):  # not on Windows; a forked child has none of the threads that could release it
+    os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.RLock()))
+
+
 def resolve_device(device: torch.device | str) -> torch.device:
     """A device with its number; "auto" is the GPU if there is one, else the CPU. torchrun gives each process a GPU."""
     if device == "auto":
@@ -34,6 +39,13 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return wanted
 
 
+def where_it_fits(stream: Tensor, device: torch.device, n_streams: int) -> Tensor:
+    """Hidden states on a GPU if so many streams of them take at most a quarter of its free memory."""
+    if device.type == "cuda" and n_streams * stream.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return stream.to(device)
+    return stream
+
+
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """A precision by name; None is bfloat16 if the device is fast in it, else float16 (GPU) or float32 (CPU)."""
     if dtype is not None:
@@ -46,6 +58,12 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     units = torch.cpu.get_capabilities()
     arm = units.get("bf16") and sys.platform != "darwin"  # torch does not use Apple's instructions
     return torch.bfloat16 if arm or units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
+
+
+def require(package: str, extra: str) -> None:
+    """Name the extra that brings a package that is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"this needs {package}: pip install 'besa-pruning[{extra}]'")
 
 
 def finite_hint(dtype: torch.dtype) -> str:
@@ -78,11 +96,11 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
+def deterministic(wanted: bool, warn_only: bool = False) -> Iterator[None]:
     """Use only deterministic algorithms of torch, or allow the others."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted)
+    torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
@@ -145,7 +163,8 @@ class Cost:
 @contextlib.contextmanager
 def measure(device: torch.device | None = None) -> Iterator[Cost]:
     """Measure seconds and peak memory; a `measure` within another restarts the outer peak."""
-    cost, on_gpu = Cost(), device is not None and device.type == "cuda"
+    cost = Cost()
+    on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):  # Linux only

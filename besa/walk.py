@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,13 +24,14 @@ from transformers import PreTrainedModel
 from besa import decoder
 from besa.decoder import BlockCall
 from besa.importance import InputStatistics, collect_statistics
+from besa.losses import Window, reconstruction_error
+from besa.masks import zeros_before
 from besa.quantize import QuantizedWeight
 from besa.report import Report
-from besa.system import finite_hint, mean_over_ranks, n_ranks, rank, repeatable, sum_over_ranks
+from besa.system import finite_hint, mean_over_ranks, n_ranks, rank, repeatable, sum_over_ranks, where_it_fits
 
-Targets = Literal["pruned", "dense"]
+Match = Literal["block", "model"]
 HiddenStates = Float[Tensor, "n_samples seq_len hidden"]
-Window = Float[Tensor, "1 seq_len hidden"]
 
 
 @dataclass
@@ -49,41 +50,50 @@ def walk(
     model: PreTrainedModel,
     windows: Int64[Tensor, "n_samples seq_len"],
     *,
-    targets: Targets = "pruned",
+    match: Match = "block",
     dense: bool = False,
     hessian: bool = False,
     ignore: Sequence[str] = (),
-    load: Callable[[nn.Module], nn.Module] | None = None,
-    finished: Callable[[int, nn.Module], dict[str, Tensor] | None] | None = None,
+    place: Callable[[nn.Module], nn.Module] | None = None,
+    stored: Callable[[int, nn.Module], dict[str, Tensor] | None] | None = None,
     progress: bool = True,
 ) -> Iterator["Block"]:
     """Yield every block, within `frozen(model)`; finish it before taking the next one. Ranks share the windows.
 
     Args:
-        targets: output of the unpruned block for the same inputs ("pruned"), or hidden states of the dense model.
-        dense: keep the dense model's hidden states, whatever the targets.
+        match: what pruned blocks must reproduce: the output of the unpruned block for the same inputs ("block"), or the
+            hidden states of the dense model ("model").
+        dense: keep the dense model's hidden states in either case.
         hessian: collect second moments of the inputs, not only norms.
         ignore: projections that stay dense, as in `decoder.pruned_projections`.
-        load: returns the module to work on, such as a copy on another device.
-        finished: returns the state of a block that was pruned before, which is then loaded and not yielded.
+        place: returns the module to work on, such as a copy on another device.
+        stored: returns the state of a block that was pruned before, which is then loaded and not yielded.
     """
     local_windows = windows[rank() :: n_ranks()]
     calls = decoder.record_calls(model, local_windows[:1])
     inputs = torch.cat([decoder.embed(model, window) for window in local_windows.split(1)])
-    dense_inputs = inputs.clone() if dense or targets == "dense" else None
+    broken = ~inputs.isfinite().all(-1)
+    if broken.any():
+        token = int(local_windows[broken.cpu()][0])
+        raise ValueError(f"the embedding of token {token} is NaN or infinite; {finite_hint(inputs.dtype)}")
     pruned = decoder.pruned_projections(model, ignore)
     options = {"desc": "prune", "unit": "block", "smoothing": 0, "disable": not progress or rank() > 0}
+    dense_inputs = None
     bar = tqdm(decoder.find_blocks(model), **options)
     for index, module in enumerate(bar):
-        module = load(module) if load else module
+        module = place(module) if place else module
+        if index == 0:
+            keep_dense = dense or match == "model"
+            inputs = where_it_fits(inputs, decoder.device_of(module), 3 if keep_dense else 2)
+            dense_inputs = inputs.clone() if keep_dense else None
         ignored = frozenset(name for name in decoder.projections(module) if (index, name) not in pruned)
         call = calls[index].to(decoder.device_of(module))
         block = Block(index, module, call, inputs, dense_inputs, ignored, len(windows), bar)
-        state = finished(index, module) if finished else None
+        state = stored(index, module) if stored else None
         if state is not None:
             block.skip(state)
         else:
-            block.observe(targets, hessian)
+            block.observe(match, hessian)
             yield block
         if not block.is_finished:
             raise RuntimeError(f"block {index} is not finished: call block.finish(method.prune_block(block))")
@@ -117,9 +127,9 @@ class Block:
     started: float = field(default_factory=time.perf_counter)
 
     @torch.no_grad()
-    def observe(self, targets: Targets, hessian: bool) -> None:
+    def observe(self, match: Match, hessian: bool) -> None:
         """Run the unpruned block once over all windows, for statistics and targets."""
-        outputs = torch.empty_like(self.inputs) if targets == "pruned" else None
+        outputs = torch.empty_like(self.inputs) if match == "block" else None
         n_broken = torch.zeros((), dtype=torch.int32, device=self.device)
         with collect_statistics(self.projections, self.n_samples, hessian) as self.statistics:
             for number in self.progress(range(len(self.inputs)), "observe"):
@@ -141,7 +151,7 @@ class Block:
         if sum_over_ranks(n_broken):
             raise self._not_finite("the output is")
         self._run_dense()
-        self.targets = self.dense_outputs if outputs is None else outputs
+        self.targets = self.dense_outputs if outputs is None else outputs  # pyright: ignore[reportAttributeAccessIssue]
 
     def _run_dense(self) -> None:
         if self.dense_inputs is not None:
@@ -171,7 +181,7 @@ class Block:
         """Output for one window; `weights` replace those of some projections."""
         return decoder.run_block(self.module, self.window(self.inputs, number), self.call, weights)
 
-    def steps(self, batch_size: int, epochs: int) -> list[range]:
+    def batches(self, batch_size: int, epochs: int) -> list[range]:
         """This rank's windows of each training step; any number of ranks together take the same ones."""
         size = batch_size // n_ranks()
         return [range(start, start + size) for start in range(0, len(self.inputs), size)] * epochs
@@ -195,17 +205,27 @@ class Block:
         error = float(mean_over_ranks(torch.stack(errors).mean()))
         if not math.isfinite(error):
             raise self._not_finite("after pruning, the output is")
+        n_zeros = {}
         for name, projection in self.projections.items():
+            still_zero = zeros_before(projection.weight) & (pruned.weights[name] == 0)
+            n_zeros[name] = int((still_zero | ~pruned.keep_masks[name]).sum())
             projection.weight.data = pruned.weights[name].detach()  # no copy: the old one may be mapped from a file
         self.is_finished = True
         for name in self.ignored:
-            pruned.keep_masks[name] = torch.ones_like(self.module.get_submodule(name).weight, dtype=torch.bool)
-            pruned.notes[name], projection_errors[name] = "ignored", 0.0
+            weight = decoder.projections(self.module)[name].weight
+            pruned.keep_masks[name] = torch.ones_like(weight, dtype=torch.bool)
+            pruned.notes[name] = "ignored"
+            projection_errors[name] = 0.0
+            n_zeros[name] = int(zeros_before(weight).sum())
         report = Report("", n_samples=self.n_samples, seq_len=self.inputs.shape[1])
-        block = {"target": target_sparsity, "block_error": error, "block_seconds": time.perf_counter() - self.started}
+        block = {
+            "target_sparsity": target_sparsity,
+            "block_error": error,
+            "block_seconds": time.perf_counter() - self.started,
+        }
         for name in decoder.projections(self.module):
             row = {"projection_error": projection_errors[name], **block, "note": pruned.notes.get(name, "")}
-            report.add((self.index, name), pruned.keep_masks[name], pruned.quantized.get(name), row)
+            report.add((self.index, name), pruned.keep_masks[name], n_zeros[name], pruned.quantized.get(name), row)
         report.steps = [{"block": self.index, "step": number, **step} for number, step in enumerate(pruned.steps)]
         return report
 
@@ -216,27 +236,6 @@ class Block:
         for number in self.progress(range(len(self.inputs)), "advance"):
             self.inputs[number] = self.run(number)[0]
         self.is_finished = True
-
-
-def reconstruction_error(output: Window, target: Window) -> Float32[Tensor, ""]:
-    """Block loss of one window (Eqn. 1): sum(((target - output) / ||target||_2)^2) / hidden, with a norm per channel.
-
-    So the released code has it; the paper writes the plain squared norm of the difference.
-    """
-    target = target.float()
-    norm = target.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (1, 1, hidden)
-    return ((target - output.float()) / norm).square().sum() / target.shape[-1]
-
-
-def token_error(output: Window, target: Window) -> Float32[Tensor, ""]:
-    """Mean over tokens of sum_c d_c^2 / r_c, divided by sum_c r_c; d = (target - output) / ||target||.
-
-    r_c is the root mean square of channel c of target / ||target||; one channel of Gemma holds 0.9 of the square norm.
-    """
-    target = target.float()
-    norm = target.norm(dim=-1, keepdim=True).clamp_min(1e-6)  # (1, seq_len, 1)
-    channels = (target / norm).square().mean(-2).sqrt().clamp_min(1e-6)  # (1, hidden)
-    return (((target - output.float()) / norm).square() / channels).sum(-1).mean() / channels.sum()
 
 
 @contextlib.contextmanager

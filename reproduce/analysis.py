@@ -16,13 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from besa.decoder import embed, find_blocks, projections, record_calls, run_block
-from besa.evaluate.cycles import simulate_cycles
 from besa.importance import wanda
 from besa.masks import sorted_rows
-from besa.quantize import QuantizedWeight
 from besa.report import Report
 from besa.system import Cost
 from besa.walk import frozen
+from reproduce.cycles import simulate_cycles
 from reproduce.methods import dense_statistics
 
 # Figure 1
@@ -51,20 +50,20 @@ def hidden_state_errors(model: PreTrainedModel, dense: PreTrainedModel, segments
 # Table 3
 
 
-def stored_bits(model: PreTrainedModel, quantized: Mapping[tuple[int, str], QuantizedWeight] | None) -> float:
+def stored_bits(model: PreTrainedModel, report: Report | None) -> float:
     """Bits per weight: codes of the kept weights, a bit per weight for the mask, scales and zero-points.
 
     Asserts that the codes give the model's weights, to the bit.
     """
-    if not quantized:
+    if report is None or not report.quantized:
         return 8.0 * model.dtype.itemsize
     blocks, n_bytes, n_weights = find_blocks(model), 0, 0
-    for (index, name), codes in quantized.items():
+    for (index, name), codes in report.quantized.items():
         weight = projections(blocks[index])[name].weight.cpu()
         assert torch.equal(codes.dequantize(weight.dtype), weight), f"block {index}, {name}"
-        n_kept = weight.numel() if codes.keep_mask is None else int(codes.keep_mask.sum())
+        n_kept = int(report.keep_masks[index, name].sum())
         n_bytes += -(-n_kept * codes.bits // 8) + codes.scale.nbytes + codes.zero_point.nbytes
-        n_bytes += 0 if codes.keep_mask is None else -(-weight.numel() // 8)
+        n_bytes += -(-weight.numel() // 8) if n_kept < weight.numel() else 0
         n_weights += weight.numel()
     return 8 * n_bytes / n_weights
 

@@ -27,7 +27,7 @@ ALIASES |= {"sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
 
 def style(row: str) -> dict[str, str]:
     """Colour and marker of a row, the same in every figure."""
-    name = row.partition(" + ")[0].removesuffix("-matched")
+    name = row.partition(" + ")[0]
     return STYLES.get(ALIASES.get(name, name), OTHER)
 
 

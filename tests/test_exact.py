@@ -14,8 +14,9 @@ from besa.decoder import find_blocks, projections
 
 
 def assert_budgets(report, sparsity):
-    """The zeros of every block are the target, to the weight."""
-    for _, rows in report.to_frame().groupby("block"):
+    """The zeros of every block are the target, to the weight; ignored projections have none."""
+    assert not report.to_frame().query("note == 'ignored'")["zeros"].any()
+    for _, rows in report.to_frame().query("note != 'ignored'").groupby("block"):
         assert rows["zeros"].sum() == round(sparsity * (rows["rows"] * rows["columns"]).sum())
 
 
@@ -29,38 +30,27 @@ def test_every_block_meets_any_target_to_the_weight(tiny_llama, windows, sparsit
 
 
 @pytest.mark.parametrize("update", [True, False])
-@pytest.mark.parametrize("fields", [{"row_group": "layer"}, {"row_group": 8}, {"targets": "pruned"}, {"batch_size": 3}])
+@pytest.mark.parametrize("fields", [{}, {"batch_size": 3}])
 def test_budgets_hold_for_every_option(tiny_llama, windows, fields, update):
     report = besa.prune(tiny_llama, windows, besa.Exact(sparsity=0.7, update=update, **fields), progress=False)
     assert_budgets(report, 0.7)
 
 
 @pytest.mark.parametrize("update", [True, False])
-def test_ignored_projections_count_as_kept(tiny_llama, windows, update):
-    ignore = ("1", ".*o_proj", "0.mlp.up_proj")
-    method = besa.Exact(sparsity=0.55, ignore=ignore, update=update)
+def test_the_budget_is_of_the_projections_that_are_not_ignored(tiny_llama, windows, update):
+    method = besa.Exact(sparsity=0.55, ignore=("1", ".*o_proj", "0.mlp.up_proj"), update=update)
     report = besa.prune(tiny_llama, windows[:2], method, progress=False)
-    frame = report.to_frame().query("block != 1")
-    for _, rows in frame.groupby("block"):
-        assert rows["zeros"].sum() == round(0.55 * (rows["rows"] * rows["columns"]).sum())
-    assert all(report.keep_masks[key].all() for key in report.keep_masks if key[0] == 1 or key[1].endswith("o_proj"))
-
-
-def test_budget_beyond_the_prunable_weights_raises_before_any_work(tiny_llama, windows):
-    before = copy.deepcopy(tiny_llama.state_dict())
-    with pytest.raises(ValueError, match=r"block 2: .*below 0.2857"):
-        besa.prune(tiny_llama, windows, besa.Exact(ignore=("2.mlp",)), progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
+    assert_budgets(report, 0.55)
 
 
 def test_learning_lowers_the_error_of_uniform_rows(tiny_llama, windows):
-    report = besa.prune(tiny_llama, windows, besa.Exact(epochs=10, lr=0.02), progress=False)
+    report = besa.prune(tiny_llama, windows, besa.Exact(epochs=20), progress=False)
     errors = [step["reconstruction_error"] for step in report.steps if step["block"] == 0]
     assert sum(errors[-6:]) < 0.99 * sum(errors[:6])
     assert report.to_frame()["sparsity"].std() > 0.005
 
 
-@pytest.mark.parametrize("fields", [{"sparsity": 0.6}, {"pattern": "2:4"}, {"row_group": 8, "batch_size": 2}])
+@pytest.mark.parametrize("fields", [{"sparsity": 0.6}, {"pattern": "2:4"}, {"batch_size": 2}])
 def test_updated_weights_lose_less_than_the_mask_alone(tiny_llama, windows, fields):
     before = copy.deepcopy(tiny_llama)
     mask = besa.prune(copy.deepcopy(tiny_llama), windows, besa.Exact(epochs=4, **fields), progress=False)
@@ -87,10 +77,10 @@ def test_step_sizes_fall_to_0_as_a_cosine(tiny_llama, windows, monkeypatch, fiel
         return adam_step(self, *rest)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    besa.prune(tiny_llama, windows, besa.Exact(epochs=2, batch_size=2, lr=0.2, **fields), progress=False)
+    besa.prune(tiny_llama, windows, besa.Exact(epochs=2, batch_size=2, **fields), progress=False)
     assert len(taken) == 3 * 6  # blocks, steps of each
     for number, rates in enumerate(taken):
-        cosine = 0.2 * (1 + math.cos(math.pi * (number % 6) / 6)) / 2
+        cosine = 0.01 * (1 + math.cos(math.pi * (number % 6) / 6)) / 2
         assert sorted(rates) == pytest.approx([factor * cosine for factor in factors])
 
 
@@ -124,23 +114,23 @@ def test_gradients_of_scores_and_sparsities_against_a_naive_loop():
     weight, ranked, toward = torch.randn(3, 6, 40, generator=generator)
     counts = torch.tensor([20, 1, 39, 40, 0, 17])
     keep, near = around_threshold(ranked, counts)
-    scores, alpha = torch.zeros(3, 40, requires_grad=True), torch.full((3,), 0.5, requires_grad=True)
+    scores, alpha = torch.zeros(6, 40, requires_grad=True), torch.full((6,), 0.5, requires_grad=True)
     weight.requires_grad_()
     masked = UpdatedWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
     (masked * toward).sum().backward()
     torch.testing.assert_close(weight.grad, toward * keep)
-    to_scores, to_alpha = torch.zeros(3, 40), torch.zeros(3)
+    to_scores, to_alpha = torch.zeros(6, 40), torch.zeros(6)
     for row, count in enumerate(counts.tolist()):
         order = ranked[row].argsort().tolist()
         assert keep[row].nonzero().flatten().tolist() == sorted(order[count:])
-        to_scores[row // 2] += toward[row] * weight[row].detach()
+        to_scores[row] += toward[row] * weight[row].detach()
         band = order[max(count - 2, 0) : count + 2]  # 5 % of 40 on either side
-        to_alpha[row // 2] -= 40 * (toward * weight.detach())[row, band].mean()
+        to_alpha[row] -= 40 * (toward * weight.detach())[row, band].mean()
     torch.testing.assert_close(scores.grad, to_scores)
     torch.testing.assert_close(alpha.grad, to_alpha)
 
 
-@pytest.mark.parametrize("fields", [{}, {"row_group": "layer"}, {"row_group": 8, "batch_size": 2}])
+@pytest.mark.parametrize("fields", [{}, {"batch_size": 2}])
 @pytest.mark.parametrize("pattern", ["2:4", "3:16"])
 def test_learned_patterns_keep_n_of_every_m(tiny_llama, windows, pattern, fields):
     n, m = map(int, pattern.split(":"))
@@ -152,7 +142,7 @@ def test_learned_patterns_keep_n_of_every_m(tiny_llama, windows, pattern, fields
 
 
 def test_learned_patterns_lose_less_than_wandas(tiny_llama, windows):
-    method = besa.Exact(pattern="2:4", epochs=4, targets="pruned", loss="channel")
+    method = besa.Exact(pattern="2:4", epochs=4)
     learned = besa.prune(copy.deepcopy(tiny_llama), windows, method, progress=False)
     uniform = besa.prune(tiny_llama, windows, besa.Wanda(pattern="2:4"), progress=False)
     assert learned.rows[0]["block_error"] < 0.9 * uniform.rows[0]["block_error"]

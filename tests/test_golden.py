@@ -88,7 +88,7 @@ def test_block_0_of_smollm2_learns_as_the_released_code(smollm2, case, fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"d_coef": 5.0}, {"d_coef": 50.0, "row_group": "layer", "targets": "dense"}], ids=["row", "layer"]
+    "fields", [{"d_coef": 5.0}, {"d_coef": 50.0, "row_group": "layer", "match": "model"}], ids=["row", "layer"]
 )
 def test_later_blocks_learn_as_the_algorithm_read_literally(fields):
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ class Literal:
         self.linear = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
         self.weights = {name: module.weight.detach().clone() for name, module in self.linear.items()}
         self.targets, entered = self.observed(windows)
-        if method.targets == "dense":
+        if method.match == "model":
             self.targets = [behind(dense, index, window) for window in windows]
         self.ranks, self.group = {}, {}  # of each weight in its row; of each row, those that share a sparsity
         for name, weight in self.weights.items():

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 METHODS = {
     "besa": besa.Besa(),
-    "layer-wise, dense targets": besa.Besa(row_group="layer", targets="dense"),
+    "layer-wise": besa.Besa.layer_wise(),
     "4 bits": besa.Besa(quantize=besa.Quantize(bits=4)),
     "exact": besa.Exact(),
     "sparsegpt": besa.SparseGPT(),

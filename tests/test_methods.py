@@ -10,7 +10,8 @@ from transformers import OPTConfig, OPTForCausalLM
 import besa
 from besa.besa import candidate_rates, rank_rows
 from besa.decoder import find_blocks, projections
-from besa.walk import frozen, reconstruction_error, walk
+from besa.losses import reconstruction_error
+from besa.walk import frozen, walk
 from reproduce.methods import BesaByPair, BesaByPart, BudgetedWeight, part_of
 
 

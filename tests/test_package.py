@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
@@ -37,8 +36,6 @@ def test_every_public_name_is_there():
     assert set(besa.__all__) <= set(dir(besa))
     assert all(callable(getattr(besa, name)) for name in besa.__all__)
     assert besa.quantize.Quantize is besa.Quantize and besa.packed.pack is besa.pack
-    with pytest.raises(AttributeError, match="no attribute 'prun'"):
-        _ = besa.prun
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         besa.prun  # noqa: B018
 
@@ -76,8 +73,20 @@ def test_pruning_needs_no_extra():
 
 
 ORDER = [
-    *("system", "config", "kernels", "importance", "decoder", "masks", "quantize", "report", "walk", "loop"),
-    *("baselines", "besa", "beyond", "data", "evaluate", "packed", "__main__"),
+    *(
+        "system",
+        "threads",
+        "config",
+        "kernels",
+        "importance",
+        "decoder",
+        "masks",
+        "quantize",
+        "losses",
+        "report",
+        "walk",
+    ),
+    *("loop", "baselines", "besa", "beyond", "packed", "data", "evaluate", "checkpoint", "__main__"),
 ]
 """A file of besa/ imports only what comes before it here."""
 
@@ -94,7 +103,7 @@ def imported(source):
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             names.add(f"{node.value.id}.{node.attr}")
     inside = {name.split(".")[1] for name in names if name.startswith("besa.") and not name.startswith("besa.__")}
-    return {besa._HOMES.get(name, name).split(".")[0] for name in inside} | {
+    return {besa._HOMES.get(name, f"besa.{name}").split(".")[1] for name in inside} | {
         "reproduce" for name in names if name.split(".")[0] == "reproduce"
     }
 
@@ -120,12 +129,10 @@ def test_arrows_go_down_only(path):
     if own == "__init__":
         return
     allowed = set(ORDER[: ORDER.index(own)])
-    if path.parent.name == "besa" and own != "__main__":
+    if path.parent.name == "besa" and own not in ("checkpoint", "__main__"):
         allowed -= {"beyond", "data", "evaluate", "packed"}
     else:
         allowed.add(own)  # another file of the same folder
-    if path.stem == "models":
-        allowed.add("packed")  # load_model reads packed folders
     assert imported(path.read_text()) <= allowed
 
 
@@ -136,17 +143,27 @@ def lines(*paths):
     return sum(len(path.read_text().splitlines()) for path in paths)
 
 
+def joins(node):
+    """`a, b = x, y`: two assignments in one statement."""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+
+
 def test_the_code_stays_small():
-    files = [*(ROOT / "besa").rglob("*.py")]
-    assert lines(*(ROOT / "besa").glob("*.py")) <= 2000
-    assert lines(*files) <= 4900
-    long = {str(path.relative_to(ROOT)): lines(path) for path in files if lines(path) > 300}
-    assert set(long) <= {"besa/packed/kernels.py"}, long
+    files = {path.relative_to(ROOT / "besa"): path for path in (ROOT / "besa").rglob("*.py")}
+    nodes = [
+        node
+        for name, path in files.items()
+        if "packed" not in name.parts
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    assert sum(isinstance(node, ast.stmt) for node in nodes) <= 2700
+    assert sum(map(joins, nodes)) <= 25
+    assert {str(name) for name, path in files.items() if lines(path) > 330} <= {"packed/kernels.py"}
 
 
 def test_readme_and_tests_stay_small():
-    readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) <= 120 and len(readme.split()) <= 1000
+    assert lines(ROOT / "README.md") <= 125
+    assert lines(ROOT / "reproduce" / "README.md") <= 150
     assert lines(*(ROOT / "tests").glob("*.py")) <= 5500
 
 
@@ -166,13 +183,6 @@ def test_the_lock_holds_one_admitted_version_of_every_requirement(python):
             assert wanted.specifier.contains(locked[wanted.name]), wanted
 
 
-def test_conda_and_make_install_everything_as_locked():
-    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert dependencies[0].startswith(f"python{PROJECT['requires-python']}")
-    assert dependencies[-1]["pip"] == ["--constraint requirements.lock", "--editable .[all]"]
-    assert "--constraint requirements.lock --editable '.[all]'" in (ROOT / "Makefile").read_text()
-
-
 def test_the_wheel_holds_besa_alone_and_its_command(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -186,7 +196,10 @@ def test_the_wheel_holds_besa_alone_and_its_command(tmp_path):
         (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
         assert b"besa = besa.__main__:app" in archive.read(entry_points)
     assert wheel.name.startswith("besa_pruning-")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "besa").rglob("*.py")} | {"besa/py.typed"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "besa").rglob("*.py")} | {
+        "besa/py.typed",
+        "besa/__init__.pyi",
+    }
     assert {name for name in names if ".dist-info/" not in name} == sources
 
 

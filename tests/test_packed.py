@@ -17,8 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import besa
+from besa.checkpoint import pack_folder
 from besa.decoder import find_blocks, projections
-from besa.packed import PackedLinear, kernels, pack, pack_folder, packed_projections, unpack
+from besa.packed import PackedLinear, kernels, pack, packed_projections, unpack
 from besa.quantize import Quantize
 from besa.report import Report
 

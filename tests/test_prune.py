@@ -19,7 +19,7 @@ from besa.system import deterministic
 
 METHODS = {
     "besa": besa.Besa(),
-    "layer-wise, dense targets": besa.Besa(row_group="layer", targets="dense", d_coef=50.0),
+    "layer-wise": besa.Besa.layer_wise(d_coef=50.0),
     "groups of 8 rows": besa.Besa(row_group=8, importance="sparsegpt", epochs=2),
     "unsmoothed": besa.Besa(sparsity=0.45, smooth=False, importance="magnitude", candidates=51),
     "4 bits": besa.Besa(quantize=besa.Quantize(bits=4)),
@@ -71,7 +71,7 @@ def test_other_families_are_pruned(windows, family):
     assert report.sparsity == pytest.approx(0.5, abs=0.06) and len(report.steps) == 3 * 6
     with torch.no_grad():
         hidden = [each(windows, output_hidden_states=True).hidden_states[1] for each in (dense, model)]
-    errors = [besa.walk.reconstruction_error(hidden[1][n : n + 1], hidden[0][n : n + 1]) for n in range(6)]
+    errors = [besa.losses.reconstruction_error(hidden[1][n : n + 1], hidden[0][n : n + 1]) for n in range(6)]
     assert report.rows[0]["block_error"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
 
 
@@ -231,7 +231,7 @@ def test_windows_that_steps_do_not_divide_raise(tiny_llama, windows):
         lambda: besa.Besa(sparsity=1.0),
         lambda: besa.Besa(epochs=True),
         lambda: besa.Besa(loss="token"),
-        lambda: besa.Exact(lr=float("nan")),
+        lambda: besa.Besa(d_coef=float("nan")),
         lambda: besa.Reconstruct("open"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import besa
-from besa.beyond.reconstruct import Reconstruct, moments, projections_by_input
+from besa.beyond import reconstruct
+from besa.beyond.reconstruct import Reconstruct, closed_form, moments, projections_by_input
 from besa.decoder import find_blocks, projections
 from besa.walk import frozen, walk
 
@@ -14,7 +15,7 @@ METHODS = {
     "wanda": besa.Wanda(),
     "magnitude": besa.Magnitude(sparsity=0.7),
     "sparsegpt": besa.SparseGPT(),
-    "besa, dense targets": besa.Besa(targets="dense"),
+    "besa, dense model": besa.Besa(match="model"),
     "exact": besa.Exact(sparsity=0.6),
 }
 
@@ -43,9 +44,9 @@ def test_many_iterations_reach_the_least_squares_solution_of_each_row(problem):
     def lost(new):
         return float(((new - weight).double() @ damped * (new - weight)).sum())
 
-    new = Reconstruct(iterations=5000).closed_form(weight, hessian, hessian, keep_mask)
+    new = closed_form(weight, hessian, hessian, keep_mask, iterations=5000)
     torch.testing.assert_close(new.double(), exact, rtol=1e-2, atol=1e-2)
-    few = Reconstruct().closed_form(weight, hessian, hessian, keep_mask)
+    few = closed_form(weight, hessian, hessian, keep_mask)
     assert lost(exact) <= lost(few) < 1.05 * lost(exact) < lost(weight * keep_mask)
     assert not few[~keep_mask].any()
     torch.testing.assert_close(few[3], weight[3], rtol=1e-3, atol=1e-3)  # a full row stays
@@ -62,7 +63,7 @@ def test_targets_lie_between_the_own_output_and_that_of_the_dense_model(problem)
         for row, kept in enumerate(keep_mask):
             exact[row, kept] = torch.linalg.lstsq(y[:, kept].double(), wanted[:, row]).solution
         hessian, toward = y.T @ y, (y + a * (x - y)).T @ y
-        new = Reconstruct(iterations=2000, damping=1e-7).closed_form(weight, hessian, toward, keep_mask)
+        new = closed_form(weight, hessian, toward, keep_mask, iterations=2000, damping=1e-7)
         torch.testing.assert_close(new.double(), exact, rtol=1e-3, atol=1e-3)
 
 
@@ -88,10 +89,11 @@ def test_moments_against_hooks_on_whole_runs_of_both_models(tiny_llama, windows)
 
 @pytest.mark.parametrize("kind", ["closed", "block"])
 @pytest.mark.parametrize("name", METHODS)
-def test_masks_of_every_method_are_kept_and_less_is_lost(tiny_llama, windows, name, kind):
+def test_masks_of_every_method_are_kept_and_less_is_lost(tiny_llama, windows, name, kind, monkeypatch):
+    monkeypatch.setattr(reconstruct, "EPOCHS", 10)
     masked, better = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
     before = besa.prune(masked, windows, METHODS[name], progress=False)
-    after = besa.prune(better, windows, METHODS[name], progress=False, reconstruct=Reconstruct(kind, epochs=10))
+    after = besa.prune(better, windows, METHODS[name], progress=False, reconstruct=Reconstruct(kind))
     for key, keep_mask in after.keep_masks.items():
         assert key[0] > 0 or torch.equal(before.keep_masks[key], keep_mask)  # later blocks see other inputs
         assert not projections(find_blocks(better)[key[0]])[key[1]].weight[~keep_mask].any()
@@ -101,9 +103,11 @@ def test_masks_of_every_method_are_kept_and_less_is_lost(tiny_llama, windows, na
         assert (pruned[1] - dense).norm() < (pruned[0] - dense).norm()
 
 
-def test_training_betters_the_closed_form(tiny_llama):
+def test_training_betters_the_closed_form(tiny_llama, monkeypatch):
+    monkeypatch.setattr(reconstruct, "EPOCHS", 4)
+    monkeypatch.setattr(reconstruct, "LR", 0.05)
     windows = torch.randint(0, 97, (40, 24), generator=torch.Generator().manual_seed(1))
-    closed, trained = (prune(tiny_llama, windows, Reconstruct(kind, epochs=4, lr=0.05)) for kind in ("closed", "block"))
+    closed, trained = (prune(tiny_llama, windows, Reconstruct(kind)) for kind in ("closed", "block"))
     for before, after in zip(closed.rows, trained.rows):
         assert after["block_error"] < 0.9 * before["block_error"]
 
@@ -131,8 +135,8 @@ def test_what_cannot_be_reconstructed_raises(tiny_llama, windows):
         prune(tiny_llama, windows, Reconstruct(), besa.Wanda(quantize=besa.Quantize()))
 
 
-def test_hardly_damped_hessian_names_the_fields(problem):
+def test_hardly_damped_hessian_names_its_settings(problem):
     weight, _, keep_mask = problem
     one_token = torch.ones(24, 24)
     with pytest.raises(ValueError, match="no closed form with rho 1e-30 and damping 1e-30"):
-        Reconstruct(rho=1e-30, damping=1e-30).closed_form(weight, one_token, one_token, keep_mask)
+        closed_form(weight, one_token, one_token, keep_mask, rho=1e-30, damping=1e-30)

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 import besa
-from reproduce.methods import method_of, methods_of
+from reproduce.methods import matched_to, method_of, methods_of
 from reproduce.records import PROFILES, Run, config_hash, find_record, listed, resolve_profile, resolve_recipe
 
 
@@ -26,7 +25,7 @@ def inputs(run, tiny_tokenizer):
 def finish(run, methods, windows, texts):
     """Run what is unfinished; returns the names of the rows that were."""
     names = []
-    for row in run.rows(methods, windows, texts):
+    for row in run.rows(methods, windows, texts, matched=matched_to("besa-row-wise", methods)):
         model, report = row.prune()
         row.save(report, {name: besa.perplexity(model, tokens, run.seq_len) for name, tokens in texts.items()})
         names.append(row.name)
@@ -46,7 +45,7 @@ def test_recipes_come_from_the_model_file_and_from_parameters():
     changed = resolve_recipe("llama-65b", {"d_coef": 2, "seed": 3})
     assert (changed.d_coef, changed.seed, changed.calibration) == (2, 3, "c4")
     assert resolve_recipe("some/hub-id") == resolve_recipe("smollm2-135m")
-    with pytest.raises(ValidationError, match="d_coeff"):
+    with pytest.raises(ValueError, match="Recipe has no field 'd_coeff'"):
         resolve_recipe("llama-7b", {"d_coeff": 2})
 
 
@@ -61,26 +60,30 @@ def test_profiles_are_found_by_name_and_device(monkeypatch):
 
 def test_named_rows_are_the_methods_of_the_tables():
     assert method_of("dense") is None
-    assert method_of("wanda-matched", 0.6) == besa.Wanda(sparsity=0.6)
-    layer_wise = besa.Besa(row_group="layer", targets="dense", d_coef=0.5)
+    assert method_of("wanda", 0.6) == besa.Wanda(sparsity=0.6)
+    layer_wise = besa.Besa(row_group="layer", match="model", d_coef=0.5)
     assert method_of("besa-layer-wise") == layer_wise
     with pytest.raises(ValueError, match="unknown row 'besa'"):
         method_of("besa")
     recipe = resolve_recipe("llama-30b")
-    rows = methods_of(["dense", "wanda", "besa-row-wise"], 0.5, recipe, matched=True)
-    assert rows == {"dense": None, "besa-row-wise": besa.Besa(d_coef=10.0), "wanda-matched": besa.Wanda()}
-    assert list(methods_of(["wanda", "dense"], 0.5, recipe, matched=True)) == ["wanda", "dense"]
+    rows = methods_of(["dense", "wanda", "besa-row-wise", "besa.baselines:SparseGPT"], 0.5, recipe)
+    besa_row = besa.Besa(d_coef=10.0)
+    assert rows == {"dense": None, "wanda": besa.Wanda(), "besa-row-wise": besa_row, "sparsegpt": besa.SparseGPT()}
+    assert matched_to("besa-row-wise", rows) == {"wanda": "besa-row-wise", "sparsegpt": "besa-row-wise"}
+    assert matched_to("besa-row-wise", ["wanda"]) == matched_to("besa-row-wise", rows, wanted=False) == {}
+    assert matched_to("besa-row-wise", ["besa-row-wise", "mine"]) == {"mine": "besa-row-wise"}
 
 
 def test_rows_are_run_once_and_matched_rows_have_the_sparsity_of_besa(run, inputs):
     windows, texts = inputs
-    methods = methods_of(["dense", "magnitude", "besa-row-wise", "wanda"], 0.5, run.recipe, matched=True)
-    calibrated = ["besa-row-wise", "wanda-matched"]
+    methods = methods_of(["dense", "magnitude", "wanda", "besa-row-wise"], 0.5, run.recipe)
+    calibrated = ["besa-row-wise", "wanda"]
     assert finish(run, methods, windows, texts) == ["dense", "magnitude", *calibrated, *calibrated]
     records = run.records
     assert finish(run, methods, windows, texts) == [] and run.records == records
     assert [record["config"]["seed"] for record in records] == [0, 0, 0, 0, 1, 1]
     besa_record, wanda = records[2], records[3]
+    assert wanda["config"]["matched_to"] == "besa-row-wise" and "matched_to" not in besa_record["config"]
     assert wanda["config"]["method"]["sparsities"][0] == pytest.approx(
         sum(row["zeros"] for row in besa_record["projections"] if row["block"] == 0)
         / sum(row["rows"] * row["columns"] for row in besa_record["projections"] if row["block"] == 0)

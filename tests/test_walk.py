@@ -12,7 +12,8 @@ import besa
 from besa import decoder, importance
 from besa.beyond.reconstruct import Reconstruct
 from besa.decoder import find_blocks, projections
-from besa.walk import frozen, reconstruction_error, token_error, walk
+from besa.losses import reconstruction_error, token_error
+from besa.walk import frozen, walk
 
 
 def hidden_states(model, windows, behind):
@@ -38,21 +39,21 @@ def test_inputs_come_from_pruned_blocks_and_targets_from_the_unpruned_block(tiny
     assert not torch.allclose(hidden_states(tiny_llama, windows, 1), hidden_states(dense, windows, 1))
 
 
-@pytest.mark.parametrize("options", [{"targets": "dense"}, {"dense": True}])
+@pytest.mark.parametrize("options", [{"match": "model"}, {"dense": True}])
 def test_dense_hidden_states_come_from_the_dense_model(tiny_llama, windows, options):
     dense = copy.deepcopy(tiny_llama)
     for block in prune_by_walk(tiny_llama, windows, **options):
         torch.testing.assert_close(block.dense_inputs, hidden_states(dense, windows, block.index))
         if block.index < 2:
             torch.testing.assert_close(block.dense_outputs, hidden_states(dense, windows, block.index + 1))
-        assert torch.equal(block.targets, block.dense_outputs) == ("targets" in options or block.index == 0)
+        assert torch.equal(block.targets, block.dense_outputs) == ("match" in options or block.index == 0)
 
 
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
-def test_only_one_loaded_block_is_in_memory(tiny_llama, windows, targets):
+@pytest.mark.parametrize("match", ["block", "model"])
+def test_only_one_loaded_block_is_in_memory(tiny_llama, windows, match):
     alive, n_blocks = [], 0
 
-    def load(module):
+    def place(module):
         gc.collect()
         assert not [reference for reference in alive if reference() is not None]
         copied = copy.deepcopy(module)
@@ -60,7 +61,7 @@ def test_only_one_loaded_block_is_in_memory(tiny_llama, windows, targets):
         return copied
 
     with frozen(tiny_llama):
-        for block in walk(tiny_llama, windows, targets=targets, load=load, progress=False):
+        for block in walk(tiny_llama, windows, match=match, place=place, progress=False):
             block.finish(besa.Wanda().prune_block(block))
             n_blocks += 1
     assert n_blocks == 3
@@ -112,7 +113,7 @@ def test_losses_against_naive_loops():
     assert float(reconstruction_error(output, target)) == pytest.approx(by_channel, rel=1e-5)
 
 
-WANDA, TRAINED = (besa.Wanda(), None), (besa.Wanda(), Reconstruct("block", epochs=1))
+WANDA, TRAINED = (besa.Wanda(), None), (besa.Wanda(), Reconstruct("block"))
 MOMENTS = {  # object, its function that is interrupted, at which call; method and reconstruction
     "recording calls": (decoder, "BlockCall", 2, WANDA),
     "collecting statistics": (importance, "_accumulate", 20, WANDA),

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from beartype import beartype
-from jaxtyping import jaxtyped
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from besa.config import checked
 from besa.decoder import find_blocks, projections
 from besa.report import Report
 
@@ -25,7 +24,7 @@ PLAIN |= {"task_type", "inference_mode", "base_model_name_or_path", "revision", 
 """Fields of `LoraConfig` under which an adapter stays W + (B A) * (alpha / r)."""
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def masked_lora(
     model: PreTrainedModel, report: Report | Mapping[tuple[int, str], Tensor], config: LoraConfig
 ) -> PeftModel:

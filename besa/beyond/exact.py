@@ -1,36 +1,35 @@
 """Exact budgets, learned scores and N:M patterns, and new weights that are trained with them.
 
-Sparsity. Every row group has one number theta; tau is such that the block's sparsity is the target:
+Sparsity. Every row has one number theta; tau is such that the block's sparsity is the target:
 
     alpha = clip(theta - tau, 0, 1)
     dL/dalpha = -C * mean of dL/dM_ij over the weights of a row ranked within 5 % of its threshold alpha C
 
-Scores. Every weight has one (rows of a group share theirs); the largest log importance + score are kept:
+Scores. Every weight has one; the largest log importance + score are kept:
 
-    dL/dscore = sum of dL/dM_ij over the rows of a group, straight through
+    dL/dscore_ij = dL/dM_ij, straight through
 
 A pattern N:M fixes how many are kept, so that only the scores are learned. One backward pass through W' = M * W gives
 
     dL/dM_ij = dL/dW'_ij W_ij    and, where the weights are trained, too,    dL/dW_ij = dL/dW'_ij M_ij
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from besa.besa import Parameters, n_groups, training_log
+from besa.besa import Parameters, loss_scaler, n_groups, training_log
 from besa.config import config
-from besa.decoder import find_blocks, projections, pruned_projections
 from besa.importance import wanda
 from besa.loop import PatternMethod
-from besa.masks import ranks_of_rows, sorted_rows
+from besa.losses import Window, token_error
+from besa.masks import order_statistics, ranks_of_rows
 from besa.system import mean_over_ranks
-from besa.walk import Block, PrunedBlock, Targets, reconstruction_error, token_error
+from besa.walk import Block, Match, PrunedBlock
 
 Matrix = Float32[Tensor, "rows columns"]
 KeepMask = Bool[Tensor, "rows columns"]
@@ -38,97 +37,83 @@ Counts = Int64[Tensor, "rows"]
 Groups = Float32[Tensor, "groups"]
 
 BAND = 0.05  # of a row: the weights this near to its threshold on either side give the gradient of its sparsity
-SCORE_LR = 3.0  # step size of scores, in units of log importance, relative to that of sparsities
-WEIGHT_LR = 0.5  # step size of weights, in units of their root mean square, relative to that of sparsities
+LR = 0.01  # Adam's step size for sparsities
+SCORE_LR = 3 * LR  # for scores, in units of log importance
+WEIGHT_LR = LR / 2  # for weights, in units of their root mean square
 
 
 @config
 class Exact(PatternMethod):
     """Meet any sparsity to the weight in every block, and learn which weights are kept.
 
-    The sparsity of a block counts all its projections; those that are ignored count as kept.
+    A block must reproduce the dense model's hidden states; the error is relative to the norm of each token
+    (`token_error`).
 
     Args:
-        row_group: rows that share what is learned: "row" (each its own), "layer" (all), or a number of rows.
-        targets: hidden states of the dense model ("dense"), or outputs of the unpruned block for the same inputs.
-        loss: error relative to the norm of each token (`token_error`), or of each channel ("channel", as `Besa`).
         update: train the kept weights, too: while the mask is learned, and twice as long with the final mask.
-        lr: Adam's step size for sparsities, which falls to 0 as a cosine; three times as much for scores; for weights
-            half of it times their root mean square, in one cycle.
         epochs, batch_size: passes over the windows to learn the mask; windows per step, over all ranks.
     """
 
-    row_group: Literal["row", "layer"] | PositiveInt = "row"
-    targets: Targets = "dense"
-    loss: Literal["token", "channel"] = "token"
     update: bool = False
-    lr: PositiveFloat = 0.01
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 1
 
     name: ClassVar[str] = "exact"
+    match: ClassVar[Match] = "model"
 
-    def check(self, model: PreTrainedModel, n_samples: int) -> None:
-        super().check(model, n_samples)
-        pruned = pruned_projections(model, self.ignore)
-        for index, block in enumerate(find_blocks(model)):
-            n_prunable = n_weights({name: linear for (i, name), linear in pruned.items() if i == index})
-            limit = n_prunable / n_weights(projections(block))
-            target = self.sparsities[index] if self.sparsities else self.sparsity
-            if not self.pattern and 0 < limit <= target:
-                raise ValueError(f"block {index}: with what is ignored, its sparsity stays below {limit:.4g}")
-
-    def sparsity_of(self, block: Block) -> float:
-        """Target sparsity of the projections that are not ignored: the ignored ones count as kept."""
-        target = super().sparsity_of(block)
-        if self.pattern or not block.projections:
-            return target
-        return target * (n_weights(projections(block.module)) / n_weights(block.projections))
-
-    def learner(self, block: Block, n_steps: int) -> "MaskLearner":
+    def learner(self, block: Block, n_steps: int) -> Any:
         return MaskLearner(self, block, n_steps)
 
+    def error(self, output: Window, target: Window) -> Float32[Tensor, ""]:
+        return token_error(output, target)
+
     def prune_block(self, block: Block) -> PrunedBlock:
-        """Minimize the reconstruction error over the calibration windows."""
         if not block.projections:  # all are ignored
             return PrunedBlock()
-        steps = block.steps(self.batch_size, self.epochs)
-        error_of = token_error if self.loss == "token" else reconstruction_error
-        masks = self.learner(block, len(steps))
+        batches = block.batches(self.batch_size, self.epochs)
+        masks = self.learner(block, len(batches))
+        scaler = loss_scaler(block)
         if self.update:
-            weights = WeightLearner(masks.weights, 3 * len(steps), WEIGHT_LR * self.lr)
-            masks.weights = weights.weights
-            log = learn(block, block.targets, steps, [masks, weights], error_of)
+            weights = WeightLearner(masks.weights, 3 * len(batches), WEIGHT_LR)
+            masks.weights = weights.weights  # the masks are then of the weights as they are trained
+            errors = learn(block, block.targets, batches, [masks, weights], self.error, scaler)
             weights.keep_masks = masks.keep_masks()
-            log += learn(block, block.targets, 2 * steps, [weights], error_of)
+            errors += learn(block, block.targets, 2 * batches, [weights], self.error, scaler)
         else:
-            log = learn(block, block.targets, steps, [masks], error_of)
+            errors = learn(block, block.targets, batches, [masks], self.error, scaler)
         pruned = PrunedBlock(keep_masks=masks.keep_masks())
         pruned.weights = masked(masks.weights, pruned.keep_masks, masks.buffers)
         sparsity = torch.full((), masks.sparsity, device=block.device)
-        pruned.steps = training_log(block, torch.stack([torch.stack([e, e, sparsity]) for e in log]), self.batch_size)
+        entries = torch.stack([torch.stack([error, error, sparsity]) for error in errors])
+        pruned.steps = training_log(block, entries, self.batch_size, scaler)
         return pruned
 
 
 @torch.enable_grad()
-def learn(block: Block, targets: Tensor, steps: Sequence[range], learners: list, error_of: Any) -> list[Tensor]:
+def learn(
+    block: Block,
+    targets: Tensor,
+    batches: Sequence[range],
+    learners: Sequence[Any],
+    error_of: Callable[[Tensor, Tensor], Tensor],
+    scaler: torch.amp.GradScaler,
+) -> list[Tensor]:
     """Train all learners on the masked weights that the first one gives; returns the errors of the windows."""
-    scaler = torch.amp.GradScaler(block.device.type, enabled=block.inputs.dtype == torch.float16)
-    log = []
-    for batch in block.progress(steps, "learn"):
+    errors = []
+    for batch in block.progress(batches, "learn"):
         for learner in learners:
             learner.optimizer.zero_grad()
         for window in batch:
             error = error_of(block.run(window, learners[0]()), block.window(targets, window))
             scaler.scale(error / len(batch)).backward()
-            log.append(error.detach())
+            errors.append(error.detach())
         for learner in learners:
             for parameter in [each for group in learner.optimizer.param_groups for each in group["params"]]:
                 mean_over_ranks(parameter.grad)
             scaler.step(learner.optimizer)
             learner.schedule.step()
         scaler.update()
-    return log
+    return errors
 
 
 class WeightLearner:
@@ -150,7 +135,7 @@ class WeightLearner:
 
 
 def masked(
-    weights: dict[str, Tensor], keep_masks: dict[str, KeepMask], buffers: dict[str, Tensor]
+    weights: Mapping[str, Tensor], keep_masks: Mapping[str, KeepMask], buffers: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Fill the buffers with masked weights."""
     return {
@@ -159,30 +144,24 @@ def masked(
     }
 
 
-class MaskLearner:
-    """Train scores, and sparsities that always meet the block's budget; calling it gives masked weights."""
+class BudgetLearner:
+    """Sparsities of row groups that always meet the block's budget.
 
-    def __init__(self, method: Exact, block: Block, n_steps: int) -> None:
-        self.method, self.sparsity = method, method.sparsity_of(block)
+    Args:
+        row_group: rows that share a sparsity, as in `Besa`.
+    """
+
+    def __init__(self, sparsity: float, block: Block, row_group: str | int = "row") -> None:
+        self.sparsity = sparsity
         self.weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
         self.buffers = {name: torch.empty_like(weight) for name, weight in self.weights.items()}
-        self.groups = {name: n_groups(weight, method.row_group) for name, weight in self.weights.items()}
-        self.n_pruned = round(self.sparsity * n_weights(block.projections))
+        self.groups = {name: n_groups(weight, row_group) for name, weight in self.weights.items()}
+        self.n_pruned = round(sparsity * sum(weight.numel() for weight in self.weights.values()))
         columns = [torch.full((len(weight),), weight.shape[1]) for weight in self.weights.values()]
         self.columns = torch.cat(columns).to(block.device)  # of each row
         sizes = [torch.full((n,), self.weights[name].numel() / n) for name, n in self.groups.items()]
         self.sizes = torch.cat(sizes).to(block.device)  # weights of each row group
-        self.theta = Parameters({"": (len(self.sizes),)}, self.sparsity, block.device)
-        tiny, self.log_importance = torch.finfo(torch.float32).tiny, {}
-        for name, weight in self.weights.items():
-            self.log_importance[name] = wanda(weight, block.statistics[name]).clamp_min(tiny).log()
-        shapes = {name: (self.groups[name], weight.shape[1]) for name, weight in self.weights.items()}
-        self.scores = Parameters(shapes, 0.0, block.device)
-        learned = [{"params": [self.scores.flat], "lr": SCORE_LR * method.lr}]
-        if not method.pattern:
-            learned.append({"params": [self.theta.flat], "lr": method.lr})
-        self.optimizer = torch.optim.Adam(learned)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, n_steps)
+        self.theta = Parameters({"": (len(self.sizes),)}, sparsity, block.device)
 
     def alpha(self) -> dict[str, Groups]:
         """Sparsities of the row groups, differentiable in theta."""
@@ -198,28 +177,44 @@ class MaskLearner:
         counts = whole_counts(torch.cat(by_row) * self.columns, self.columns, self.n_pruned)
         return dict(zip(self.weights, counts.split(rows), strict=True))
 
+
+class MaskLearner(BudgetLearner):
+    """Train a score of every weight, and sparsities of rows that meet the block's budget."""
+
+    def __init__(self, method: Exact, block: Block, n_steps: int) -> None:
+        super().__init__(method.sparsity_of(block), block)
+        self.method = method
+        tiny = torch.finfo(torch.float32).tiny
+        self.log_importance = {
+            name: wanda(weight, block.statistics[name]).clamp_min(tiny).log() for name, weight in self.weights.items()
+        }
+        self.scores = Parameters({name: weight.shape for name, weight in self.weights.items()}, 0.0, block.device)
+        learned = [{"params": [self.scores.flat], "lr": SCORE_LR}]
+        if not method.pattern:
+            learned.append({"params": [self.theta.flat], "lr": LR})
+        self.optimizer = torch.optim.Adam(learned, fused=block.device.type == "cuda")
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, n_steps)
+
     def ranked(self, name: str) -> Matrix:
         """Log importance + score of every weight."""
-        scores, log_importance = self.scores.by_name()[name].detach(), self.log_importance[name]
-        by_group = log_importance.view(len(scores), -1, scores.shape[1])
-        return (by_group + scores[:, None]).view_as(log_importance)
+        return self.log_importance[name] + self.scores.by_name()[name].detach()
 
     def __call__(self) -> dict[str, Tensor]:
-        weights, scores = {}, self.scores.by_name()
+        scores = self.scores.by_name()
         if self.method.pattern:
-            for name, keep in self.keep_masks().items():
-                weight, out = self.weights[name], self.buffers[name]
-                weights[name] = UpdatedWeight.apply(scores[name], None, weight, keep, None, out)
-            return weights
+            return {
+                name: UpdatedWeight.apply(scores[name], None, self.weights[name], keep, None, self.buffers[name])
+                for name, keep in self.keep_masks().items()
+            }
         alpha = self.alpha()
+        weights = {}
         for name, counts in self.counts(alpha).items():
             keep, near = around_threshold(self.ranked(name), counts)
-            weight, out = self.weights[name], self.buffers[name]
-            weights[name] = UpdatedWeight.apply(scores[name], alpha[name], weight, keep, near, out)
+            learned = scores[name], alpha[name], self.weights[name]
+            weights[name] = UpdatedWeight.apply(*learned, keep, near, self.buffers[name])
         return weights
 
     def keep_masks(self) -> dict[str, KeepMask]:
-        """Keep-masks as learned so far."""
         if self.method.pattern:
             return {name: self.method.keep_mask(self.ranked(name), self.sparsity) for name in self.weights}
         counts = self.counts(self.alpha())
@@ -228,14 +223,12 @@ class MaskLearner:
 
 def around_threshold(ranked: Matrix, counts: Counts) -> tuple[KeepMask, KeepMask]:
     """Keep-mask without the `counts` lowest of each row, and the weights ranked near that threshold."""
-    columns, ordered = ranked.shape[1], sorted_rows(ranked)
+    columns = ranked.shape[1]
     band = max(1, round(BAND * columns))
-
-    def above(counts: Tensor) -> Tensor:
-        threshold = ordered.gather(1, counts.clamp(0, columns - 1)[:, None])
-        return (ranked >= threshold) & (counts < columns)[:, None]
-
-    return above(counts), above(counts - band) & ~above(counts + band)
+    cuts = torch.stack([counts, counts - band, counts + band], dim=1)
+    thresholds = order_statistics(ranked, cuts.clamp(0, columns - 1))
+    above = [(ranked >= thresholds[:, i : i + 1]) & (cuts[:, i : i + 1] < columns) for i in range(3)]
+    return above[0], above[1] & ~above[2]
 
 
 class UpdatedWeight(torch.autograd.Function):
@@ -245,32 +238,31 @@ class UpdatedWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scores: Tensor | None, alpha, weight: Tensor, keep: Tensor, near: Tensor | None, out: Tensor):
-        ctx.weight, ctx.keep, ctx.near = weight.detach(), keep, near
-        ctx.n_groups = 0 if scores is None else len(scores)
-        return torch.mul(ctx.weight, keep, out=out).view_as(out)
+    def forward(
+        ctx, scores: Tensor | None, alpha: Tensor | None, weight: Tensor, keep: Tensor, near: Tensor | None, out: Tensor
+    ) -> Tensor:
+        ctx.weight = weight.detach()
+        ctx.keep = keep
+        ctx.near = near
+        return torch.mul(ctx.weight, keep, out=out).view_as(out)  # a view: autograd refuses `out` itself
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_scores = to_alpha = to_weight = None
-        if ctx.n_groups:
-            gain, columns = grad.float() * ctx.weight, grad.shape[1]  # dL/dM
-            to_scores = gain.view(ctx.n_groups, -1, columns).sum(1)
+        if ctx.needs_input_grad[0]:
+            to_scores = grad.float() * ctx.weight  # dL/dM
             if ctx.near is not None:
-                by_row = (gain * ctx.near).sum(1) / ctx.near.sum(1).clamp_min(1)
-                to_alpha = -columns * by_row.view(ctx.n_groups, -1).sum(1)
+                by_row = (to_scores * ctx.near).sum(1) / ctx.near.sum(1).clamp_min(1)
+                to_alpha = -grad.shape[1] * by_row
         if ctx.needs_input_grad[2]:
             to_weight = torch.mul(grad, ctx.keep, out=torch.empty_like(ctx.weight))
         return to_scores, to_alpha, to_weight, None, None, None
 
 
-def n_weights(linears: dict[str, nn.Linear]) -> int:
-    return sum(linear.weight.numel() for linear in linears.values())
-
-
 def meet_budget(theta: Groups, sizes: Groups, sparsity: float) -> Groups:
     """alpha = clip(theta - tau, 0, 1) with mean `sparsity`, weighted by `sizes`; differentiable in theta."""
     low, high = theta.detach().min() - 1, theta.detach().max()
+    tau = low
     for _ in range(32):  # bisection to float32's precision: the weighted sum falls with tau
         tau = (low + high) / 2
         too_much = (sizes * (theta.detach() - tau).clamp(0, 1)).sum() > sparsity * sizes.sum()

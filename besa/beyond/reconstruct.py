@@ -14,106 +14,123 @@ by ADMM from Z = M * W, U = 0, with H = sum y y^T scaled to a unit diagonal, and
 
 import contextlib
 import math
-from dataclasses import KW_ONLY, asdict, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Float32
-from pydantic import PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from besa.besa import loss_scaler
 from besa.beyond.exact import WeightLearner, learn, masked
-from besa.config import CONFIG
 from besa.decoder import Stopped, run_block
+from besa.loop import Reconstruction
+from besa.losses import token_error
 from besa.system import finite_hint, n_ranks, sum_over_ranks
-from besa.walk import Block, PrunedBlock, token_error
+from besa.walk import Block, PrunedBlock
 
 Matrix = Float[Tensor, "rows columns"]
 Square = Float32[Tensor, "columns columns"]
 
+ITERATIONS = 20  # of ADMM, as in Boža 2024
+TOWARD_DENSE = 0.5  # a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model
+RHO = 1.0  # ADMM's penalty, for a Hessian of unit diagonal, as in Boža 2024
+DAMPING = 0.01  # added to the diagonals of H and T, as a fraction of the mean of H's; SparseGPT's
+EPOCHS = 2  # passes over the windows, `Trained`
+LR = 5e-3  # Adam's highest step size in one cycle, relative to the root mean square of a projection, `Trained`
 
-@dataclass(frozen=True, config=CONFIG)
-class Reconstruct:
-    """Give the kept weights new values once a block's mask is chosen.
+
+def Reconstruct(kind: str = "closed") -> Reconstruction:
+    """Give the kept weights new values once a block's mask is chosen, for `prune(..., reconstruct=Reconstruct())`.
 
     Args:
-        kind: "closed": each projection by itself, in about SparseGPT's time; "block": all trained together on the
-            output of the block, as `Exact(update=True)` does once its mask is learned.
-        iterations: of ADMM.
-        toward_dense: a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model.
-        rho: ADMM's penalty, for a Hessian of unit diagonal.
-        damping: added to the diagonals of H and T, as a fraction of the mean of H's.
-        epochs: passes over the windows ("block").
-        lr: Adam's highest step size in one cycle, relative to the root mean square of a projection ("block").
+        kind: "closed" (`Closed`): each projection by itself, in about SparseGPT's time; "block" (`Trained`): all
+            trained together on the output of the block, as `Exact(update=True)` does once its mask is learned.
     """
+    kinds = {"closed": Closed, "block": Trained}
+    if kind not in kinds:
+        raise ValueError(f"unknown kind {kind!r}; known: closed, block")
+    return kinds[kind]()
 
-    kind: Literal["closed", "block"] = "closed"
-    _: KW_ONLY
-    iterations: PositiveInt = 20
-    toward_dense: Annotated[float, Ge(0), Le(1)] = 0.5
-    rho: PositiveFloat = 1.0
-    damping: PositiveFloat = 0.01
-    epochs: PositiveInt = 2
-    lr: PositiveFloat = 5e-3
+
+@dataclass(frozen=True)
+class Closed:
+    """New values in closed form, one projection after the other."""
 
     def config(self) -> dict[str, Any]:
-        """Fields, for records."""
-        return asdict(self)
+        return {"kind": "closed"}
 
     @torch.no_grad()
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        """Return the same masks with better weights."""
-        if self.kind == "block" and pruned.weights:
-            return self.train(block, pruned)
         weights: dict[str, Tensor] = {}
         for names in projections_by_input(block):
-            hessian, toward = moments(block, names[0], weights, self.toward_dense)
+            hessian, toward = moments(block, names[0], weights, TOWARD_DENSE)
             for name in names:
                 weight = block.projections[name].weight
-                weights[name] = self.closed_form(weight, hessian, toward, pruned.keep_masks[name])
+                weights[name] = closed_form(weight, hessian, toward, pruned.keep_masks[name])
         return replace(pruned, weights=weights)
 
-    def closed_form(
-        self, weight: Matrix, hessian: Square, toward: Square, keep_mask: Bool[Tensor, "rows columns"]
-    ) -> Matrix:
-        """ADMM for one projection; exactly 0 where nothing is kept.
 
-        Args:
-            hessian, toward: H and T; with T = H the pruning of this projection alone is repaired.
-        """
-        hessian, toward, scale = self.scaled(hessian, toward)
-        hessian.diagonal().add_(self.rho)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
-        w, kept = weight.float() * scale, keep_mask.float()
-        wanted, both, sign, dropped = w @ toward, w * kept, self.rho * (2 * kept - 1), 1 - kept
-        for _ in range(self.iterations):  # both = Z + U: Z is its kept part, U the rest, so rho (Z - U) = sign * both
-            both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
-        new = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
-        if not torch.isfinite(new).all():
-            raise ValueError(f"no closed form with rho {self.rho:g} and damping {self.damping:g}; try 1 and 0.01")
-        return new
+@dataclass(frozen=True)
+class Trained:
+    """The kept weights of a block trained with Adam, one window of each rank per step."""
 
-    def scaled(self, hessian: Tensor, toward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both damped and divided by the square roots of H's diagonal, and these."""
-        damping = self.damping * hessian.diagonal().mean() + 1e-30
-        hessian, toward = hessian.clone(), toward.clone()
-        hessian.diagonal().add_(damping)
-        toward.diagonal().add_(damping)
-        scale = hessian.diagonal().sqrt()
-        scales = scale[:, None] * scale
-        return hessian.div_(scales), toward.div_(scales), scale
+    def config(self) -> dict[str, Any]:
+        return {"kind": "block"}
 
-    def train(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        """Train the kept weights with Adam, one window of each rank per step."""
-        batches = block.steps(n_ranks(), self.epochs)
-        learner = WeightLearner(pruned.weights, len(batches), self.lr)
+    def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
+        if not pruned.weights:  # all are ignored
+            return pruned
+        batches = block.batches(n_ranks(), EPOCHS)
+        learner = WeightLearner(pruned.weights, len(batches), LR)
         learner.keep_masks = pruned.keep_masks
-        learn(block, block.dense_outputs, batches, [learner], token_error)
+        learn(block, block.dense_outputs, batches, [learner], token_error, loss_scaler(block))
         return replace(pruned, weights=masked(learner.weights, pruned.keep_masks, learner.buffers))
+
+
+def closed_form(
+    weight: Matrix,
+    hessian: Square,
+    toward: Square,
+    keep_mask: Bool[Tensor, "rows columns"],
+    *,
+    iterations: int = ITERATIONS,
+    rho: float = RHO,
+    damping: float = DAMPING,
+) -> Matrix:
+    """ADMM for one projection; exactly 0 where nothing is kept.
+
+    Args:
+        hessian, toward: H and T; with T = H the pruning of this projection alone is repaired.
+    """
+    hessian, toward, scale = scaled(hessian, toward, damping)
+    hessian.diagonal().add_(rho)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
+    w = weight.float() * scale
+    kept = keep_mask.float()
+    wanted = w @ toward
+    both = w * kept
+    sign = rho * (2 * kept - 1)
+    dropped = 1 - kept
+    for _ in range(iterations):  # both = Z + U: Z is its kept part, U the rest, so rho (Z - U) = sign * both
+        both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
+    new = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
+    if not torch.isfinite(new).all():
+        raise ValueError(f"no closed form with rho {rho:g} and damping {damping:g}: the inputs are nearly singular")
+    return new
+
+
+def scaled(hessian: Tensor, toward: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Both damped and divided by the square roots of H's diagonal, and these."""
+    added = damping * hessian.diagonal().mean() + 1e-30
+    hessian, toward = hessian.clone(), toward.clone()
+    hessian.diagonal().add_(added)
+    toward.diagonal().add_(added)
+    scale = hessian.diagonal().sqrt()
+    scales = scale[:, None] * scale
+    return hessian.div_(scales), toward.div_(scales), scale
 
 
 def run_until(block: Block, name: str, hidden: Tensor, weights: dict[str, Tensor]) -> Float[Tensor, "tokens columns"]:
@@ -150,7 +167,8 @@ def moments(block: Block, name: str, weights: dict[str, Tensor], toward_dense: f
     """
     columns = block.projections[name].weight.shape[1]
     hessian = torch.zeros(columns, columns, device=block.device)
-    cross, share = torch.zeros_like(hessian), 1 / block.n_samples
+    cross = torch.zeros_like(hessian)
+    share = 1 / block.n_samples
     for number in block.progress(range(len(block.inputs)), "observe"):
         y = run_until(block, name, block.window(block.inputs, number), weights)
         x = run_until(block, name, block.window(block.dense_inputs, number), {})

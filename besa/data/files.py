@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from besa.masks import KeepMasks, pack_bits, unpack_bits
+from besa.masks import KeepMasks
 from besa.quantize import QuantizedWeight
 
 PART = ".besa-part-"  # begins the names of half-written files
@@ -57,8 +57,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def save_masks(keep_masks: KeepMasks, path: str | Path) -> None:
     """Write a safetensors file: bits by name (`3.self_attn.q_proj`), shapes in its metadata."""
-    tensors = {f"{block}.{name}": bits for (block, name), (bits, _, _) in keep_masks.bits.items()}
-    shapes = {f"{block}.{name}": shape for (block, name), (_, *shape) in keep_masks.bits.items()}
+    tensors = {f"{block}.{name}": bits for (block, name), (bits, _, _) in keep_masks.data.items()}
+    shapes = {f"{block}.{name}": shape for (block, name), (_, *shape) in keep_masks.data.items()}
     with atomic_write(Path(path)) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"shapes": json.dumps(shapes)})
 
@@ -69,32 +69,30 @@ def load_masks(path: str | Path) -> KeepMasks:
     with safetensors.safe_open(path, "pt") as file:
         for key, (rows, columns) in json.loads(file.metadata()["shapes"]).items():
             block, _, name = key.partition(".")
-            keep_masks.bits[int(block), name] = file.get_tensor(key), rows, columns
+            keep_masks.data[int(block), name] = file.get_tensor(key), rows, columns
     return keep_masks
 
 
 def save_quantized(quantized: Mapping[tuple[int, str], QuantizedWeight], path: str | Path) -> None:
-    """Write `Report.quantized` as a safetensors file: codes, scales, zero-points, and keep-masks as bits."""
-    tensors, bits = {}, {}
+    """Write `Report.quantized` as a safetensors file: codes, scales and zero-points."""
+    tensors = {}
+    bits = {}
     for (block, name), weight in quantized.items():
         key = f"{block}.{name}"
         bits[key] = weight.bits
         tensors |= {f"{key}.codes": weight.codes, f"{key}.scale": weight.scale, f"{key}.zero_point": weight.zero_point}
-        if weight.keep_mask is not None:
-            tensors[f"{key}.kept"] = pack_bits(weight.keep_mask)
     with atomic_write(Path(path)) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"bits": json.dumps(bits)})
 
 
 def load_quantized(path: str | Path) -> dict[tuple[int, str], QuantizedWeight]:
     """Read what `save_quantized` wrote."""
-    quantized, tensors = {}, safetensors.torch.load_file(path)
+    quantized = {}
+    tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         bits = json.loads(file.metadata()["bits"])
     for key, n_bits in bits.items():
-        codes, kept = tensors[f"{key}.codes"], tensors.get(f"{key}.kept")
-        keep_mask = None if kept is None else unpack_bits(kept, *codes.shape)
         block, _, name = key.partition(".")
-        grid = tensors[f"{key}.scale"], tensors[f"{key}.zero_point"]
-        quantized[int(block), name] = QuantizedWeight(codes, *grid, n_bits, keep_mask)
+        stored = [tensors[f"{key}.{part}"] for part in ("codes", "scale", "zero_point")]
+        quantized[int(block), name] = QuantizedWeight(*stored, n_bits)
     return quantized

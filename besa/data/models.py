@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import tokenizers
 import torch
-from beartype import beartype
 from huggingface_hub import snapshot_download
-from jaxtyping import jaxtyped
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import besa.packed  # noqa: F401 (registers the packed format)
+from besa.config import checked
 from besa.data import assets
-from besa.system import resolve_device, resolve_dtype
+from besa.system import require, resolve_device, resolve_dtype
 
 EMBEDDED = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
 PAPER_MODELS = {
@@ -39,7 +40,7 @@ _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$")
 """Causal masks and rotary frequencies in old checkpoints; models compute them."""
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def load_model(
     name: str | Path, dtype: torch.dtype | str | None = None, device: str = "auto", **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,20 +62,32 @@ def load_model(
         folder = find_checkpoint(name, "*.bin")  # pickles, from which transformers reads nothing but tensors
     model = _load(folder, dtype=resolve_dtype(dtype, device), **trust, **kwargs)
     stored = AutoConfig.from_pretrained(folder, **trust).dtype
-    model.checkpoint_dtype = torch.bfloat16 if name in EMBEDDED else stored  # their originals are in bfloat16
+    model.checkpoint_dtype = torch.bfloat16 if name in EMBEDDED else stored  # as their originals
     return model if "device_map" in kwargs else model.to(device), tokenizer
 
 
-def open_checkpoint(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Open a checkpoint in its own precision on the CPU; the weights stay in their memory-mapped files."""
+def open_checkpoint(name: str | Path, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Open a checkpoint in its own precision on the CPU; the weights stay in their memory-mapped files.
+
+    An embedded model, small and in float32 on the disk, is rounded to its original's bfloat16 and has the precision in
+    which `device` is fast.
+    """
     with torch.device("cpu"):
-        model = _load(folder, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
+        model = _load(find_checkpoint(name), dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
+        model.checkpoint_dtype = model.dtype
+        if name in EMBEDDED:
+            model.checkpoint_dtype = torch.bfloat16
+            model = model.to(torch.bfloat16).to(resolve_dtype(None, resolve_device(device)))
     return model.requires_grad_(False)
 
 
 def _load(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    if "besa_packed" in (folder / "config.json").read_text(encoding="utf-8"):
-        import besa.packed  # noqa: F401 (registers the format)
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safetensors.safe_open(path, "pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is cut, empty or a git-lfs pointer ({error}): fetch it again") from None
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     left_over = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
     if info["missing_keys"] or left_over:
@@ -99,7 +112,8 @@ def _read_as_shipped(tokenizer: LlamaTokenizer, folder: Path) -> None:
 
     transformers 5 splits as Llama 2 does (legacy=False); the published numbers were made with the space.
     """
-    own, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    own = folder / "tokenizer.json"
+    config = folder / "tokenizer_config.json"
     options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if own.is_file() and options.get("legacy", True):
         shipped = tokenizers.Tokenizer.from_file(str(own))
@@ -115,14 +129,17 @@ def find_checkpoint(name: str | Path, weights: str = "*.safetensors") -> Path:
     if name in EMBEDDED:
         return assets.derive(name, _convert)
     if Path(name).is_dir():
+        if (Path(name) / "besa" / "run.json").exists() and not (Path(name) / "model.safetensors.index.json").exists():
+            raise ValueError(f"{name} is an unfinished output of `besa prune`: the same command continues it")
         return Path(name)
     second_copies = ["*/*.safetensors", "*/*.bin", "consolidated*"]
     patterns = {"allow_patterns": [*CARRIED, weights], "ignore_patterns": second_copies}
     try:
         return Path(snapshot_download(PAPER_MODELS.get(name, name), **patterns))
     except (OSError, ValueError) as error:
-        known = ", ".join([*EMBEDDED, *PAPER_MODELS])
-        raise ValueError(f"{name!r} is no folder, none of {known}, and not on the hub: {error}") from error
+        reason = " ".join(str(error).rpartition("\n\n")[2].split())  # without the request's number
+        known = "" if "/" in name or name in PAPER_MODELS else f" or one of {', '.join([*EMBEDDED, *PAPER_MODELS])}"
+        raise ValueError(f"{name!r} is no folder here{known}; from the hub: {reason}") from None
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -137,6 +154,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write an embedded model as a float32 checkpoint."""
+    require("gguf", "embedded")
     from transformers import GgufConfig  # transformers >= 5.18, which only this needs
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,12 @@ from typing import Literal
 
 import datasets
 import torch
-from beartype import beartype
 from huggingface_hub import hf_hub_download
-from jaxtyping import Int64, jaxtyped
+from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from besa.config import checked, described
 from besa.data import assets
 
 Sampler = Literal["crop", "pack"]
@@ -72,7 +73,7 @@ TEXTS = {
 }
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def calibration_windows(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,7 +108,9 @@ def calibration_windows(
 def _crop(
     encode: Callable[[int], Tensor], n_documents: int, n_samples: int, seq_len: int, rng: random.Random
 ) -> Tensor:
-    windows, lengths = [], {}
+    windows = []
+    lengths = {}
+    places: set[tuple[int, int]] = set()  # document, token
     while len(windows) < n_samples:
         index = rng.randint(0, n_documents - 1)
         tokens = encode(index)
@@ -115,9 +118,16 @@ def _crop(
         if len(tokens) > seq_len:
             start = rng.randint(0, len(tokens) - seq_len - 1)
             windows.append(tokens[start : start + seq_len])
+            places |= {(index, place) for place in range(start, start + seq_len)}
         elif not windows and len(lengths) == n_documents:
             longest = max(lengths.values())
             raise ValueError(f"the longest document has {longest} tokens; take seq_len < {longest} or sampler='pack'")
+    if 2 * len(places) < n_samples * seq_len:
+        warnings.warn(
+            f"the {n_samples} windows overlap: they hold {len(places)} different tokens of the text; take more text, "
+            "or fewer or shorter windows",
+            stacklevel=5,
+        )
     return torch.stack(windows)
 
 
@@ -126,7 +136,8 @@ def _pack(
 ) -> Tensor:
     order = list(range(n_documents))
     rng.shuffle(order)
-    parts, n_tokens = [], 0
+    parts = []
+    n_tokens = 0
     for index in order:
         parts.append(encode(index))
         n_tokens += len(parts[-1])
@@ -140,7 +151,7 @@ def with_bos(windows: Int64[Tensor, "n seq_len"], bos: int) -> Int64[Tensor, "n 
     return torch.cat([torch.full_like(windows[:, :1], bos), windows[:, 1:]], dim=1)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def test_tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " n_tokens"]:
     """Tokenize the test split of a text as one stream.
 
@@ -160,7 +171,16 @@ test_tokens.__test__ = False  # not a test for pytest to collect
 
 def load_documents(source: Source, split: str) -> Sequence[str]:
     """Documents of one split of a text; lists, data sets and files have no splits and are taken whole."""
+    documents = _documents(source, split)
+    if not len(documents):
+        raise ValueError(f"the text is empty: {described(source)}")
+    return documents
+
+
+def _documents(source: Source, split: str) -> Sequence[str]:
     if isinstance(source, datasets.Dataset):
+        if "text" not in source.column_names:
+            raise ValueError(f"the data set has no column 'text', but {source.column_names}: rename one of them")
         return source["text"]
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
         return _read_file(Path(source))
@@ -194,7 +214,14 @@ def _read_file(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return [text]
-    return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+    documents = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                documents.append(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: no JSON object with a 'text' field") from None
+    return documents
 
 
 def _sotu(split: str) -> list[str]:

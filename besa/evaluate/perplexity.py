@@ -4,13 +4,13 @@ import math
 import sys
 
 import torch
-from beartype import beartype
-from jaxtyping import Float64, Int64, jaxtyped
+from jaxtyping import Float64, Int64
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from besa.config import checked
 from besa.data.text import with_bos
 from besa.decoder import BlockCall, check_tokens, context_of, embed, find_blocks, record_calls, run_block, run_head
 from besa.system import finite_hint, n_ranks, rank, sum_over_ranks
@@ -27,7 +27,7 @@ class Perplexity(float):
     losses: Float64[Tensor, " n_segments"]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def perplexity(
     model: PreTrainedModel, tokens: Int64[Tensor, " n_tokens"], seq_len: int = 2048, progress: bool = True
 ) -> Perplexity:
@@ -39,6 +39,8 @@ def perplexity(
         tokens: from `test_tokens`, or a part of it such as `tokens[: 32 * seq_len]`.
         seq_len: tokens per segment; the paper takes 2048, and other lengths give other numbers.
     """
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no head; load the model with besa.load_model")
     check_tokens(model, tokens, seq_len)
     n_segments = len(tokens) // seq_len
     if n_segments == 0:

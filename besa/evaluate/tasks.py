@@ -75,7 +75,8 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hide progress bars for small files, and lm-eval's warnings about its own definitions."""
-    logger, hidden = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    logger = logging.getLogger("lm_eval")
+    hidden = datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -105,7 +106,8 @@ def _from_requests(content: bytes) -> Iterator[dict[str, Any]]:
     requests = [json.loads(line) for line in gzip.decompress(content).decode().splitlines()]
     documents = {request["doc_id"]: request["doc"] for request in requests if request["doc_id"] < 1_000_000}
     for document in documents.values():
-        choices, gold = document["choices"], document["gold"]
+        choices = document["choices"]
+        gold = document["gold"]
         question = document["query"].removesuffix("\nAnswer:")
         if choices == ["yes", "no"]:
             passage, question = question.removesuffix("?").rsplit("\nQuestion: ", 1)

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from beartype import beartype
-from jaxtyping import jaxtyped
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from besa.config import checked
 from besa.evaluate.tasks import TASKS, load_task, quiet
-from besa.system import finite_hint
+from besa.system import deterministic, finite_hint, require
 from besa.walk import frozen
 
 
@@ -53,7 +52,7 @@ class ZeroShot:
         return pd.DataFrame([*self.rows, average]).set_index("task")
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,6 +71,9 @@ def zero_shot(
         limit: questions per task, drawn by `seed`; None asks all.
         batch_size: choices per batch.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: ask at least one question per task; None asks all")
+    require("lm_eval", "eval")
     import lm_eval.evaluator  # slow
     from lm_eval.models.huggingface import HFLM
 
@@ -79,7 +81,8 @@ def zero_shot(
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
     asked = {name: _draw(n, limit, seed) for name, n in available.items()}
     options = {"add_bos_token": "gemma" in model.config.get_text_config().model_type, "softmax_dtype": "float32"}
-    with frozen(model), quiet():
+    # Some models count positions by a cumulative sum, for which CUDA has no deterministic algorithm: warn only.
+    with frozen(model), deterministic(model.device.type == "cuda", warn_only=True), quiet():
         lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **options)
         lm.loglikelihood = partial(lm.loglikelihood, disable_tqdm=not progress)
         outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=asked)
@@ -100,7 +103,8 @@ def _draw(n: int, limit: int | None, seed: int) -> list[int]:
 
 
 def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
-    result, samples = outcome["results"][name], outcome["samples"][name]
+    result = outcome["results"][name]
+    samples = outcome["samples"][name]
     stderr = result["acc_stderr,none"]  # "N/A" for one question
     return {
         "task": name,

@@ -9,23 +9,17 @@ On disk a packed model is an ordinary transformers folder. A packed projection `
 Importing this file registers the format, so that `from_pretrained` reads such a folder.
 """
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from beartype import beartype
-from jaxtyping import jaxtyped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from besa.beyond.gptq import quantize_pruned
-from besa.data.files import load_masks, load_quantized
-from besa.data.models import CARRIED, find_checkpoint, open_checkpoint
+from besa.config import checked
 from besa.decoder import find_blocks, projections
 from besa.packed.linear import PackedLinear, check_plain
 from besa.quantize import Quantize, QuantizedWeight
@@ -35,7 +29,7 @@ METHOD, VERSION = "besa_packed", 1
 Masks = Mapping[tuple[int, str], Tensor]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def pack(model: PreTrainedModel, report: Report | Masks | None = None, head: bool = False) -> None:
     """Replace pruned projections by packed ones, in place; `save_pretrained` then writes them packed.
 
@@ -77,35 +71,6 @@ def unpack(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = True
     if isinstance(getattr(model.config, "quantization_config", None), PackedConfig):
         del model.config.quantization_config
-
-
-@jaxtyped(typechecker=beartype)
-def pack_folder(
-    source: str | Path, output: str | Path, bits: int | None = None, windows: Tensor | None = None, head: bool = False
-) -> None:
-    """Write a pruned checkpoint packed.
-
-    Args:
-        source: output of `prune_checkpoint`, whose keep-masks and codes are used, or another checkpoint with zeros.
-        output: new folder.
-        bits, windows: round the kept weights as `quantize_pruned` does.
-        head: as for `pack`.
-    """
-    folder, output = find_checkpoint(source), Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise ValueError(f"output {str(output)!r} exists; name a new folder")
-    model, report = open_checkpoint(folder), Report("", n_samples=0, seq_len=0)
-    for path in sorted(folder.glob("besa/masks-*.safetensors")):
-        report.keep_masks.update(load_masks(path))
-    for path in sorted(folder.glob("besa/codes-*.safetensors")):
-        report.quantized = {**report.quantized, **load_quantized(path)}
-    found = report if report.keep_masks else None
-    pack(model, quantize_pruned(model, found, windows, bits) if bits else found, head)
-    output.mkdir(parents=True, exist_ok=True)
-    for path in [path for pattern in CARRIED for path in folder.glob(pattern)]:
-        if not path.name.endswith(".index.json"):
-            shutil.copyfile(path, output / path.name)
-    model.save_pretrained(output)
 
 
 def packed_projections(model: nn.Module) -> dict[str, PackedLinear]:

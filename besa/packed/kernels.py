@@ -12,7 +12,6 @@ functions of vectors, which numba lacks: this file adds them as a type, with ope
 import ctypes
 import functools
 import inspect
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -28,14 +27,13 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-from besa import kernels as passes
+from besa.threads import openmp
 
 WORD = 64  # columns of a word of the mask
 DIGITS = {"bf16": 2, "f16": 2, "f32": 3}  # integer products round inputs to integers of so many signed bytes
 PREFETCH = 8192  # bytes to read ahead, to the second cache; without, products take twice the time
 WEIGHTS_PER_THREAD = 2**17
 PAGE = 2**21
-_PID = os.getpid()
 _LOCK, _room = threading.Lock(), torch.empty(0, dtype=torch.uint8)
 _SET = (np.arange(256)[:, None] >> np.arange(8)) & 1
 PERMUTATIONS = np.where(_SET == 1, _SET.cumsum(1) - 1, 128).astype(np.uint8)
@@ -66,8 +64,8 @@ def run(kernel: Callable, task: Task, n_weights: int) -> None:
     """Run a kernel on torch's OpenMP threads, each of which takes the next rows until none are left."""
     n_threads = min(torch.get_num_threads(), 1 + n_weights // WEIGHTS_PER_THREAD)
     task.rows_at_once = 2 * max(1, (task.last_row - task.row) // (8 * n_threads))  # pairs
-    team = passes._openmp()
-    if n_threads == 1 or team is None or os.getpid() != _PID:  # a forked child has no threads
+    team = openmp()
+    if n_threads == 1 or team is None:
         kernel(ctypes.byref(task))
     else:
         team.parallel(kernel, ctypes.byref(task), n_threads, 0)
