@@ -32,8 +32,19 @@ from besa.data.models import EMBEDDED, PAPER_MODELS
 from besa.evaluate.perplexity import Perplexity
 from besa.loop import Method
 from besa.system import resolve_device, resolve_dtype
-from reproduce import tables, verdicts
+from reproduce import figures, tables, verdicts
 from reproduce.tables import REFERENCE, ROOT, Record, slug
+
+SMOKE = "SMOKE RUN: these numbers only show that the code runs."
+
+USUAL_ROWS = {  # files of a run with other rows have another name
+    "table1": ["dense", "besa-row-wise", "wanda", "sparsegpt", "magnitude"],
+    "table2": ["dense", "besa-row-wise", "wanda", "sparsegpt"],
+    "table3": ["dense", "quantized", "joint-besa", "joint-wanda", "joint-clipping"],
+    "table4": ["dense", "besa-row-wise", "wanda", "sparsegpt"],
+    "figure1": ["besa-row-wise", "wanda", "sparsegpt"],
+    "sparsity": ["magnitude", "besa-row-wise", "wanda", "sparsegpt"],
+}
 
 
 class Profile(NamedTuple):
@@ -132,11 +143,16 @@ def find_record(folder: Path, config: Mapping[str, Any]) -> Record | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def is_reference(folder: Path) -> bool:
+    """Whether a folder belongs to the results that come with the repository."""
+    return folder.resolve().parent.name == REFERENCE.name
+
+
 def save_record(
     folder: Path, config: Mapping[str, Any], outcome: Mapping[str, Any], samples: Mapping[str, np.ndarray] | None = None
 ) -> Record:
     """Write the record of a row: configuration, outcome, provenance; `samples` go to a .npz file beside it."""
-    if config["profile"] == "smoke" and folder.resolve().parent.name == REFERENCE.name:
+    if config["profile"] == "smoke" and is_reference(folder):
         raise ValueError(f"a smoke run only shows that the code runs: name another results folder than {folder}")
     path = record_path(folder, config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +210,9 @@ class Run:
         recipe: Mapping[str, Any] | None = None,
         results: str | Path | None = None,
         shorter: int = 1,
+        sparsity: float = 0.5,
+        methods: Any = None,
+        matched: bool = True,
         **config: Any,
     ) -> None:
         """
@@ -202,9 +221,12 @@ class Run:
             recipe: values that differ from reproduce/params/<model>.yaml.
             results: folder; None takes `results/<item>`, below `$BESA_RESULTS` if that is set.
             shorter: divides the profile's seq_len, except in profile paper.
+            sparsity, methods, matched: of the notebook; what is not as usual becomes part of the names of files.
             config: further values that distinguish this run's records.
         """
         self.item, self.model = item, model
+        self.sparsity, self.matched = sparsity, matched
+        self.methods = listed(methods or USUAL_ROWS.get(item, []))
         self.recipe = resolve_recipe(model, recipe)
         self.device = resolve_device(self.recipe.device)
         self.dtype = resolve_dtype(self.recipe.dtype, self.device)
@@ -304,18 +326,30 @@ class Run:
     @property
     def stem(self) -> str:
         """Name of this run's tables and figures."""
-        usual = self.recipe.calibration == resolve_recipe(self.model).calibration
-        calibration = "" if usual else "-" + self.recipe.calibration.replace(" ", "-")
-        return f"{slug(self.model)}-{self.profile.name}{calibration}"
+        parts = [slug(self.model), self.profile.name]
+        if self.recipe.calibration != resolve_recipe(self.model).calibration:
+            parts.append(self.recipe.calibration.replace(" ", "-"))
+        if self.sparsity != 0.5:
+            parts.append(f"{self.sparsity:g}")
+        if not self.matched:
+            parts.append("unmatched")
+        others = sorted(self.methods) != sorted(USUAL_ROWS.get(self.item, []))
+        if others and not is_reference(self.folder):
+            parts += self.methods if len(self.methods) < 4 else [config_hash({"methods": sorted(self.methods)})[:6]]
+        return "-".join(parts)
+
+    @property
+    def size(self) -> str:
+        """Sentences for captions: the size of the run."""
+        size = f"Profile {self.profile.name}: {self.n_samples} windows of {self.seq_len} tokens of "
+        size += self.recipe.calibration
+        if self.segments:
+            size += "; tested on " + ", ".join(f"{n} segments of {name}" for name, n in self.segments.items())
+        return size + (f". {SMOKE}" if self.is_smoke else ".")
 
     def write_table(self, frame: pd.DataFrame, caption: str, suffix: str = "") -> str:
         """Write a table under the run's name, the size of the run in its caption; returns Markdown."""
-        caption += f". Profile {self.profile.name}: {self.n_samples} windows of {self.seq_len} tokens of "
-        caption += self.recipe.calibration
-        if self.segments:
-            caption += "; tested on " + ", ".join(f"{n} segments of {name}" for name, n in self.segments.items())
-        caption += ". SMOKE RUN: these numbers only show that the code runs." if self.is_smoke else "."
-        return tables.write_table(frame, self.folder, self.stem + suffix, caption)
+        return tables.write_table(frame, self.folder, self.stem + suffix, f"{caption}. {self.size}")
 
     def write_verdicts(self, records: list[Record], claims: Any, metric: str = "perplexity", over: str = "text") -> str:
         """Write a verdict on each claim: pairs of rows, the first said to be better; returns Markdown."""
@@ -334,13 +368,23 @@ class Run:
 
     def write_reference(self, records: list[Record]) -> str:
         """Write our numbers beside those in results/reference; returns Markdown."""
-        if self.folder.resolve().parent.name == REFERENCE.name:
+        if is_reference(self.folder):
             return "This is the reference run."
         found = tables.beside_reference(records, REFERENCE / self.item)
         return self.write_table(found, "Beside results/reference", "-reference") if len(found) else "Not in it."
 
-    def save_figure(self, figure: Figure, suffix: str = "") -> None:
-        tables.save_figure(figure, self.folder, self.stem + suffix)
+    def save_figure(self, figure: Figure, suffix: str = "", *, stem: str = "", size: str = "") -> None:
+        """Save a figure under the run's name, the size of the run in small letters below it.
+
+        Args:
+            stem: another name.
+            size: another size.
+        """
+        size = size or self.size
+        if self.is_smoke and SMOKE not in size:
+            size = f"{size} {SMOKE}"
+        figures.write_size(figure, size, self.is_smoke)
+        tables.save_figure(figure, self.folder, (stem or self.stem) + suffix)
 
 
 def is_calibrated(method: Method | None) -> bool:
