@@ -41,10 +41,8 @@ def _to_be_continued(output: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
-        n_blocks = len(list(output.glob("besa/block-*.json")))
-        raise OSError(
-            f"{str(error) or 'interrupted'}; {n_blocks} blocks are finished, and the same command continues"
-        ) from error
+        done = f"{len(list(output.glob('besa/block-*.json')))} blocks are finished, and the same command continues"
+        raise OSError(f"{str(error) or 'interrupted'}; {done}") from error
 
 
 @app.command()

@@ -120,8 +120,9 @@ class Besa(Method):
 
 def loss_scaler(block: Block) -> torch.amp.GradScaler:
     """Scale losses in float16, whose gradients would underflow; a step whose scaled gradient overflows is skipped."""
-    is_float16 = block.inputs.dtype == torch.float16
-    return torch.amp.GradScaler(block.device.type, init_scale=FLOAT16_SCALE, enabled=is_float16)
+    return torch.amp.GradScaler(
+        block.device.type, init_scale=FLOAT16_SCALE, enabled=block.inputs.dtype == torch.float16
+    )
 
 
 def training_log(

@@ -158,9 +158,8 @@ def check(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: 
     """Refuse what does not go together, before any work."""
     check_model(model)
     first = projections(find_blocks(model)[0]).values()
-    n_zeros = sum(int(zeros_before(linear.weight).sum()) for linear in first)
-    if n_zeros:
-        share = n_zeros / sum(linear.weight.numel() for linear in first)
+    share = sum(int(zeros_before(linear.weight).sum()) for linear in first) / sum(each.weight.numel() for each in first)
+    if share:
         warnings.warn(
             f"{share:.1%} of the first block's weights are 0 already: was this model pruned before? Load it again to "
             "start from the dense model",

@@ -96,15 +96,18 @@ class Report:
 
 
 def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
-    """Heat map of `sparsity` over `block` and `projection`, the columns of `Report.to_frame()`."""
+    """Heat map of `sparsity` over `block` and `projection`, columns of `Report.to_frame()`; white is
+    `target_sparsity`."""
     require("matplotlib", "plot")
     import matplotlib.pyplot as plt  # slow to import
 
     names = list(dict.fromkeys(frame["projection"]))
     grid = frame.pivot(index="projection", columns="block", values="sparsity").loc[names]
+    target = frame["target_sparsity"].mean()
+    reach = max(abs(grid - target).max().max(), 0.01)
     if ax is None:
         _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
-    image = ax.imshow(grid, aspect="auto", cmap="viridis")
+    image = ax.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=target - reach, vmax=target + reach)
     ax.set(xlabel="block", yticks=range(len(names)), yticklabels=names)
-    ax.figure.colorbar(image, ax=ax, label="sparsity (fraction of zeros)")
+    ax.figure.colorbar(image, ax=ax, label=f"sparsity (white: target, {target:.2f})")
     return ax

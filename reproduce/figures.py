@@ -1,15 +1,38 @@
 """Figures that several notebooks draw, in one palette: DataFrame in, figure out."""
 
+from typing import Any
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 matplotlib.rcParams.update({"axes.titlesize": 10, "figure.titlesize": 11, "legend.fontsize": 8, "axes.axisbelow": True})
 
+LABELS = {  # README's names of rows; * = not in the paper
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "besa-row-wise": "BESA",
+    "besa-layer-wise": "BESA layer-wise",
+    "exact": "learned masks *",
+    "exact-update": "learned masks and weights *",
+    "besa": "BESA",
+    "quantized": "quantized only",
+    "joint-besa": "BESA",
+    "joint-wanda": "Wanda",
+    "joint-clipping": "Wanda, learned clipping",
+    "exact-gptq": "learned masks and weights, GPTQ *",
+    "sparsegpt-mask": "SparseGPT's masks *",
+    "llm-compressor": "SparseGPT of llm-compressor",
+    "owl": "OWL",
+    "dlp": "DLP",
+}
 STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
     "dense": {"color": "black", "marker": "*"},
     "besa-row-wise": {"color": "#D55E00", "marker": "D"},
@@ -25,43 +48,75 @@ ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda"
 ALIASES |= {"sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
 
 
+def label(row: str) -> str:
+    """README's name of a row; a row with a further part, such as "wanda + block", is not in the paper."""
+    name, plus, part = row.partition(" + ")
+    name = LABELS.get(name, name)
+    return f"{name.removesuffix(' *')}{plus}{part} *" if part else name
+
+
 def style(row: str) -> dict[str, str]:
     """Colour and marker of a row, the same in every figure."""
     name = row.partition(" + ")[0]
     return STYLES.get(ALIASES.get(name, name), OTHER)
 
 
+def kind_styles(n: int) -> list[dict[str, Any]]:
+    """Colours and markers of n kinds of projections, none of them a method's."""
+    return [
+        {"color": colour, "marker": "osD^v<>"[k % 7]}
+        for k, colour in enumerate(plt.cm.viridis(np.linspace(0, 0.95, n)))
+    ]
+
+
+def write_size(figure: Figure, size: str, is_smoke: bool) -> None:
+    """Write the size of the run in small letters below the title of a figure, in red if it is a smoke run."""
+    if any(text.get_text().endswith(" *") for text in figure.findobj(Text)):
+        size = f"{size} * not in the paper."
+    title = figure.get_suptitle()
+    height = figure.get_figheight() + 0.2
+    figure.set_figheight(height)
+    figure.suptitle(f"{title}\n")  # an empty line for the size
+    place = 1 - (0.32 + 0.18 * title.count("\n")) / height
+    figure.text(0.5, place, size, ha="center", va="center", size=7.5, color="red" if is_smoke else "dimgrey")
+
+
 def perplexity(table: pd.DataFrame, texts: list[str]) -> Figure:
     """A panel per text: perplexity of each row with its standard deviation ("± text"), the dense model as a line."""
-    size = (1.8 + 3.4 * len(texts), 1.1 + 0.4 * len(table))
+    size = (0.6 + 0.075 * max(map(len, map(label, table.index))) + 3.3 * len(texts), 1.1 + 0.4 * len(table))
     figure, axes = plt.subplots(1, len(texts), figsize=size, sharey=True, squeeze=False, layout="constrained")
     places = np.arange(len(table))
     for ax, text in zip(axes[0], texts, strict=True):
         for place, (row, value) in zip(places, table[text].items()):
             spread = table[f"± {text}"].iloc[place] if f"± {text}" in table else np.nan
-            error_point(ax, value, place, spread, row, horizontal=True)
-            ax.annotate(f"{value:.2f}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+            error_point(ax, value, place, spread, row, f"{value:.2f}", horizontal=True)
         if "dense" in table.index:
             ax.axvline(table[text]["dense"], color="black", linestyle=":", linewidth=1)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
         ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_xlabel(f"perplexity on {text} (log scale, lower is better)")
+        ax.set_xlabel(f"perplexity on {text} (log scale)")
         ax.margins(x=0.12)
         ax.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(places, table.index)
+    axes[0, 0].set_yticks(places, map(label, table.index))
     axes[0, 0].set_ylim(len(table) - 0.5, -0.7)
     return figure
 
 
-def error_point(ax: Axes, x: float, y: float, spread: float, row: str, horizontal: bool = False) -> None:
-    """A point with an error bar that is drawn over its marker, so that short bars are seen too."""
+def error_point(ax: Axes, x: float, y: float, spread: float, row: str, number: str, horizontal: bool = False) -> None:
+    """A point, its error bar drawn over the marker so that short bars are seen, and its number above them."""
     colour, marker = style(row)["color"], style(row)["marker"]
-    ax.plot([x], [y], marker, color=colour, markersize=7, alpha=0.6, markeredgewidth=0)
+    ax.plot([x], [y], marker, color=colour, markersize=9, markeredgewidth=0)
+    top = y
     if spread == spread:
         error = {"xerr" if horizontal else "yerr": spread}
-        ax.errorbar([x], [y], **error, fmt="none", color="black", capsize=4, elinewidth=1.2, zorder=4)
+        ax.errorbar([x], [y], **error, fmt="none", color="black", capsize=3, elinewidth=1, zorder=4)
+        top = y if horizontal else y + spread
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # covers a line behind the number
+    ax.annotate(
+        number, (x, top), (0, 6), textcoords="offset points", ha="center", va="bottom", size=8, bbox=box, zorder=5
+    )
 
 
 def log_perplexity(ax: Axes, text: str) -> None:
@@ -77,7 +132,7 @@ def log_perplexity(ax: Axes, text: str) -> None:
 def by_setting(frame: pd.DataFrame, references: dict[str, float] | None = None) -> Figure:
     """A panel per `panel`: the perplexity of each `setting` with its standard deviation.
 
-    Values 30 % above the median are arrows at the upper edge, with their value.
+    Values 30 % above the median are beyond the axis: an arrow points there, with their value.
 
     Args:
         frame: columns panel, setting, row (which sets colour and marker), perplexity, spread.
@@ -96,14 +151,21 @@ def by_setting(frame: pd.DataFrame, references: dict[str, float] | None = None) 
         for _, point in points.iterrows():
             place, value = settings.index(point["setting"]), point["perplexity"]
             if value < edge:
-                error_point(ax, place, value, point["spread"], point["row"])
-            else:
-                ax.plot([place], [edge], "^", color=style(point["row"])["color"])
+                error_point(ax, place, value, point["spread"], point["row"], f"{value:.2f}")
+                continue
             ax.annotate(
-                f"{value:.2f}", (place, min(value, edge)), (0, -16), textcoords="offset points", ha="center", size=8
+                f"{value:.1f},\nbeyond\nthe axis",
+                (place, 0.99),
+                (0, -24),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                size=8,
+                arrowprops={"arrowstyle": "-|>", "color": style(point["row"])["color"], "linewidth": 2},
             )
         for number, (name, value) in enumerate((references or {}).items()):
-            ax.axhline(value, color="grey", linestyle=(":", "--", "-.")[number % 3], linewidth=1, label=name)
+            ax.axhline(value, color="grey", linestyle=(":", "--", "-.")[number % 3], linewidth=1, label=label(name))
         ax.set_xticks(range(len(settings)), settings, fontsize=8)
         ax.set_xlim(-0.6, len(settings) - 0.4)
         ax.set_title(panel)

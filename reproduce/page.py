@@ -14,18 +14,18 @@ import pandas as pd
 import typer
 
 from besa.data.files import atomic_write
-from reproduce import verdicts
+from reproduce import figures, verdicts
 from reproduce.tables import REFERENCE, ROOT, Record, over_seeds, published, slug, summary
 
 MODEL = "smollm2-135m"
-METHODS = {
-    "dense": ("dense", ""),
-    "magnitude": ("magnitude", "`Magnitude()`"),
-    "wanda": ("Wanda", "`Wanda()`"),
-    "sparsegpt": ("SparseGPT", "`SparseGPT()`"),
-    "besa-row-wise": ("**BESA**", "`Besa()`"),
-    "exact": ("learned masks *", "`Exact()`"),
-    "exact-update": ("learned masks and weights *", "`Exact(update=True)`"),
+METHODS = {  # rows of README's table, with the code of each
+    "dense": "",
+    "magnitude": "`Magnitude()`",
+    "wanda": "`Wanda()`",
+    "sparsegpt": "`SparseGPT()`",
+    "besa-row-wise": "`Besa()`",
+    "exact": "`Exact()`",
+    "exact-update": "`Exact(update=True)`",
 }
 
 
@@ -114,8 +114,9 @@ def results_table() -> pd.DataFrame:
     ours, minutes = over_seeds(by_seed), by_seed["seconds"].groupby(level=0).agg(["min", "size"])
     paper = published("table1")["wikitext2"].rename({"besa": "besa-row-wise"})
     lines = []
-    for row, (name, code) in METHODS.items():
-        line = {"": name, "`besa.`": code, "sparsity": f"{ours['sparsity'][row]:.3f}"}
+    for row, code in METHODS.items():
+        name = figures.label(row)
+        line = {"": "**BESA**" if name == "BESA" else name, "`besa.`": code, "sparsity": f"{ours['sparsity'][row]:.3f}"}
         for text in ("wikitext2", "c4", "ptb"):
             line[f"→ {text}"] = f"{ours[text][row]:.1f}±{ours[f'± {text}'][row]:.1f}".removesuffix("±nan")
         shortest, n_runs = minutes.loc[row]

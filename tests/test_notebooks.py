@@ -117,4 +117,4 @@ def test_an_execution_in_a_kernel_leaves_a_notebook_without_times(tiny_folder, t
     assert result.returncode == 0, result.stderr
     notebook = nbformat.read(output, as_version=4)
     assert notebook.metadata.papermill.parameters["methods"] == "dense" and len(notebook.metadata.papermill) == 1
-    assert "start_time" not in output.read_text() and (tmp_path / "table1" / "tiny-smoke.csv").is_file()
+    assert "start_time" not in output.read_text() and (tmp_path / "table1" / "tiny-smoke-dense.csv").is_file()

@@ -2,13 +2,16 @@
 
 import json
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 
 import besa
 from reproduce.methods import matched_to, method_of, methods_of
-from reproduce.records import PROFILES, Run, config_hash, find_record, listed, resolve_profile, resolve_recipe
+from reproduce.records import config_hash, find_record
+from reproduce.runs import PROFILES, USUAL_ROWS, Run, listed, resolve_profile, resolve_recipe
+from reproduce.tables import ROOT
 
 
 @pytest.fixture
@@ -47,6 +50,24 @@ def test_recipes_come_from_the_model_file_and_from_parameters():
     assert resolve_recipe("some/hub-id") == resolve_recipe("smollm2-135m")
     with pytest.raises(ValueError, match="Recipe has no field 'd_coeff'"):
         resolve_recipe("llama-7b", {"d_coeff": 2})
+
+
+def test_files_are_named_for_what_is_unusual(tmp_path):
+    for item, usual in USUAL_ROWS.items():
+        cells = nbformat.read(ROOT / "reproduce" / f"{item}.ipynb", 4).cells
+        parameters = {}
+        exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), parameters)
+        assert parameters["methods"] == usual
+    stems = [
+        Run("table1", model="tiny", profile="smoke", results=tmp_path, **names).stem
+        for names in ({"methods": list(reversed(USUAL_ROWS["table1"]))}, {"sparsity": 0.6}, {"methods": "dense,wanda"})
+    ]
+    assert stems == ["tiny-smoke", "tiny-smoke-0.6", "tiny-smoke-dense-wanda"]
+    many = [*USUAL_ROWS["table1"], "exact"]
+    run = Run("table1", model="tiny", profile="smoke", results=tmp_path, methods=many, matched=False)
+    assert run.stem.startswith("tiny-smoke-unmatched-") and len(run.stem) == 27
+    reference = tmp_path / "reference" / "table1"
+    assert Run("table1", model="tiny", profile="quick", results=reference, methods=many).stem == "tiny-quick"
 
 
 def test_profiles_are_found_by_name_and_device(monkeypatch):

@@ -210,8 +210,9 @@ class MaskLearner(BudgetLearner):
         weights = {}
         for name, counts in self.counts(alpha).items():
             keep, near = around_threshold(self.ranked(name), counts)
-            learned = scores[name], alpha[name], self.weights[name]
-            weights[name] = UpdatedWeight.apply(*learned, keep, near, self.buffers[name])
+            weights[name] = UpdatedWeight.apply(
+                scores[name], alpha[name], self.weights[name], keep, near, self.buffers[name]
+            )
         return weights
 
     def keep_masks(self) -> dict[str, KeepMask]:

@@ -5,6 +5,8 @@ with its docstrings. Formulas become MathML, which browsers draw without network
 """
 
 import re
+from pathlib import Path
+from textwrap import indent
 
 from docutils.nodes import SkipNode, math_block
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -30,28 +32,40 @@ autodoc_inherit_docstrings, smartquotes = False, False
 TOCTREE = "\n```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```\n"
 SIDEBAR = {"Tutorials": "notebooks/*", "Results": "reproduce/README"}
 SIDEBAR["Reference"] = "besa/__init__\nCONTRIBUTING\nCHANGELOG"
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = re.compile(r"\]\((?:reproduce/)?(\w+)\.ipynb\)")
 
 
 def read(app, docname: str, source: list[str]) -> None:
     """Write the pages of the reference, and give README and report their entries in the sidebar."""
     if docname.startswith("besa/"):
         source[0] = reference(docname.removesuffix("/__init__").replace("/", "."))
-    elif docname == "README":
+    elif not docname.startswith("notebooks/"):
+        source[0] = NOTEBOOK.sub(executed, source[0])
+    if docname == "README":
         source[0] += "".join(TOCTREE.format(caption, pages) for caption, pages in SIDEBAR.items())
-    elif docname == "reproduce/README":  # links to notebooks lead to the executed ones
-        source[0] = re.sub(r"\]\((\w+)\.ipynb\)", r"](../results/reference/\1/\1.ipynb)", source[0])
+    elif docname == "reproduce/README":
         source[0] += TOCTREE.format("Notebooks", "/results/reference/*/*")
 
 
+def executed(link: re.Match) -> str:
+    """A link to reproduce/ITEM.ipynb leads to the executed notebook, or to the first of several."""
+    folder = ROOT / "results" / "reference" / link[1]
+    notebooks = sorted(folder.glob("*.ipynb"), key=lambda path: (path.stem != link[1], path))
+    return f"](/{notebooks[0].relative_to(ROOT)})"
+
+
 def reference(name: str) -> str:
-    """The page of a module; that of besa lists the public names, and their modules in the same order."""
+    """The page of a module; that of besa has README's example, the public names, and their modules in order."""
     text = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n"
     if name != "besa":
         return f":orphan:\n\n{text}   :members:\n"
     homes = {public: getattr(besa, public).__module__ for public in besa.__all__}
     public = "".join(f"   ~{module}.{public}\n" for public, module in homes.items())
     pages = "".join(f"   /{module.replace('.', '/')}\n" for module in dict.fromkeys(homes.values()))
-    return f"{text}\n.. autosummary::\n\n{public}\n.. toctree::\n   :titlesonly:\n\n{pages}"
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    example = f".. code-block:: python\n\n{indent(snippet, '   ')}"
+    return f"{text}\n{example}\n.. autosummary::\n\n{public}\n.. toctree::\n   :titlesonly:\n\n{pages}"
 
 
 def plain_text(app, what: str, name: str, thing, options, lines: list[str]) -> None:

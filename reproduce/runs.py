@@ -1,0 +1,372 @@
+"""Run the rows of a notebook: parameters, profiles, the plan of rows, their tables and figures."""
+
+import copy
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+import besa
+from besa.config import config
+from besa.data.files import tensor_sha256
+from besa.evaluate.perplexity import Perplexity
+from besa.loop import Method
+from besa.system import resolve_device, resolve_dtype
+from reproduce import figures, tables, verdicts
+from reproduce.records import checkpoint_identity, config_hash, find_record, is_reference, record_path, save_record
+from reproduce.tables import REFERENCE, ROOT, Record, slug
+
+SMOKE = "SMOKE RUN: these numbers only show that the code runs."
+
+USUAL_ROWS = {  # files of a run with other rows have another name
+    "table1": ["dense", "besa-row-wise", "wanda", "sparsegpt", "magnitude"],
+    "table2": ["dense", "besa-row-wise", "wanda", "sparsegpt"],
+    "table3": ["dense", "quantized", "joint-besa", "joint-wanda", "joint-clipping"],
+    "table4": ["dense", "besa-row-wise", "wanda", "sparsegpt"],
+    "figure1": ["besa-row-wise", "wanda", "sparsegpt"],
+    "sparsity": ["magnitude", "besa-row-wise", "wanda", "sparsegpt"],
+}
+
+
+class Profile(NamedTuple):
+    """The size of a run: calibration windows, tokens of each, test segments per text, questions per task."""
+
+    name: str
+    n_samples: int
+    seq_len: int
+    max_segments: int | None
+    max_questions: int | None
+
+
+PROFILES = {
+    "smoke": Profile("smoke", 2, 64, 2, 2),
+    "quick": Profile("quick", 32, 512, 32, 200),
+    "paper": Profile("paper", 128, 2048, None, None),
+}
+
+
+def resolve_profile(name: str, device: torch.device) -> Profile:
+    """A profile by name; "auto" is `$BESA_PROFILE`, else paper on a GPU and quick on a CPU."""
+    if name == "auto":
+        name = os.environ.get("BESA_PROFILE") or ("paper" if device.type == "cuda" else "quick")
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; known: auto, {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+@config
+class Recipe:
+    """Settings of a model, from reproduce/params/<model>.yaml; these defaults where there is no file.
+
+    Args:
+        calibration: text of the calibration windows.
+        sampler: "crop" (published: a random crop of a document longer than seq_len) or "pack".
+        seed: of the sampler.
+        n_samples, seq_len: calibration windows and tokens of each; None takes the profile's.
+        dtype: None takes a precision in which the device is fast.
+        d_coef, d_coef_layer: Prodigy's step size, row-wise and layer-wise; the published runs set it by model.
+    """
+
+    calibration: str = "sotu"
+    sampler: Literal["crop", "pack"] = "crop"
+    seed: int = 0
+    n_samples: int | None = None
+    seq_len: int | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    device: str = "auto"
+    d_coef: float = 5.0
+    d_coef_layer: float = 0.5
+
+
+def resolve_recipe(model: str, values: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in reproduce/params/<model>.yaml, some of its values changed."""
+    path = ROOT / "reproduce" / "params" / f"{model}.yaml"
+    known = yaml.safe_load(path.read_text())["recipe"] if "/" not in model and path.is_file() else {}
+    return Recipe(**known | dict(values or {}))
+
+
+def listed(values: Any) -> list[Any]:
+    """A list parameter; `papermill -p row_groups row,8` gives a string, `-p row_groups 8` a number."""
+    if isinstance(values, str):
+        words = [word.strip() for word in values.split(",") if word.strip()]
+        return [int(word) if word.isdecimal() else word for word in words]
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+class Run:
+    """A notebook's run on one model: resolved parameters, rows, and a folder for records, tables and figures."""
+
+    def __init__(
+        self,
+        item: str,
+        *,
+        model: str,
+        profile: str = "auto",
+        recipe: Mapping[str, Any] | None = None,
+        results: str | Path | None = None,
+        shorter: int = 1,
+        sparsity: float = 0.5,
+        methods: Any = None,
+        matched: bool = True,
+        **config: Any,
+    ) -> None:
+        """
+        Args:
+            item: name of the notebook: `table1`, ...
+            recipe: values that differ from reproduce/params/<model>.yaml.
+            results: folder; None takes `results/<item>`, below `$BESA_RESULTS` if that is set.
+            shorter: divides the profile's seq_len, except in profile paper.
+            sparsity, methods, matched: of the notebook; what is not as usual becomes part of the names of files.
+            config: further values that distinguish this run's records.
+        """
+        self.item, self.model = item, model
+        self.sparsity, self.matched = sparsity, matched
+        self.methods = listed(methods or USUAL_ROWS.get(item, []))
+        self.recipe = resolve_recipe(model, recipe)
+        self.device = resolve_device(self.recipe.device)
+        self.dtype = resolve_dtype(self.recipe.dtype, self.device)
+        self.profile = resolve_profile(profile, self.device)
+        self.is_smoke = self.profile.name == "smoke"
+        self.n_samples = self.recipe.n_samples or self.profile.n_samples
+        divisor = 1 if self.profile.name == "paper" else shorter
+        self.seq_len = self.recipe.seq_len or self.profile.seq_len // divisor
+        self.folder = Path(results or Path(os.environ.get("BESA_RESULTS") or ROOT / "results") / item)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config, self.segments, self.records = dict(config), {}, []
+
+    def windows(
+        self, tokenizer: Any, seeds: list[int] | None = None, n_samples: int | None = None
+    ) -> dict[int, Tensor]:
+        """Calibration windows of each seed; None takes the recipe's seed."""
+        size, seeds = (
+            (n_samples or self.n_samples, self.seq_len),
+            [self.recipe.seed] if seeds is None else listed(seeds),
+        )
+        if not seeds:
+            raise ValueError("seeds is empty: name one, or leave it out")
+        return {
+            seed: besa.calibration_windows(self.recipe.calibration, tokenizer, *size, seed, self.recipe.sampler)
+            for seed in seeds
+        }
+
+    def texts(self, tokenizer: Any, names: Any, max_segments: int | None = None) -> dict[str, Tensor]:
+        """Test tokens of each text; None takes the profile's number of segments."""
+        if not listed(names):
+            raise ValueError("datasets is empty: name a text, such as wiki")
+        n_segments = max_segments or self.profile.max_segments
+        texts = {name: besa.test_tokens(name, tokenizer) for name in listed(names)}
+        if n_segments:
+            texts = {name: tokens[: n_segments * self.seq_len] for name, tokens in texts.items()}
+        self.segments = {name: len(tokens) // self.seq_len for name, tokens in texts.items()}
+        return texts
+
+    def row(
+        self,
+        name: str,
+        method: Method | None,
+        windows: Tensor | None = None,
+        texts: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int | None = None,
+        reconstruct: Any = None,
+        **config: Any,
+    ) -> "Row":
+        """One row; `config` holds further values that its numbers depend on. Its `record` is None until it is saved."""
+        asked = {"item": self.item, "model": self.model, "profile": self.profile.name, "seq_len": self.seq_len}
+        asked |= {"calibration": self.recipe.calibration, "sampler": self.recipe.sampler}
+        asked |= {"seed": self.recipe.seed if seed is None else seed, "n_samples": self.n_samples}
+        if windows is not None:
+            asked |= {"calibration_sha256": tensor_sha256(windows), "n_samples": len(windows)}
+        if texts:
+            asked["test_sha256"] = {text: tensor_sha256(tokens) for text, tokens in texts.items()}
+        if self.checkpoint:
+            asked["checkpoint"] = self.checkpoint
+        asked |= {"dtype": str(self.dtype), "device": self.device.type, "row": name, **self.config, **config}
+        if reconstruct or "reconstruct" in self.config:
+            asked["reconstruct"] = reconstruct and reconstruct.config()
+        asked |= {"sparsity": method.sparsity if method else 0.0, "method": method.config() if method else None}
+        return Row(self, method, windows, asked, find_record(self.folder, asked), reconstruct)
+
+    @functools.cached_property
+    def checkpoint(self) -> Any:
+        return checkpoint_identity(self.model)
+
+    def rows(
+        self,
+        methods: Mapping[str, Method | None],
+        windows: Mapping[int, Tensor],
+        texts: Mapping[str, Tensor] | None = None,
+        *,
+        matched: Mapping[str, str] | None = None,
+        **config: Any,
+    ) -> Iterator["Row"]:
+        """Iterate over the rows without a record: each method with the windows of each seed.
+
+        Methods without calibration run once. `self.records` then holds the records of all rows, in this order.
+
+        Args:
+            matched: rows by the row whose sparsity they are pruned to, block by block; they come last.
+        """
+        if not methods:
+            raise ValueError("methods is empty: name a row, such as wanda")
+        self.records, first, matched = [], next(iter(windows)), matched or {}
+        names = sorted(methods, key=lambda name: name in matched)
+        plan = [(seed, name) for seed in windows for name in names if seed == first or is_calibrated(methods[name])]
+        for seed, name in tqdm(plan, desc=self.item, unit="row", delay=5, leave=False):
+            method, inputs = methods[name], {"windows": windows[seed], "texts": texts, "seed": seed, **config}
+            if name in matched:
+                reached = self.row(matched[name], methods[matched[name]], **inputs).record
+                method = replace(method, sparsities=tables.block_sparsities(reached))
+                inputs["matched_to"] = matched[name]
+            row = self.row(name, method, **inputs)
+            if row.record is None:
+                yield row
+            self.records.append(row.record)
+
+    def samples(self, record: Record) -> dict[str, np.ndarray]:
+        """The values whose means a record's metrics are: losses by segment, answers by question."""
+        path = self.folder / "samples" / f"{record_path(self.folder, record['config']).stem}.npz"
+        if not path.is_file():
+            return {}
+        with np.load(path) as file:
+            return dict(file)
+
+    @property
+    def stem(self) -> str:
+        """Name of this run's tables and figures."""
+        parts = [slug(self.model), self.profile.name]
+        if self.recipe.calibration != resolve_recipe(self.model).calibration:
+            parts.append(self.recipe.calibration.replace(" ", "-"))
+        if self.sparsity != 0.5:
+            parts.append(f"{self.sparsity:g}")
+        if not self.matched:
+            parts.append("unmatched")
+        others = sorted(self.methods) != sorted(USUAL_ROWS.get(self.item, []))
+        if others and not is_reference(self.folder):
+            parts += self.methods if len(self.methods) < 4 else [config_hash({"methods": sorted(self.methods)})[:6]]
+        return "-".join(parts)
+
+    @property
+    def size(self) -> str:
+        """Sentences for captions: the size of the run."""
+        size = f"Profile {self.profile.name}: {self.n_samples} windows of {self.seq_len} tokens of "
+        size += self.recipe.calibration
+        if self.segments:
+            size += "; tested on " + ", ".join(f"{n} segments of {name}" for name, n in self.segments.items())
+        return size + (f". {SMOKE}" if self.is_smoke else ".")
+
+    def write_table(self, frame: pd.DataFrame, caption: str, suffix: str = "") -> str:
+        """Write a table under the run's name, the size of the run in its caption; returns Markdown."""
+        return tables.write_table(frame, self.folder, self.stem + suffix, f"{caption}. {self.size}")
+
+    def write_verdicts(self, records: list[Record], claims: Any, metric: str = "perplexity", over: str = "text") -> str:
+        """Write a verdict on each claim: pairs of rows, the first said to be better; returns Markdown."""
+        found = verdicts.judge(records, claims, self.samples, metric, over)
+        return self.write_table(found, "Verdicts", "-verdicts") if len(found) else "No rows to compare."
+
+    def write_published(self, records: list[Record], metric: str = "perplexity", item: str | None = None) -> str:
+        """Write BESA's relative numbers beside the paper's, and all numbers if the paper has this model; Markdown."""
+        found = self.write_table(
+            tables.beside_paper(records, item or self.item, metric), "Beside the paper", "-beside-paper"
+        )
+        direct = tables.compare(records, item or self.item, metric)
+        if len(direct):
+            found += "\n" + self.write_table(direct, "Ours and published", "-published")
+        return found
+
+    def write_reference(self, records: list[Record]) -> str:
+        """Write our numbers beside those in results/reference; returns Markdown."""
+        if is_reference(self.folder):
+            return "This is the reference run."
+        found = tables.beside_reference(records, REFERENCE / self.item)
+        return self.write_table(found, "Beside results/reference", "-reference") if len(found) else "Not in it."
+
+    def save_figure(self, figure: Figure, suffix: str = "", *, stem: str = "", size: str = "") -> None:
+        """Save a figure under the run's name, the size of the run in small letters below it.
+
+        Args:
+            stem: another name.
+            size: another size.
+        """
+        size = size or self.size
+        if self.is_smoke and SMOKE not in size:
+            size = f"{size} {SMOKE}"
+        figures.write_size(figure, size, self.is_smoke)
+        tables.save_figure(figure, self.folder, (stem or self.stem) + suffix)
+
+
+def is_calibrated(method: Method | None) -> bool:
+    """Whether calibration windows change the result."""
+    return method is not None and method.name != "magnitude" and method.sparsity > 0
+
+
+@dataclass
+class Row:
+    """One row of a table: a method, its windows, and the configuration that its record is found by."""
+
+    run: Run
+    method: Method | None
+    windows: Tensor | None
+    config: dict[str, Any]
+    record: Record | None
+    reconstruct: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.config["row"]
+
+    def prune(self) -> tuple[PreTrainedModel, "besa.Report | None"]:
+        """Load the model and prune it. A model larger than the GPU stays in host memory, one block at a time moves."""
+        model, _ = besa.load_model(self.run.model, self.run.dtype, "cpu")
+        device, report = self.run.device, None
+        fits = device.type == "cpu" or model.get_memory_footprint() < 0.6 * torch.cuda.mem_get_info(device)[0]
+        if fits:
+            model.to(device)
+        if self.method:
+            method = self.method
+            if hasattr(method, "prepared"):  # looks at the dense model first
+                method = method.prepared(model, self.windows)
+            where = None if fits else str(device)
+            report = besa.prune(model, self.windows, method, reconstruct=self.reconstruct, device=where)
+        if not fits:
+            import accelerate
+
+            parts = accelerate.infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules))
+            model = accelerate.dispatch_model(model, parts)
+        return model, report
+
+    def save(
+        self,
+        report: "besa.Report | None",
+        metrics: Mapping[str, float],
+        samples: Mapping[str, np.ndarray] | None = None,
+        **more: Any,
+    ) -> None:
+        """Write the record of the row.
+
+        Args:
+            report: of `prune`; None for the dense model.
+            samples: values whose means the metrics are; a perplexity brings its own, the losses of its segments.
+            more: further entries of the record.
+        """
+        outcome = {
+            "metrics": dict(metrics),
+            "sparsity": report.sparsity if report else 0.0,
+            "seconds": report.seconds if report else 0.0,
+            "peak_bytes": report.peak_bytes if report else 0,
+            "projections": copy.deepcopy(report.rows) if report else [],
+        }
+        losses = {name: value.losses.numpy() for name, value in metrics.items() if isinstance(value, Perplexity)}
+        self.record = save_record(self.run.folder, self.config, outcome | more, losses | dict(samples or {}))
+        print(self.name, {name: round(float(value), 4) for name, value in metrics.items()}, flush=True)
