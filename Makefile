@@ -5,7 +5,7 @@ RESULTS := $(or $(BESA_RESULTS),results)
 ITEMS := $(patsubst reproduce/%.ipynb,%,$(sort $(wildcard reproduce/*.ipynb)))
 REFERENCE := $(sort $(wildcard results/reference/*/*.ipynb))
 
-.PHONY: venv venv-newest lock $(ITEMS) reproduce $(REFERENCE) reference report book test test-gpu lab clean
+.PHONY: venv venv-newest lock $(ITEMS) reproduce $(REFERENCE) reference report book lint fast test test-gpu lab clean
 
 venv: .venv/installed
 
@@ -59,16 +59,25 @@ book: venv
 # The longest files come first, so that both processes end at about the same time.
 LONG := $(wildcard tests/test_notebooks.py tests/test_checkpoint.py)
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
-test: venv
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+test: lint book
 	$(PYTEST) $(LONG) $(filter-out $(LONG), $(sort $(wildcard tests/test_*.py)))
 	$(PYTEST) --nbval-lax --nbval-current-env notebooks
 
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
+
+# Under a minute, while you work: no embedded model, no notebooks.
+FAST := command mistakes package masks importance baselines besa exact losses walk decoder verdicts tables report
+fast: lint
+	$(PYTEST) $(wildcard $(patsubst %, tests/test_%.py, $(FAST)))
+
+# Memory and time of one block of each size, beside the estimates of reproduce/gpu.csv.
 test-gpu: venv
 	.venv/bin/python -m pytest -m gpu tests
-	.venv/bin/python -m reproduce.execute $(RESULTS)/cost/gpu.ipynb \
-		"{profile: $(PROFILE), shapes: [llama-7b, llama2-70b], methods: [besa-row-wise]}"
+	.venv/bin/python -m reproduce.execute $(RESULTS)/cost/gpu.ipynb "{profile: $(PROFILE), \
+		shapes: [llama-7b, llama2-70b], methods: [wanda, sparsegpt, besa-row-wise, exact, exact-update]}"
 	.venv/bin/python -m reproduce.page --results $(RESULTS) --show cost
 
 lab: venv

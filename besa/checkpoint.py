@@ -247,8 +247,8 @@ class Shards:
             save(
                 {name: value.to(dtype) for name, value in self._rest().items()}, self.output / "model-rest.safetensors"
             )
-            if dtype != self.model.config.dtype:  # an embedded model
-                config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+            if config.get("dtype") == "float32" and dtype != torch.float32:  # an embedded model
                 files.write_json(self.output / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
             for path in carried_files(self.source):
                 if not (self.output / path.name).exists():

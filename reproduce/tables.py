@@ -1,5 +1,6 @@
 """Tables of records: summary, comparison with the paper and with results/reference, provenance, citation."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -176,20 +177,14 @@ def sources(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def citation(records: Iterable[Record]) -> str:
-    """BibTeX of the paper and of these records: commits, hardware, every row with its hash."""
+    """BibTeX of the paper and of these records, by one hash over the hashes of the rows (`sources` lists them)."""
     records, about = list(records), yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     config, paper = records[-1]["config"], about["preferred-citation"]
+    url = about.get("repository-code", paper["url"])  # the paper's until the repository has one
     authors = " and ".join(f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
     date = max(record["provenance"]["date"] for record in records)
-    label = re.sub(r"[^\w.-]+", "-", f"besa-{config['item']}-{slug(config['model'])}-{records[-1]['config_hash']}")
-    commits, hardware, rows = (
-        ", ".join(dict.fromkeys(values)).replace("_", "\\_")
-        for values in (
-            [commit(record) for record in records],
-            [record["provenance"]["hardware"] for record in records],
-            [f"{record['config']['row']} {record['config_hash']}" for record in records],
-        )
-    )
+    rows = hashlib.sha256(" ".join(record["config_hash"] for record in records).encode()).hexdigest()[:12]
+    label = re.sub(r"[^\w.-]+", "-", f"besa-{config['item']}-{slug(config['model'])}-{rows}")
     return f"""@inproceedings{{xu2024besa,
   title     = {{{paper["title"]}}},
   author    = {{{authors}}},
@@ -202,5 +197,6 @@ def citation(records: Iterable[Record]) -> str:
   title  = {{{{besa, {config["item"]} on {config["model"]}}}}},
   author = {{{{besa contributors}}}},
   year   = {{{date[:4]}}},
-  note   = {{commit {commits}, profile {config["profile"]}, {hardware}, {date[:10]}; rows: {rows}}}
+  note   = {{commit {commit(records[-1])}, profile {config["profile"]}, {date[:10]}, {len(records)} rows {rows}}},
+  url    = {{{url}}}
 }}"""

@@ -127,6 +127,15 @@ def test_pattern_that_does_not_divide_the_columns_raises(tiny_llama, windows, me
         besa.prune(tiny_llama, windows, method(pattern="3:5"), progress=False)
 
 
+def test_columns_without_input_are_pruned_first_and_masks_tell_the_zeros(tiny_llama, windows):
+    with torch.no_grad():
+        tiny_llama.model.layers[0].input_layernorm.weight[:20] = 0  # more than half of the columns
+    report = besa.prune(tiny_llama, windows, besa.SparseGPT(), progress=False)
+    keep_mask, weight = report.keep_masks[0, "self_attn.q_proj"], tiny_llama.model.layers[0].self_attn.q_proj.weight
+    assert report.sparsity == 0.5 and torch.equal(keep_mask, weight != 0)
+    assert keep_mask[:, 20:].all() and not keep_mask[:, :20].all()
+
+
 def test_pattern_implies_the_sparsity_or_contradicts_it():
     assert besa.Wanda(pattern="1:4").sparsity == besa.Exact(pattern="1:4", sparsity=0.75).sparsity == 0.75
     for fields in ({"sparsity": 0.5}, {"sparsities": (0.75, 0.75, 0.75)}):

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa.checkpoint import INDEX, Shards
+from besa.data import files
 from besa.data.files import sha256
 from besa.system import joined, n_ranks, rank
 
@@ -182,6 +183,47 @@ def test_another_source_is_refused(source, tmp_path):
     (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
     with pytest.raises(ValueError, match=r"another config.json"):
         prune(source, tmp_path / "out")
+
+
+def test_a_source_saved_again_under_the_same_names_is_refused(tiny_llama, source, tmp_path):
+    prune(source, tmp_path / "out")
+    with torch.no_grad():
+        tiny_llama.model.norm.weight.add_(1)
+    save(tiny_llama, source)
+    with pytest.raises(ValueError, match=r"another source: .*model.safetensors"):
+        prune(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_links_beside_the_weights_stay_in_the_folder(source, tmp_path, outside):
+    (tmp_path / "private").write_text("key")
+    (source / "LICENSE").symlink_to(tmp_path / "private" if outside else "nowhere")
+    with pytest.raises(ValueError, match="LICENSE is a link that leaves the folder or leads nowhere"):
+        prune(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (source / "LICENSE").unlink()
+    (source / "LICENSE").symlink_to("LICENSE.txt")
+    prune(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "LICENSE").is_symlink()
+
+
+def test_codes_are_read_when_asked_for(source, tmp_path, monkeypatch):
+    report = prune(source, tmp_path / "out", *METHODS["quantized"])
+    reads, read = [], files.load_quantized
+    monkeypatch.setattr(files, "load_quantized", lambda path: reads.append(path.name) or read(path))
+    assert report.quantized.keys() == report.keep_masks.keys() and not reads
+    assert report.quantized[1, "mlp.up_proj"].codes.shape == (80, 32) and reads == ["codes-00001.safetensors"]
+
+
+def test_an_embedded_model_is_written_in_its_originals_precision(small_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("BESA_CACHE", str(small_cache))
+    model, _ = besa.load_model("smollm2-135m", device="cpu")
+    report = besa.prune(model, WINDOWS, besa.SparseGPT(), progress=False)
+    besa.prune_checkpoint("smollm2-135m", tmp_path / "out", WINDOWS, besa.SparseGPT(), device="cpu", progress=False)
+    written = load(tmp_path / "out")
+    assert written.dtype == torch.bfloat16 and written.config.dtype == torch.bfloat16 and report.sparsity == 0.5
+    if model.dtype == torch.bfloat16:
+        assert_same(written, model)
 
 
 def test_outputs_that_hold_something_else_are_refused(source, tmp_path):

@@ -15,6 +15,7 @@ METHODS = {
     "layer-wise": besa.Besa.layer_wise(),
     "4 bits": besa.Besa(quantize=besa.Quantize(bits=4)),
     "exact": besa.Exact(),
+    "exact, updated": besa.Exact(update=True),
     "sparsegpt": besa.SparseGPT(),
 }
 

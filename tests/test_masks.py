@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from besa.data.files import load_masks, save_masks
 from besa.masks import (
     KeepMasks,
+    bisect_rows,
     keep_largest,
     pack_bits,
     parse_pattern,
@@ -88,3 +89,12 @@ def test_keep_masks_of_several_blocks_are_saved_and_loaded(tmp_path):
         loaded.update(load_masks(tmp_path / f"{block}.safetensors"))
     assert list(loaded) == list(masks) == [(0, "mlp.up_proj"), (1, "mlp.up_proj")] and len(loaded) == 2
     assert all(torch.equal(loaded[key], masks[key]) for key in masks)
+
+
+@pytest.mark.parametrize("scores", [scores.float() for scores in SCORES.values()], ids=SCORES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bisection_finds_the_score_of_any_rank(scores, sign):
+    signed = sign * scores - 0.5
+    for share in (0.0, 0.3, 1.0):
+        rank = torch.full((len(scores),), int(share * (scores.shape[1] - 1)))
+        assert torch.equal(bisect_rows(signed, rank), sorted_rows(signed).gather(1, rank[:, None])[:, 0])

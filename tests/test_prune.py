@@ -170,6 +170,22 @@ def test_float16_learns_as_float32_where_gradients_are_tiny():
     assert learned[torch.float32].max() - learned[torch.float32].min() > 3e-3
 
 
+def test_steps_that_float16_skips_are_counted(monkeypatch):
+    monkeypatch.setattr(besa.beyond.exact, "token_error", lambda *pair: 1e30 * besa.losses.token_error(*pair))
+    windows = torch.randint(0, 97, (16, 64), generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match="block 0: float16 overflowed in 16 of 16 steps"):
+        report = prune(block_of_llamas_scale(torch.float16), windows, besa.Exact())
+    assert report.steps[-1]["skipped"] == 16
+
+
+def test_a_block_comes_back_from_the_device_after_an_error(tiny_llama, windows, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((self, device)) or self)
+    with pytest.raises(ValueError, match="block 0"):
+        prune(tiny_llama, windows, Huge(), device="cpu")
+    assert moved[-1] == (tiny_llama.model.layers, torch.device("cpu"))
+
+
 def test_every_method_takes_a_sparsity_for_each_block(tiny_llama, windows):
     for method in (besa.Wanda, besa.Magnitude, besa.SparseGPT, besa.Exact):
         report = prune(copy.deepcopy(tiny_llama), windows, method(sparsities=(0.25, 0.5, 0.75)))

@@ -1,5 +1,6 @@
 """Device, precision, determinism, cost and atomic files."""
 
+import multiprocessing
 import threading
 
 import pytest
@@ -94,6 +95,31 @@ def test_overlapping_calls_in_threads_wait_for_each_other():
     for thread in threads:
         thread.join(10)
     assert found == [torch.float32, "second"]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_forked_while_another_thread_computes_does_not_wait_for_it():
+    def compute():
+        with repeatable(torch.device("cpu")):
+            pass
+
+    def hold():
+        with repeatable(torch.device("cpu")):
+            held.set()
+            release.wait(30)
+
+    held, release = threading.Event(), threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    child = multiprocessing.get_context("fork").Process(target=compute)
+    child.start()
+    child.join(20)
+    release.set()
+    thread.join()
+    child.kill()
+    assert child.exitcode == 0
 
 
 def test_deterministic_algorithms_are_chosen_for_a_while():

@@ -72,12 +72,13 @@ def open_checkpoint(name: str | Path, device: str = "cpu", trust_remote_code: bo
     An embedded model, small and in float32 on the disk, is rounded to its original's bfloat16 and has the precision in
     which `device` is fast.
     """
+    options = {"dtype": torch.bfloat16 if name in EMBEDDED else "auto", "trust_remote_code": trust_remote_code}
     with torch.device("cpu"):
-        model = _load(find_checkpoint(name), dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True)
-        model.checkpoint_dtype = model.dtype
-        if name in EMBEDDED:
-            model.checkpoint_dtype = torch.bfloat16
-            model = model.to(torch.bfloat16).to(resolve_dtype(None, resolve_device(device)))
+        model = _load(find_checkpoint(name), use_safetensors=True, **options)
+    model.checkpoint_dtype = model.dtype
+    if name in EMBEDDED:
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.to(resolve_dtype(None, resolve_device(device)))
     return model.requires_grad_(False)
 
 
