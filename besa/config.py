@@ -2,21 +2,20 @@
 
 import dataclasses
 import functools
-import inspect
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic.dataclasses
 from annotated_types import Ge, Lt
-from beartype import beartype
-from jaxtyping import TypeCheckError, jaxtyped
+from beartype import BeartypeConf, BeartypeViolationVerbosity, beartype
 from pydantic import ConfigDict, ValidationError
 
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 Sparsity = Annotated[float, Ge(0), Lt(1)]
 C = TypeVar("C", bound=type)
-F = TypeVar("F", bound=Callable[..., Any])
+
+checked = beartype(conf=BeartypeConf(violation_type=TypeError, violation_verbosity=BeartypeViolationVerbosity.MINIMAL))
+"""Check arguments by their annotations; an error names the argument, its value and its type in one sentence."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -53,33 +52,4 @@ def first_problem(error: ValidationError) -> str:
     if not name:  # raised by the class itself
         return first["msg"].removeprefix("Value error, ")
     hint = "; 0.5 is 50 %" if name.startswith("sparsit") else ""
-    return f"{name}: {first['msg']}, not {described(first['input'])}{hint}"
-
-
-def checked(function: F) -> F:
-    """Check arguments by their annotations; an error names the argument in one sentence."""
-    typechecked = jaxtyped(typechecker=beartype)(function)
-    pattern = rf"{function.__qualname__}\.\n.*parameter '(\w+)'.*\nExpected type: (.*?)\.\n---"
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return typechecked(*args, **kwargs)
-        except TypeCheckError as error:
-            problem = re.search(pattern, str(error), re.DOTALL)
-            if problem is None:
-                raise
-            value = inspect.signature(function).bind(*args, **kwargs).arguments[problem[1]]
-            wanted = re.sub(r"<class '|'>|\b(?:\w+\.)+(?=\w)", "", problem[2])
-            raise TypeError(f"{function.__name__}: {problem[1]} must be {wanted}, not {described(value)}") from None
-
-    return call  # pyright: ignore[reportReturnType]
-
-
-def described(value: Any) -> str:
-    """A value in a few words."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}: write {value.__name__}()"
-    if hasattr(value, "merge_and_unload"):
-        return f"a {type(value).__name__}: merge its adapters first, model.merge_and_unload()"
-    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return f"{name}: {first['msg']}, not {first['input']!r}{hint}"

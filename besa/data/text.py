@@ -23,7 +23,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from besa.config import checked, described
+from besa.config import checked
 from besa.data import assets
 
 Sampler = Literal["crop", "pack"]
@@ -81,7 +81,7 @@ def calibration_windows(
     seq_len: int = 2048,
     seed: int = 0,
     sampler: Sampler = "crop",
-) -> Int64[Tensor, "{n_samples} {seq_len}"]:
+) -> Int64[Tensor, "n_samples seq_len"]:
     """Draw token windows from the training split of a text.
 
     Args:
@@ -173,7 +173,7 @@ def load_documents(source: Source, split: str) -> Sequence[str]:
     """Documents of one split of a text; lists, data sets and files have no splits and are taken whole."""
     documents = _documents(source, split)
     if not len(documents):
-        raise ValueError(f"the text is empty: {described(source)}")
+        raise ValueError(f"the text is empty: {source!r}")
     return documents
 
 
