@@ -4,18 +4,14 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from besa.config import config
-from besa.importance import inverse_cholesky, magnitude, wanda
+from besa.importance import Matrix, inverse_cholesky, magnitude, wanda
 from besa.loop import PatternMethod
-from besa.masks import parse_pattern
+from besa.masks import KeepMask, parse_pattern
 from besa.quantize import Quantize
 from besa.walk import Block, PrunedBlock
-
-Matrix = Float[Tensor, "rows columns"]
-KeepMask = Bool[Tensor, "rows columns"]
 
 BLOCK_COLUMNS = 128  # columns whose mask SparseGPT chooses at once, as released; with a pattern, M columns
 

@@ -108,8 +108,8 @@ def spearman(features: pd.DataFrame, target: pd.Series | np.ndarray) -> dict[str
     """Rank correlation of each column with the target; None if either is constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy's, of constants
-        found = features.corrwith(pd.Series(np.asarray(target), index=features.index), method="spearman")
-    return {name: None if np.isnan(rho) else float(rho) for name, rho in found.items()}
+        correlations = features.corrwith(pd.Series(np.asarray(target), index=features.index), method="spearman")
+    return {name: None if np.isnan(rho) else float(rho) for name, rho in correlations.items()}
 
 
 def correlation_table(by_row: pd.DataFrame, frame: pd.DataFrame, features: list[str]) -> pd.DataFrame:

@@ -29,11 +29,11 @@ METHODS = {  # rows of README's table, with the code of each
 }
 
 
-def load(notebook: str, results: Path = REFERENCE, **asked: Any) -> list[Record]:
+def load(notebook: str, results: Path = REFERENCE, **config: Any) -> list[Record]:
     """Records of a notebook whose configuration holds these values."""
     paths = sorted((results / notebook / "records").glob("*.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) | {"path": path} for path in paths]
-    return [record for record in records if asked.items() <= record["config"].items()]
+    return [record for record in records if config.items() <= record["config"].items()]
 
 
 def at_equal_sparsity(records: list[Record]) -> list[Record]:
@@ -76,8 +76,8 @@ def judged(claim: pd.Series) -> pd.DataFrame:
         for record in records:
             record["metrics"]["block"] = sum(record["metrics"].values())
     pair = [(claim["ours"], claim["against"])]
-    found = verdicts.judge(records, pair, samples, claim["metric"], "name").set_index("name")
-    return found.loc[claim["names"].split(";")] if claim["names"] else found
+    judgements = verdicts.judge(records, pair, samples, claim["metric"], "name").set_index("name")
+    return judgements.loc[claim["names"].split(";")] if claim["names"] else judgements
 
 
 def short(difference: str, metric: str) -> str:
@@ -89,14 +89,19 @@ def scorecard() -> pd.DataFrame:
     """A line per claim of reproduce/claims.csv."""
     lines = []
     for _, claim in pd.read_csv(ROOT / "reproduce" / "claims.csv", keep_default_na=False).iterrows():
-        found = judged(claim)
-        several = len(found) > 1
-        ours = [f"{name} " * several + short(line["difference"], claim["metric"]) for name, line in found.iterrows()]
-        found["verdict"] = found["verdict"].replace("-", "one seed")
-        words = [f"{name} " * several + line["verdict"] for name, line in found.iterrows()]
-        same = found["verdict"].nunique() == 1
+        judgements = judged(claim)
+        several = len(judgements) > 1
+        ours = [
+            f"{name} " * several + short(line["difference"], claim["metric"]) for name, line in judgements.iterrows()
+        ]
+        judgements["verdict"] = judgements["verdict"].replace("-", "one seed")
+        words = [f"{name} " * several + line["verdict"] for name, line in judgements.iterrows()]
+        same = judgements["verdict"].nunique() == 1
         line = {"item": claim["item"], "claim": claim["claim"], "paper, LLaMA-7B": paper_number(claim)}
-        line |= {f"here, {MODEL}": ", ".join(ours), "verdict": found["verdict"].iloc[0] if same else ", ".join(words)}
+        line |= {
+            f"here, {MODEL}": ", ".join(ours),
+            "verdict": judgements["verdict"].iloc[0] if same else ", ".join(words),
+        }
         lines.append(line | {"notebook": link(claim)})
     return pd.DataFrame(lines)
 

@@ -183,20 +183,20 @@ class Run:
         **config: Any,
     ) -> "Row":
         """One row; `config` holds further values that its numbers depend on. Its `record` is None until it is saved."""
-        asked = {"item": self.item, "model": self.model, "profile": self.profile.name, "seq_len": self.seq_len}
-        asked |= {"calibration": self.recipe.calibration, "sampler": self.recipe.sampler}
-        asked |= {"seed": self.recipe.seed if seed is None else seed, "n_samples": self.n_samples}
+        identity = {"item": self.item, "model": self.model, "profile": self.profile.name, "seq_len": self.seq_len}
+        identity |= {"calibration": self.recipe.calibration, "sampler": self.recipe.sampler}
+        identity |= {"seed": self.recipe.seed if seed is None else seed, "n_samples": self.n_samples}
         if windows is not None:
-            asked |= {"calibration_sha256": tensor_sha256(windows), "n_samples": len(windows)}
+            identity |= {"calibration_sha256": tensor_sha256(windows), "n_samples": len(windows)}
         if texts:
-            asked["test_sha256"] = {text: tensor_sha256(tokens) for text, tokens in texts.items()}
+            identity["test_sha256"] = {text: tensor_sha256(tokens) for text, tokens in texts.items()}
         if self.checkpoint:
-            asked["checkpoint"] = self.checkpoint
-        asked |= {"dtype": str(self.dtype), "device": self.device.type, "row": name, **self.config, **config}
+            identity["checkpoint"] = self.checkpoint
+        identity |= {"dtype": str(self.dtype), "device": self.device.type, "row": name, **self.config, **config}
         if reconstruct or "reconstruct" in self.config:
-            asked["reconstruct"] = reconstruct and reconstruct.config()
-        asked |= {"sparsity": method.sparsity if method else 0.0, "method": method.config() if method else None}
-        return Row(self, method, windows, asked, find_record(self.folder, asked), reconstruct)
+            identity["reconstruct"] = reconstruct and reconstruct.config()
+        identity |= {"sparsity": method.sparsity if method else 0.0, "method": method.config() if method else None}
+        return Row(self, method, windows, identity, find_record(self.folder, identity), reconstruct)
 
     @functools.cached_property
     def checkpoint(self) -> Any:
@@ -272,25 +272,25 @@ class Run:
 
     def write_verdicts(self, records: list[Record], claims: Any, metric: str = "perplexity", over: str = "text") -> str:
         """Write a verdict on each claim: pairs of rows, the first said to be better; returns Markdown."""
-        found = verdicts.judge(records, claims, self.samples, metric, over)
-        return self.write_table(found, "Verdicts", "-verdicts") if len(found) else "No rows to compare."
+        judgements = verdicts.judge(records, claims, self.samples, metric, over)
+        return self.write_table(judgements, "Verdicts", "-verdicts") if len(judgements) else "No rows to compare."
 
     def write_published(self, records: list[Record], metric: str = "perplexity", item: str | None = None) -> str:
         """Write BESA's relative numbers beside the paper's, and all numbers if the paper has this model; Markdown."""
-        found = self.write_table(
+        written = self.write_table(
             tables.beside_paper(records, item or self.item, metric), "Beside the paper", "-beside-paper"
         )
         direct = tables.compare(records, item or self.item, metric)
         if len(direct):
-            found += "\n" + self.write_table(direct, "Ours and published", "-published")
-        return found
+            written += "\n" + self.write_table(direct, "Ours and published", "-published")
+        return written
 
     def write_reference(self, records: list[Record]) -> str:
         """Write our numbers beside those in results/reference; returns Markdown."""
         if is_reference(self.folder):
             return "This is the reference run."
-        found = tables.beside_reference(records, REFERENCE / self.item)
-        return self.write_table(found, "Beside results/reference", "-reference") if len(found) else "Not in it."
+        pairs = tables.beside_reference(records, REFERENCE / self.item)
+        return self.write_table(pairs, "Beside results/reference", "-reference") if len(pairs) else "Not in it."
 
     def save_figure(self, figure: Figure, suffix: str = "", *, stem: str = "", size: str = "") -> None:
         """Save a figure under the run's name, the size of the run in small letters below it.
@@ -337,8 +337,8 @@ class Row:
             method = self.method
             if hasattr(method, "prepared"):  # looks at the dense model first
                 method = method.prepared(model, self.windows)
-            where = None if fits else str(device)
-            report = besa.prune(model, self.windows, method, reconstruct=self.reconstruct, device=where)
+            block_device = None if fits else str(device)
+            report = besa.prune(model, self.windows, method, reconstruct=self.reconstruct, device=block_device)
         if not fits:
             import accelerate
 

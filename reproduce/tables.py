@@ -107,12 +107,12 @@ def compare(records: Iterable[Record], item: str, metric: str = "perplexity") ->
 
 def beside_reference(records: Iterable[Record], folder: Path) -> pd.DataFrame:
     """Our metrics beside those of the same configuration in a folder; precision and device may differ."""
-    found, lines = {}, []
+    references, lines = {}, []
     for path in sorted(folder.glob("records/*.json")):
         reference = json.loads(path.read_text())
-        found[_without_machine(reference)] = reference
+        references[_without_machine(reference)] = reference
     for record in records:
-        reference = found.get(_without_machine(record), {"metrics": {}})
+        reference = references.get(_without_machine(record), {"metrics": {}})
         for name, value in record["metrics"].items():
             if other := reference["metrics"].get(name):
                 line = {"method": record["config"]["row"], "of": name, "ours": value, "reference": other}

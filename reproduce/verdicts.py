@@ -62,10 +62,10 @@ def differences(pairs: list[tuple[Record, Record]], name: str, samples: Samples,
     names = [name]
     if name == "average":
         names = [task for task in pairs[0][0]["metrics"] if task != "average"]
-    found = [(samples(ours), samples(other)) for ours, other in pairs]
-    if all(group in ours and group in other for ours, other in found for group in names):
+    values_of = [(samples(ours), samples(other)) for ours, other in pairs]
+    if all(group in ours and group in other for ours, other in values_of for group in names):
         scale = 100.0 if points else 1.0
-        return [np.stack([scale * ours[group] - scale * other[group] for ours, other in found]) for group in names]
+        return [np.stack([scale * ours[group] - scale * other[group] for ours, other in values_of]) for group in names]
     values = np.array([[ours["metrics"][name], other["metrics"][name]] for ours, other in pairs])
     values = values if points else np.log(values)
     return [values[:, :1] - values[:, 1:]]

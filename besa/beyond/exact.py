@@ -18,21 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from besa.besa import Parameters, loss_scaler, n_groups, training_log
 from besa.config import config
-from besa.importance import wanda
+from besa.importance import Matrix, wanda
 from besa.loop import PatternMethod
 from besa.losses import Window, token_error
-from besa.masks import order_statistics, ranks_of_rows
+from besa.masks import KeepMask, order_statistics, ranks_of_rows
 from besa.system import mean_over_ranks
 from besa.walk import Block, Match, PrunedBlock
 
-Matrix = Float32[Tensor, "rows columns"]
-KeepMask = Bool[Tensor, "rows columns"]
 Counts = Int64[Tensor, "rows"]
 Groups = Float32[Tensor, "groups"]
 

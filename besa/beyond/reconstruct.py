@@ -19,19 +19,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from besa.besa import loss_scaler
 from besa.beyond.exact import WeightLearner, learn, masked
 from besa.decoder import Stopped, run_block
+from besa.importance import Matrix, Square
 from besa.loop import Reconstruction
 from besa.losses import token_error
+from besa.masks import KeepMask
 from besa.system import finite_hint, n_ranks, sum_over_ranks
 from besa.walk import Block, PrunedBlock
-
-Matrix = Float[Tensor, "rows columns"]
-Square = Float32[Tensor, "columns columns"]
 
 ITERATIONS = 20  # of ADMM, as in Boža 2024
 TOWARD_DENSE = 0.5  # a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model
@@ -93,7 +92,7 @@ def closed_form(
     weight: Matrix,
     hessian: Square,
     toward: Square,
-    keep_mask: Bool[Tensor, "rows columns"],
+    keep_mask: KeepMask,
     *,
     iterations: int = ITERATIONS,
     rho: float = RHO,

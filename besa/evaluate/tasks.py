@@ -1,6 +1,5 @@
 """lm-eval's zero-shot tasks over local documents: `$BESA_DATA/<task>/<split>.jsonl`, else the embedded ones."""
 
-import contextlib
 import gzip
 import json
 import logging
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow
 
 from besa.data import assets
@@ -52,6 +50,8 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
     """lm-eval's task without examples in the prompt."""
     import lm_eval.tasks  # slow
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about its own definitions
+
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     source = TASKS[name]
@@ -66,26 +66,10 @@ def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {source.split: str(documents)}},
     }
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{name}.yaml").write_text(json.dumps(definition), encoding="utf-8")  # JSON is YAML
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
         return manager.load([name])["tasks"][name]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide progress bars for small files, and lm-eval's warnings about its own definitions."""
-    logger = logging.getLogger("lm_eval")
-    hidden = datasets.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not hidden:
-            datasets.enable_progress_bars()
 
 
 def _unpack(wheel: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.config import checked
-from besa.evaluate.tasks import TASKS, load_task, quiet
+from besa.evaluate.tasks import TASKS, load_task
 from besa.system import deterministic, finite_hint, require
 from besa.walk import frozen
 
@@ -79,13 +79,13 @@ def zero_shot(
 
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
-    asked = {name: _draw(n, limit, seed) for name, n in available.items()}
+    questions = {name: _draw(n, limit, seed) for name, n in available.items()}
     options = {"add_bos_token": "gemma" in model.config.get_text_config().model_type, "softmax_dtype": "float32"}
     # Some models count positions by a cumulative sum, for which CUDA has no deterministic algorithm: warn only.
-    with frozen(model), deterministic(model.device.type == "cuda", warn_only=True), quiet():
+    with frozen(model), deterministic(model.device.type == "cuda", warn_only=True):
         lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **options)
         lm.loglikelihood = partial(lm.loglikelihood, disable_tqdm=not progress)
-        outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=asked)
+        outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=questions)
     rows = [_row(name, outcome, available[name]) for name in tasks]
     answers = []
     for name in tasks:
@@ -98,7 +98,7 @@ def zero_shot(
 
 
 def _draw(n: int, limit: int | None, seed: int) -> list[int]:
-    """Numbers of the questions asked, in order."""
+    """Numbers of the drawn questions, in order."""
     return sorted(random.Random(seed).sample(range(n), n if limit is None else min(limit, n)))
 
 
