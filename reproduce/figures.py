@@ -1,5 +1,6 @@
 """Figures that several notebooks draw, in one palette: DataFrame in, figure out."""
 
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -73,12 +74,13 @@ def write_size(figure: Figure, size: str, is_smoke: bool) -> None:
     """Write the size of the run in small letters below the title of a figure, in red if it is a smoke run."""
     if any(text.get_text().endswith(" *") for text in figure.findobj(Text)):
         size = f"{size} * not in the paper."
-    title = figure.get_suptitle()
-    height = figure.get_figheight() + 0.2
+    title, lines = figure.get_suptitle(), textwrap.wrap(size, int(17 * figure.get_figwidth()))
+    height = figure.get_figheight() + 0.2 * len(lines)
     figure.set_figheight(height)
-    figure.suptitle(f"{title}\n")  # an empty line for the size
-    place = 1 - (0.32 + 0.18 * title.count("\n")) / height
-    figure.text(0.5, place, size, ha="center", va="center", size=7.5, color="red" if is_smoke else "dimgrey")
+    figure.suptitle(title + "\n" * len(lines))  # empty lines for the size
+    place = 1 - (0.25 + 0.18 * title.count("\n")) / height
+    colour = "red" if is_smoke else "dimgrey"
+    figure.text(0.5, place, "\n".join(lines), ha="center", va="top", size=7.5, color=colour, linespacing=1.4)
 
 
 def perplexity(table: pd.DataFrame, texts: list[str]) -> Figure:
