@@ -137,10 +137,10 @@ def snippet() -> str:
     """A sentence on what README's example prints: the row of `make table1` with the same windows and segments."""
     ours = {"model": MODEL, "profile": "quick", "calibration": "sotu", "seed": 0}
     dense, pruned = (load("table1", **ours, row=row)[0] for row in ("dense", "besa-row-wise"))
-    wiki, sotu = (f"{pruned['metrics'][text]:.1f} ({dense['metrics'][text]:.1f} dense)" for text in ("wiki", "sotu"))
     return (
-        f"Both print a perplexity of {wiki} at sparsity {pruned['sparsity']:.4f}, in about five minutes on two cores: "
-        f"the `wiki` column of `make table1`, up to 2 % apart on another processor. Its `sotu` column has {sotu}."
+        f"Both print a perplexity of {pruned['metrics']['wiki']:.1f} ({dense['metrics']['wiki']:.1f} dense) at "
+        f"sparsity {pruned['sparsity']:.4f}, as in column `wiki` of `make table1`; other processors differ by up to 2 %. "
+        "Five minutes on two cores."
     )
 
 
@@ -183,9 +183,9 @@ def packed() -> str:
     speeds = [f"{seconds['dense, 1'] / seconds[f'{form}, 1']:.1f}" for form in forms]
     sizes = [f"{bytes_of[form] / bytes_of['dense']:.2f}" for form in forms]
     return (
-        f"Eight blocks of LLaMA-7B's shape at 50 % generate {speeds[0]} times as fast as torch's bfloat16 on two CPU "
-        f"cores, in {sizes[0]} of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. llama.cpp, "
-        f"which does not prune, built natively: BF16 {speeds[2]}; Q4_0 {speeds[3]}, in {sizes[3]}."
+        f"Eight blocks of LLaMA-7B's shape at 50 % generate {speeds[0]} times as fast as torch's bfloat16, in {sizes[0]} "
+        f"of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. Unpruned llama.cpp: BF16 {speeds[2]} times; Q4_0 "
+        f"{speeds[3]} times, in {sizes[3]}."
     )
 
 
