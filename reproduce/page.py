@@ -139,8 +139,8 @@ def snippet() -> str:
     dense, pruned = (load("table1", **ours, row=row)[0] for row in ("dense", "besa-row-wise"))
     return (
         f"Both print a perplexity of {pruned['metrics']['wiki']:.1f} ({dense['metrics']['wiki']:.1f} dense) at "
-        f"sparsity {pruned['sparsity']:.4f}, as in column `wiki` of `make table1`; other processors differ by up to 2 %. "
-        "Five minutes on two cores."
+        f"sparsity {pruned['sparsity']:.4f}, as in column `wiki` of `make table1`; other processors differ by up to "
+        "2 %. Five minutes on two cores."
     )
 
 
@@ -184,8 +184,8 @@ def packed() -> str:
     sizes = [f"{bytes_of[form] / bytes_of['dense']:.2f}" for form in forms]
     return (
         f"Eight blocks of LLaMA-7B's shape at 50 % generate {speeds[0]} times as fast as torch's bfloat16, in {sizes[0]} "
-        f"of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. Unpruned llama.cpp: BF16 {speeds[2]} times; Q4_0 "
-        f"{speeds[3]} times, in {sizes[3]}."
+        f"of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. Unpruned llama.cpp: BF16 {speeds[2]} times; "
+        f"Q4_0 {speeds[3]} times, in {sizes[3]}."
     )
 
 
