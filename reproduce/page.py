@@ -183,9 +183,9 @@ def packed() -> str:
     speeds = [f"{seconds['dense, 1'] / seconds[f'{form}, 1']:.1f}" for form in forms]
     sizes = [f"{bytes_of[form] / bytes_of['dense']:.2f}" for form in forms]
     return (
-        f"Eight blocks of LLaMA-7B's shape at 50 % generate {speeds[0]} times as fast as torch's bfloat16, in {sizes[0]} "
-        f"of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. Unpruned llama.cpp: BF16 {speeds[2]} times; "
-        f"Q4_0 {speeds[3]} times, in {sizes[3]}."
+        f"Eight blocks of LLaMA-7B's shape at 50 % generate {speeds[0]} times as fast as torch's bfloat16, in "
+        f"{sizes[0]} of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. Unpruned llama.cpp: BF16 {speeds[2]} "
+        f"times; Q4_0 {speeds[3]} times, in {sizes[3]}."
     )
 
 
