@@ -80,13 +80,17 @@ class PatternMethod(Method):
     """
 
     pattern: str | None = None
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
+        sparsity = 0.5
         if self.pattern is not None:
             n, m = parse_pattern(self.pattern)
-            if self.sparsities or self.sparsity not in (0.5, 1 - n / m):
+            sparsity = 1 - n / m
+            if self.sparsities or self.sparsity not in (None, sparsity):
                 raise ValueError(f"pattern {self.pattern!r} sets the sparsity; leave sparsity and sparsities out")
-            object.__setattr__(self, "sparsity", 1 - n / m)
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", sparsity)
 
     def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
         """Prune the lowest scores of each row, or of each M consecutive weights."""
