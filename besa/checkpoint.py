@@ -84,8 +84,14 @@ def prune_checkpoint(
         "device": compute_device.type,
         "ranks": system.n_ranks(),
     }
-    options = {"match": method.match, "dense": reconstruct is not None, "progress": progress}
-    options |= {"hessian": method.needs_hessian, "ignore": method.ignore, "stored": shards.read}
+    options = {
+        "match": method.match,
+        "dense": reconstruct is not None,
+        "hessian": method.needs_hessian,
+        "ignore": method.ignore,
+        "stored": shards.read,
+        "progress": progress,
+    }
     with shards.opened(identity), system.measure(compute_device) as cost:
         if not shards.complete:
             with frozen(model, compute_device):

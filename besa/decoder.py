@@ -128,7 +128,6 @@ def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: 
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """The longest sequence that the model takes."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
@@ -223,8 +222,8 @@ def run_block(block: nn.Module, hidden: Hidden, call: BlockCall, weights: dict[s
 
 
 def run_head(
-    model: PreTrainedModel, hidden: Float[Tensor, "1 n hidden"], call: BlockCall
-) -> Float[Tensor, "1 n vocab"]:
+    model: PreTrainedModel, hidden: Float[Tensor, "batch n hidden"], call: BlockCall
+) -> Float[Tensor, "batch n vocab"]:
     """Logits from the last block's output, through the model's own norm, head and softcap."""
     with _stubbed(model, lambda index, _, *args, **kwargs: call.answer(hidden)):
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)

@@ -83,7 +83,6 @@ def sparsegpt(weight: Matrix, statistics: InputStatistics) -> Matrix:
 
 
 def importance(kind: Importance, weight: Matrix, statistics: InputStatistics) -> Matrix:
-    """Importance of a projection's weights by the name of the kind."""
     if kind == "magnitude":
         return magnitude(weight)
     return wanda(weight, statistics) if kind == "wanda" else sparsegpt(weight, statistics)

@@ -59,7 +59,6 @@ class Method:
             raise ValueError(f"{n_samples} windows do not divide into steps of {step} on {n_ranks()} ranks")
 
     def sparsity_of(self, block: Block) -> float:
-        """Target sparsity of a block."""
         return self.sparsities[block.index] if self.sparsities else self.sparsity
 
     def prune_block(self, block: Block) -> PrunedBlock:
@@ -134,8 +133,13 @@ def prune(
     compute_device = model.device if device is None else resolve_device(device)
     home = model.device
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
-    options = {"match": method.match, "hessian": method.needs_hessian, "ignore": method.ignore}
-    options |= {"dense": reconstruct is not None, "progress": progress}
+    options = {
+        "match": method.match,
+        "dense": reconstruct is not None,
+        "hessian": method.needs_hessian,
+        "ignore": method.ignore,
+        "progress": progress,
+    }
     with measure(compute_device) as cost, frozen(model, compute_device):
         try:
             for block in walk(model, windows, place=lambda module: module.to(compute_device), **options):

@@ -125,7 +125,6 @@ def pack_bits(keep_mask: KeepMask) -> UInt8[Tensor, "n"]:
 
 
 def unpack_bits(bits: UInt8[Tensor, "n"], rows: int, columns: int) -> KeepMask:
-    """Inverse of `pack_bits`."""
     kept = np.unpackbits(bits.numpy(), count=rows * columns, bitorder="little")
     return torch.from_numpy(kept).view(rows, columns).bool()
 

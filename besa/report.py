@@ -56,7 +56,6 @@ class Report:
             self.quantized = {**self.quantized, key: quantized.cpu()}
 
     def extend(self, other: "Report") -> None:
-        """Append the report of further blocks."""
         self.rows += other.rows
         self.steps += other.steps
         self.keep_masks.update(other.keep_masks)
@@ -100,14 +99,14 @@ def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = Non
     `target_sparsity`."""
     require("matplotlib", "plot")
     import matplotlib.pyplot as plt  # slow to import
+    from matplotlib.colors import CenteredNorm
 
     names = list(dict.fromkeys(frame["projection"]))
     grid = frame.pivot(index="projection", columns="block", values="sparsity").loc[names]
     target = frame["target_sparsity"].mean()
-    reach = max(abs(grid - target).max().max(), 0.01)
     if ax is None:
         _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
-    image = ax.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=target - reach, vmax=target + reach)
+    image = ax.imshow(grid, aspect="auto", cmap="PuOr_r", norm=CenteredNorm(target))
     ax.set(xlabel="block", yticks=range(len(names)), yticklabels=names)
     ax.figure.colorbar(image, ax=ax, label=f"sparsity (white: target, {target:.2f})")
     return ax

@@ -142,7 +142,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Mean over all ranks, in place."""
     return sum_over_ranks(tensor).div_(n_ranks()) if n_ranks() > 1 else tensor
 
 

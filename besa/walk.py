@@ -111,9 +111,7 @@ class Block:
     inputs: HiddenStates
     """Hidden states of this rank's windows; `finish` replaces them by the pruned block's outputs."""
     dense_inputs: HiddenStates | None
-    """Hidden states of the dense model before this block."""
     ignored: frozenset[str]
-    """Projections that stay dense."""
     n_samples: int
     """Windows of all ranks."""
     bar: tqdm | None
@@ -122,7 +120,6 @@ class Block:
     statistics: dict[str, InputStatistics] = field(init=False)
     """Of the inputs of each projection of the unpruned block, over the windows of all ranks."""
     dense_outputs: HiddenStates | None = None
-    """Hidden states of the dense model behind this block."""
     is_finished: bool = False
     started: float = field(default_factory=time.perf_counter)
 

@@ -33,7 +33,6 @@ METHODS = {
     "quantized": (besa.Besa(quantize=besa.Quantize(bits=4)), None),
     "exact": (besa.Exact(pattern="2:4"), None),
     "closed": (besa.Wanda(), besa.Reconstruct("closed")),
-    "block": (besa.Wanda(), besa.Reconstruct("block")),
 }
 
 

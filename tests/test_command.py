@@ -54,12 +54,12 @@ def invoke(*line, code=0):
 def test_every_option_of_prune_is_passed_on(called):
     windows = ["--calibration", "mine", "--n-samples", 7, "--seq-len", 33, "--seed", 3, "--sampler", "pack"]
     fields = ["--sparsity", 0.45, "--set", "d_coef=2", "--set", "epochs=4", "--set", 'ignore=["0", ".*down_proj"]']
-    where = ["--device", "cpu", "--trust-remote-code", "--reconstruct", "block"]
+    where = ["--device", "cpu", "--trust-remote-code", "--reconstruct", "closed"]
     output = invoke("prune", "model", "out", *windows, *fields, "--set", "quantize.bits=3", *where)
     method = besa.Besa(sparsity=0.45, d_coef=2.0, epochs=4, ignore=("0", ".*down_proj"), quantize=besa.Quantize(bits=3))
     assert called["load_tokenizer"] == (("model",), {"trust_remote_code": True})
     assert called["calibration_windows"] == (("mine", "tokenizer", 7, 33, 3, "pack"), {})
-    options = {"device": "cpu", "reconstruct": besa.Reconstruct("block"), "trust_remote_code": True}
+    options = {"device": "cpu", "reconstruct": besa.Reconstruct("closed"), "trust_remote_code": True}
     assert called["prune_checkpoint"] == (("model", Path("out"), WINDOWS, method), options)
     assert "report\nwrote out" in output
 
@@ -110,6 +110,16 @@ def test_an_error_of_the_work_is_one_line(called, monkeypatch):
 
     monkeypatch.setattr(besa, "prune_checkpoint", refuse)
     assert invoke("prune", "model", "out", code=1) == "besa: output 'out' is the source\n"
+
+
+def test_finetune_trains_the_pruned_checkpoint_into_the_output(called, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(besa, "finetune", lambda *arguments, **options: calls.append((arguments, options)))
+    monkeypatch.setattr(besa, "save_model", lambda *arguments: (tmp_path / "tokenizer_config.json").touch())
+    for _ in range(2):  # the second time all is there
+        invoke("prune", "model", tmp_path, "--finetune")
+    assert called["prune_checkpoint"][0][1] == tmp_path / "besa" / "pruned"
+    assert calls == [(("model", WINDOWS, "report"), {"folder": tmp_path / "besa" / "epochs"})]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -107,7 +107,7 @@ def test_global_settings_change_no_bit(tiny_llama, windows, setting):
     for method, reconstruct in (
         (METHODS["groups of 8 rows"], None),
         (METHODS["sparsegpt"], None),
-        (METHODS["wanda"], besa.Reconstruct("block")),
+        (METHODS["wanda"], besa.Reconstruct("closed")),
     ):
         model, twin = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
         prune(model, windows, method, reconstruct=reconstruct)
@@ -307,7 +307,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_operation_has_a_deterministic_form_on_a_gpu(tiny_llama, windows, monkeypatch, name):
     monkeypatch.setattr(kernels, "_is_compiled", lambda weight: False)  # compiled kernels are for CPUs
-    reconstruct = {"exact": besa.Reconstruct("block"), "wanda": besa.Reconstruct("closed")}.get(name)
+    reconstruct = {"wanda": besa.Reconstruct("closed")}.get(name)
     with deterministic(True), Operations() as operations:
         prune(tiny_llama, windows[:2], METHODS[name], reconstruct=reconstruct)
     assert "mm" in operations.seen and not operations.refused

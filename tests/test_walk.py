@@ -113,7 +113,7 @@ def test_losses_against_naive_loops():
     assert float(reconstruction_error(output, target)) == pytest.approx(by_channel, rel=1e-5)
 
 
-WANDA, TRAINED = (besa.Wanda(), None), (besa.Wanda(), Reconstruct("block"))
+WANDA, TRAINED = (besa.Wanda(), None), (besa.Exact(update=True), Reconstruct())
 MOMENTS = {  # object, its function that is interrupted, at which call; method and reconstruction
     "recording calls": (decoder, "BlockCall", 2, WANDA),
     "collecting statistics": (importance, "_accumulate", 20, WANDA),

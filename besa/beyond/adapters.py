@@ -19,9 +19,11 @@ from besa.config import checked
 from besa.decoder import find_blocks, projections
 from besa.report import Report
 
-PLAIN = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
-PLAIN |= {"task_type", "inference_mode", "base_model_name_or_path", "revision", "exclude_modules", "peft_version"}
-"""Fields of `LoraConfig` under which an adapter stays W + (B A) * (alpha / r)."""
+# Fields of `LoraConfig` under which an adapter stays W + (B A) * (alpha / r).
+PLAIN = (
+    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
+    *("task_type", "inference_mode", "base_model_name_or_path", "revision", "exclude_modules", "peft_version"),
+)
 
 
 @checked

@@ -1,64 +1,51 @@
-"""New values for the weights that a mask keeps.
+"""New values for the weights that a mask keeps, one projection after the other, without training.
 
-"closed", one projection after the other, without training (Boža 2024, Sec. 3, where a = 0). With y the input of the
-projection in the model as pruned and reconstructed so far, and x in the dense model:
+Boža 2024, Sec. 3, has a = 0. With y the input of the projection in the model as pruned and reconstructed so far, and x
+in the dense model:
 
     min over Z with Z = M * Z of  sum over tokens of ||Z y - W (y + a (x - y))||^2
 
 by ADMM from Z = M * W, U = 0, with H = sum y y^T scaled to a unit diagonal, and T = sum (y + a (x - y)) y^T:
 
     V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
-
-"block": gradient descent on the kept weights of a whole block, towards the dense model's hidden states.
 """
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from besa.besa import loss_scaler
-from besa.beyond.exact import WeightLearner, learn, masked
+from besa.config import CONFIG
 from besa.decoder import Stopped, run_block
 from besa.importance import Matrix, Square
-from besa.loop import Reconstruction
-from besa.losses import token_error
 from besa.masks import KeepMask
-from besa.system import finite_hint, n_ranks, sum_over_ranks
+from besa.system import finite_hint, sum_over_ranks
 from besa.walk import Block, PrunedBlock
 
 ITERATIONS = 20  # of ADMM, as in Boža 2024
 TOWARD_DENSE = 0.5  # a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model
 RHO = 1.0  # ADMM's penalty, for a Hessian of unit diagonal, as in Boža 2024
 DAMPING = 0.01  # added to the diagonals of H and T, as a fraction of the mean of H's; SparseGPT's
-EPOCHS = 2  # passes over the windows, `Trained`
-LR = 5e-3  # Adam's highest step size in one cycle, relative to the root mean square of a projection, `Trained`
 
 
-def Reconstruct(kind: str = "closed") -> Reconstruction:
+@dataclass(frozen=True, config=CONFIG)
+class Reconstruct:
     """Give the kept weights new values once a block's mask is chosen, for `prune(..., reconstruct=Reconstruct())`.
 
     Args:
-        kind: "closed" (`Closed`): each projection by itself, in about SparseGPT's time; "block" (`Trained`): all
-            trained together on the output of the block, as `Exact(update=True)` does once its mask is learned.
+        kind: "closed": each projection by itself, in closed form and about SparseGPT's time.
     """
-    kinds = {"closed": Closed, "block": Trained}
-    if kind not in kinds:
-        raise ValueError(f"unknown kind {kind!r}; known: closed, block")
-    return kinds[kind]()
 
-
-@dataclass(frozen=True)
-class Closed:
-    """New values in closed form, one projection after the other."""
+    kind: Literal["closed"] = "closed"
 
     def config(self) -> dict[str, Any]:
-        return {"kind": "closed"}
+        return asdict(self)
 
     @torch.no_grad()
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
@@ -69,23 +56,6 @@ class Closed:
                 weight = block.projections[name].weight
                 weights[name] = closed_form(weight, hessian, toward, pruned.keep_masks[name])
         return replace(pruned, weights=weights)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The kept weights of a block trained with Adam, one window of each rank per step."""
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": "block"}
-
-    def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        if not pruned.weights:  # all are ignored
-            return pruned
-        batches = block.batches(n_ranks(), EPOCHS)
-        learner = WeightLearner(pruned.weights, len(batches), LR)
-        learner.keep_masks = pruned.keep_masks
-        learn(block, block.dense_outputs, batches, [learner], token_error, loss_scaler(block))
-        return replace(pruned, weights=masked(learner.weights, pruned.keep_masks, learner.buffers))
 
 
 def closed_form(

@@ -1,1 +1,0 @@
-"""Models, texts and embedded files by name."""

@@ -64,7 +64,6 @@ def save_masks(keep_masks: KeepMasks, path: str | Path) -> None:
 
 
 def load_masks(path: str | Path) -> KeepMasks:
-    """Read what `save_masks` wrote."""
     keep_masks = KeepMasks()
     with safetensors.safe_open(path, "pt") as file:
         for key, (rows, columns) in json.loads(file.metadata()["shapes"]).items():
@@ -86,7 +85,6 @@ def save_quantized(quantized: Mapping[tuple[int, str], QuantizedWeight], path: s
 
 
 def load_quantized(path: str | Path) -> dict[tuple[int, str], QuantizedWeight]:
-    """Read what `save_quantized` wrote."""
     quantized = {}
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:

@@ -61,8 +61,8 @@ def load_model(
     if not any(folder.glob("*.safetensors")):
         folder = find_checkpoint(name, "*.bin")  # pickles, from which transformers reads nothing but tensors
     model = _load(folder, dtype=resolve_dtype(dtype, device), **trust, **kwargs)
-    stored = AutoConfig.from_pretrained(folder, **trust).dtype
-    model.checkpoint_dtype = torch.bfloat16 if name in EMBEDDED else stored  # as their originals
+    is_embedded = name in EMBEDDED  # from originals in bfloat16
+    model.checkpoint_dtype = torch.bfloat16 if is_embedded else AutoConfig.from_pretrained(folder, **trust).dtype
     return model if "device_map" in kwargs else model.to(device), tokenizer
 
 
@@ -100,7 +100,6 @@ def _load(folder: Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model."""
     folder = find_checkpoint(name, "tokenizer*")
     tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     if isinstance(tokenizer, LlamaTokenizer):

@@ -1,1 +1,0 @@
-"""Perplexity, zero-shot accuracy and accelerator cycles of a pruned model."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,26 +28,19 @@ class ZeroShot:
     seed: int
     lm_eval: str  # version
 
-    @property
-    def correct(self) -> dict[str, np.ndarray]:
-        """Correctness of each question, by task."""
-        correct: dict[str, list[bool]] = {row["task"]: [] for row in self.rows}
-        for answer in self.answers:
-            correct[answer["task"]].append(answer["correct"])
-        return {task: np.array(values) for task, values in correct.items()}
-
-    @property
-    def average(self) -> float:
-        """Mean accuracy over the tasks, as a fraction."""
-        return sum(row["acc"] for row in self.rows) / len(self.rows)
-
     def to_frame(self) -> pd.DataFrame:
         """A row per task and one for the average: `acc`, `stderr` and `chance` as fractions, `n` questions `of` all."""
         stderr = math.sqrt(sum(row["stderr"] ** 2 for row in self.rows)) / len(self.rows)
-        average = {"task": "average", "acc": self.average, "stderr": stderr}
-        average |= {"version": "", "questions": ""}
-        average |= {name: sum(row[name] for row in self.rows) for name in ("n", "of")}
-        average["chance"] = sum(row["chance"] for row in self.rows) / len(self.rows)
+        average = {
+            "task": "average",
+            "acc": sum(row["acc"] for row in self.rows) / len(self.rows),
+            "stderr": stderr,
+            "chance": sum(row["chance"] for row in self.rows) / len(self.rows),
+            "n": sum(row["n"] for row in self.rows),
+            "of": sum(row["of"] for row in self.rows),
+            "version": "",
+            "questions": "",
+        }
         return pd.DataFrame([*self.rows, average]).set_index("task")
 
 
@@ -98,7 +90,6 @@ def zero_shot(
 
 
 def _draw(n: int, limit: int | None, seed: int) -> list[int]:
-    """Numbers of the drawn questions, in order."""
     return sorted(random.Random(seed).sample(range(n), n if limit is None else min(limit, n)))
 
 
