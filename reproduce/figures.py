@@ -29,7 +29,12 @@ LABELS = {  # README's names of rows; * = not in the paper
     "joint-wanda": "Wanda",
     "joint-clipping": "Wanda, learned clipping",
     "exact-gptq": "learned masks and weights, GPTQ *",
-    "sparsegpt-mask": "SparseGPT's masks *",
+    "admm": "ADMM",
+    "alps": "ALPS",
+    "ria": "RIA",
+    "dsnot": "DSnoT",
+    "ebft": "EBFT",
+    "safe": "SAFE",
     "llm-compressor": "SparseGPT of llm-compressor",
     "owl": "OWL",
     "dlp": "DLP",
@@ -46,7 +51,7 @@ STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
 }
 OTHER = {"color": "#56B4E9", "marker": "X"}
 ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda": "wanda"}
-ALIASES |= {"sparsegpt-mask": "sparsegpt", "llm-compressor": "sparsegpt"}
+ALIASES |= {"llm-compressor": "sparsegpt"}
 
 
 def label(row: str) -> str:

@@ -253,19 +253,6 @@ class Pair(nn.ModuleList):
 
 
 @config
-class SparseGptMask(besa.SparseGPT):
-    """SparseGPT's mask alone: the weights that it keeps stay as they were."""
-
-    name: ClassVar[str] = "sparsegpt-mask"
-
-    def prune_block(self, block: Block) -> PrunedBlock:
-        pruned = super().prune_block(block)
-        for name, keep_mask in pruned.keep_masks.items():
-            pruned.weights[name] = block.projections[name].weight * keep_mask
-        return pruned
-
-
-@config
 class LearnedClipping(besa.Wanda):
     """Wanda's mask of the quantized weights, the clipping of the quantization learned as in joint BESA (Eqn. 7)."""
 

@@ -1,10 +1,12 @@
 """Run the rows of a notebook: parameters, profiles, the plan of rows, their tables and figures."""
 
+import contextlib
 import copy
 import functools
 import os
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -321,13 +323,18 @@ class Row:
     config: dict[str, Any]
     record: Record | None
     reconstruct: Any = None
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.config["row"]
 
     def prune(self) -> tuple[PreTrainedModel, "besa.Report | None"]:
-        """Load the model and prune it. A model larger than the GPU stays in host memory, one block at a time moves."""
+        """Load the model and prune it. A model larger than the GPU stays in host memory, one block at a time moves.
+
+        `budgets` in the configuration shares the sparsity out between blocks, within that spread; `epoch` holds the
+        options of `besa.finetune`, which then trains the kept weights.
+        """
         model, _ = besa.load_model(self.run.model, self.run.dtype, "cpu")
         device, report = self.run.device, None
         fits = device.type == "cpu" or model.get_memory_footprint() < 0.6 * torch.cuda.mem_get_info(device)[0]
@@ -337,14 +344,28 @@ class Row:
             method = self.method
             if hasattr(method, "prepared"):  # looks at the dense model first
                 method = method.prepared(model, self.windows)
-            block_device = None if fits else str(device)
-            report = besa.prune(model, self.windows, method, reconstruct=self.reconstruct, device=block_device)
+            if spread := self.config.get("budgets"):
+                with self._timed("budgets"):
+                    budgets = besa.block_budgets(model, self.windows, method.sparsity, spread)
+                method = replace(method, sparsities=budgets)
+            with self._timed("pruning"):
+                block_device = None if fits else str(device)
+                report = besa.prune(model, self.windows, method, reconstruct=self.reconstruct, device=block_device)
+            if (options := self.config.get("epoch")) is not None:
+                with self._timed("epoch"):
+                    besa.finetune(model, self.windows, report, **options)
         if not fits:
             import accelerate
 
             parts = accelerate.infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules))
             model = accelerate.dispatch_model(model, parts)
         return model, report
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self.cpu_seconds[part] = time.process_time() - start
 
     def save(
         self,
@@ -364,6 +385,7 @@ class Row:
             "metrics": dict(metrics),
             "sparsity": report.sparsity if report else 0.0,
             "seconds": report.seconds if report else 0.0,
+            "cpu_seconds": self.cpu_seconds,
             "peak_bytes": report.peak_bytes if report else 0,
             "projections": copy.deepcopy(report.rows) if report else [],
         }

@@ -24,7 +24,7 @@ RUNS = {
     "granularity": {"row_groups": ["row", 4, "layer"]},
     "allocation": {},
     "sparsity": {"sparsities": [0.5, 0.7]},
-    "beyond": {"patterns": ["2:4"]},
+    "beyond": {},
     "cost": {},
     "scale": {},
     "fidelity": {},
