@@ -100,15 +100,20 @@ def perplexity(table: pd.DataFrame, texts: list[str]) -> Figure:
         if "dense" in table.index:
             ax.axvline(table[text]["dense"], color="black", linestyle=":", linewidth=1)
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        plain_ticks(ax)
         ax.set_xlabel(f"perplexity on {text} (log scale)")
         ax.margins(x=0.12)
         ax.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(places, map(label, table.index))
     axes[0, 0].set_ylim(len(table) - 0.5, -0.7)
     return figure
+
+
+def plain_ticks(ax: Axes) -> None:
+    """Write numbers such as 30, not powers, along a logarithmic x axis."""
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def error_point(ax: Axes, x: float, y: float, spread: float, row: str, number: str, horizontal: bool = False) -> None:
