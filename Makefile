@@ -69,7 +69,7 @@ lint: venv
 	.venv/bin/basedpyright
 
 # Under a minute, while you work: no embedded model, no notebooks.
-FAST := command mistakes package masks importance baselines besa exact losses walk decoder verdicts tables report
+FAST := command package masks importance baselines besa exact losses walk decoder verdicts tables report
 fast: lint
 	$(PYTEST) $(wildcard $(patsubst %, tests/test_%.py, $(FAST)))
 
