@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 def _one_line_errors() -> Iterator[None]:
     from besa.system import joined
 
+    warnings.formatwarning = lambda message, *_, **__: f"besa: {message}\n"
     try:
         with joined():
             yield
@@ -54,7 +56,7 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="fraction of the weights to set to 0; 0.5 by default")] = None,
     fields: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE of the method, such as pattern=2:4, quantize.bits=4; NAME=? lists all"),
+        typer.Option("--set", help="NAME=VALUE of the method, as pattern=2:4, quantize.bits=4; a wrong NAME lists all"),
     ] = None,
     reconstruct: Annotated[Literal["closed"] | None, typer.Option(help="new values for kept weights")] = None,
     calibration: Annotated[str | None, typer.Option(help="text: c4, wikitext2, sotu, or a .txt or .jsonl file")] = None,

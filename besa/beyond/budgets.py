@@ -73,7 +73,6 @@ def share_out(table: np.ndarray, rates: tuple[float, float], sizes: np.ndarray, 
     slope = np.maximum(high - low, 1e-3) / (rates[1] - rates[0])
     price_at_low = low + np.log(slope / shares)  # logarithms
     bottom, top = price_at_low.min(), (price_at_low + slope * (rates[1] - rates[0])).max()
-    budgets = np.full(len(sizes), sparsity)
     for _ in range(60):
         price = (bottom + top) / 2
         budgets = np.clip(rates[0] + (price - price_at_low) / slope, *rates)
