@@ -78,7 +78,7 @@ def prune_checkpoint(
         "method": method.config(),
         "reconstruct": reconstruct.config() if reconstruct else None,
         "windows": {"shape": list(windows.shape), "sha256": files.tensor_sha256(windows)},
-        "source": {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        "source": {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors")) if rank() == 0},
         "config.json": files.sha256(folder / "config.json"),
         "dtype": f"{model.dtype} stored as {dtype}",
         "device": compute_device.type,
