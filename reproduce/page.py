@@ -236,7 +236,7 @@ def parts() -> dict[str, str]:
     """The generated parts of README.md by marker."""
     same = "We ran the authors' code on the same weights and tokens: its perplexities differ from ours by at most "
     same += f"{fidelity()[1]:.1%} ([fidelity](reproduce/fidelity.ipynb))."
-    further = "\n\n`block_budgets` before `Exact(update=True)` and `finetune` behind it, on the same windows "
+    further = " `block_budgets` before `Exact(update=True)` and `finetune` behind it, on the same windows "
     further = f"{further}{best}." if (best := best_recipe()) else ""
     return {
         "snippet": snippet(),
