@@ -9,6 +9,7 @@ from besa.beyond.adapters import masked_lora as masked_lora
 from besa.beyond.budgets import block_budgets as block_budgets
 from besa.beyond.exact import Exact as Exact
 from besa.beyond.finetune import finetune as finetune
+from besa.beyond.reconstruct import Closed as Closed
 from besa.beyond.reconstruct import Reconstruct as Reconstruct
 from besa.checkpoint import prune_checkpoint as prune_checkpoint
 from besa.data.models import load_model as load_model

@@ -12,7 +12,7 @@ import typer
 import besa
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-CLASSES = {"besa": "Besa", "exact": "Exact", "wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "Magnitude"}
+CLASSES = {name.lower(): name for name in ("Besa", "Exact", "Closed", "Wanda", "SparseGPT", "Magnitude")}
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu or cuda")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 

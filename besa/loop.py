@@ -124,7 +124,7 @@ def prune(
 
     Args:
         windows: calibration token ids, from `calibration_windows`.
-        method: `Besa`, `Exact`, `Wanda`, `SparseGPT` or `Magnitude`.
+        method: `Besa`, `Exact`, `Closed`, `Wanda`, `SparseGPT` or `Magnitude`.
         progress: show bars over blocks and windows.
         reconstruct: `Reconstruct("closed")` gives the kept weights new values.
         device: move one block at a time there, for models larger than the GPU.
@@ -133,16 +133,18 @@ def prune(
     compute_device = model.device if device is None else resolve_device(device)
     home = model.device
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
-    options = {
-        "match": method.match,
-        "dense": reconstruct is not None,
-        "hessian": method.needs_hessian,
-        "ignore": method.ignore,
-        "progress": progress,
-    }
     with measure(compute_device) as cost, frozen(model, compute_device):
         try:
-            for block in walk(model, windows, place=lambda module: module.to(compute_device), **options):
+            for block in walk(
+                model,
+                windows,
+                match=method.match,
+                dense=reconstruct is not None,
+                hessian=method.needs_hessian,
+                ignore=method.ignore,
+                place=lambda module: module.to(compute_device),
+                progress=progress,
+            ):
                 report.extend(prune_block(block, method, reconstruct))
                 block.module.to(home)
         finally:

@@ -23,6 +23,7 @@ LABELS = {  # README's names of rows; * = not in the paper
     "besa-layer-wise": "BESA layer-wise",
     "exact": "learned masks *",
     "exact-update": "learned masks and weights *",
+    "closed": "closed form *",
     "besa": "BESA",
     "quantized": "quantized only",
     "joint-besa": "BESA",

@@ -35,6 +35,7 @@ KNOWN = {
     "besa-layer-wise": besa.Besa.layer_wise,
     "exact": besa.Exact,
     "exact-update": partial(besa.Exact, update=True),
+    "closed": besa.Closed,
 }
 
 

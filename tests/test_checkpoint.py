@@ -32,7 +32,8 @@ METHODS = {
     "layer-wise": (besa.Besa.layer_wise(), None),
     "quantized": (besa.Besa(quantize=besa.Quantize(bits=4)), None),
     "exact": (besa.Exact(pattern="2:4"), None),
-    "closed": (besa.Wanda(), besa.Reconstruct("closed")),
+    "closed": (besa.Closed(), None),
+    "reconstructed": (besa.Wanda(), besa.Reconstruct("closed")),
 }
 
 
@@ -115,7 +116,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["besa", "layer-wise", "quantized", "closed"])
+@pytest.mark.parametrize("name", ["besa", "layer-wise", "quantized", "reconstructed"])
 def test_an_interrupted_run_continues_to_the_same_bytes(source, tmp_path, monkeypatch, name):
     expected = prune(source, tmp_path / "whole", *METHODS[name])
     write = Shards.write

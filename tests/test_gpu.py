@@ -16,6 +16,7 @@ METHODS = {
     "4 bits": besa.Besa(quantize=besa.Quantize(bits=4)),
     "exact": besa.Exact(),
     "exact, updated": besa.Exact(update=True),
+    "closed": besa.Closed(),
     "sparsegpt": besa.SparseGPT(),
 }
 

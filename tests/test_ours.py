@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import besa
-from besa import Besa, Exact, Magnitude, Quantize, Reconstruct, SparseGPT, Wanda
+from besa import Besa, Closed, Exact, Magnitude, Quantize, Reconstruct, SparseGPT, Wanda
 from besa.masks import pack_bits, unpack_bits
 from reproduce.methods import BesaByPair, BesaByPart, ExactCounts
 
@@ -45,6 +45,7 @@ CASES = {
     "exact-update": (Exact(update=True), None),
     "exact-70": (Exact(sparsity=0.7), None),
     "exact-2:4": (Exact(pattern="2:4"), None),
+    "closed": (Closed(), None),
     "exact-closed": (Exact(), Reconstruct("closed")),
     "magnitude": (Magnitude(), None),
     "wanda": (Wanda(), None),

@@ -24,12 +24,13 @@ METHODS = {
     "unsmoothed": besa.Besa(sparsity=0.45, smooth=False, importance="magnitude", candidates=51),
     "4 bits": besa.Besa(quantize=besa.Quantize(bits=4)),
     "exact": besa.Exact(),
+    "closed": besa.Closed(),
     "2:4": besa.Exact(pattern="2:4"),
     "magnitude": besa.Magnitude(),
     "wanda": besa.Wanda(),
     "sparsegpt": besa.SparseGPT(),
 }
-KEEPING_VALUES = METHODS.keys() - {"sparsegpt", "4 bits"}
+KEEPING_VALUES = METHODS.keys() - {"closed", "sparsegpt", "4 bits"}
 
 
 def prune(model, windows, method, **options):

@@ -1,4 +1,4 @@
-"""New values for the weights that a mask keeps, one projection after the other, without training.
+"""Masks and weights of a block in closed form, one projection after the other, without training.
 
 Boža 2024, Sec. 3, has a = 0. With y the input of the projection in the model as pruned and reconstructed so far, and x
 in the dense model:
@@ -8,30 +8,33 @@ in the dense model:
 by ADMM from Z = M * W, U = 0, with H = sum y y^T scaled to a unit diagonal, and T = sum (y + a (x - y)) y^T:
 
     V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
+
+M is given (`Reconstruct`), or keeps the largest |V + U| of each row in the first iterations (`Closed`; his Sec. 3.2).
 """
 
-import contextlib
-import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from besa.config import CONFIG
+from besa.config import CONFIG, config
 from besa.decoder import Stopped, run_block
 from besa.importance import Matrix, Square
+from besa.loop import PatternMethod
 from besa.masks import KeepMask
 from besa.system import finite_hint, sum_over_ranks
-from besa.walk import Block, PrunedBlock
+from besa.walk import Block, Match, PrunedBlock
 
 ITERATIONS = 20  # of ADMM, as in Boža 2024
+CHOOSING = 15  # of these, after which a mask is chosen again, as in his code
 TOWARD_DENSE = 0.5  # a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model
 RHO = 1.0  # ADMM's penalty, for a Hessian of unit diagonal, as in Boža 2024
-DAMPING = 0.01  # added to the diagonals of H and T, as a fraction of the mean of H's; SparseGPT's
+DAMPING = 0.1  # added to the diagonals of H and T, as a fraction of the mean of H's; as in his code
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -47,48 +50,66 @@ class Reconstruct:
     def config(self) -> dict[str, Any]:
         return asdict(self)
 
-    @torch.no_grad()
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
-        weights: dict[str, Tensor] = {}
-        for names in projections_by_input(block):
-            hessian, toward = moments(block, names[0], weights, TOWARD_DENSE)
-            for name in names:
-                weight = block.projections[name].weight
-                weights[name] = closed_form(weight, hessian, toward, pruned.keep_masks[name])
-        return replace(pruned, weights=weights)
+        return replace(pruned, weights=fit(block, lambda name, _: pruned.keep_masks[name]).weights)
+
+
+@config
+class Closed(PatternMethod):
+    """Choose the mask of each projection while its weights are fitted, by ADMM, without training."""
+
+    name: ClassVar[str] = "closed"
+    match: ClassVar[Match] = "model"
+
+    def prune_block(self, block: Block) -> PrunedBlock:
+        return fit(block, lambda _, scores: self.keep_mask(scores, self.sparsity_of(block)))
+
+
+@torch.no_grad()
+def fit(block: Block, choose: Callable[[str, Matrix], KeepMask]) -> PrunedBlock:
+    """Fit the projections in calling order, each to its inputs behind the ones before it.
+
+    Args:
+        choose: keep-mask of a projection from its name and the magnitudes of its weights.
+    """
+    fitted = PrunedBlock()
+    for names in projections_by_input(block):
+        hessian, toward = moments(block, names[0], fitted.weights, TOWARD_DENSE)
+        for name in names:
+            weight = block.projections[name].weight
+            fitted.weights[name], fitted.keep_masks[name] = closed_form(weight, hessian, toward, partial(choose, name))
+    return fitted
 
 
 def closed_form(
     weight: Matrix,
     hessian: Square,
     toward: Square,
-    keep_mask: KeepMask,
+    choose: Callable[[Matrix], KeepMask],
     *,
     iterations: int = ITERATIONS,
     rho: float = RHO,
     damping: float = DAMPING,
-) -> Matrix:
-    """ADMM for one projection; exactly 0 where nothing is kept.
+) -> tuple[Matrix, KeepMask]:
+    """ADMM for one projection: new weights, exactly 0 where nothing is kept, and the keep-mask.
 
     Args:
         hessian, toward: H and T; with T = H the pruning of this projection alone is repaired.
+        choose: keep-mask from |V + U|.
     """
     hessian, toward, scale = scaled(hessian, toward, damping)
     hessian.diagonal().add_(rho)
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    inverse = torch.cholesky_inverse(torch.where(failed > 0, math.nan, lower))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     w = weight.float() * scale
-    kept = keep_mask.float()
     wanted = w @ toward
-    both = w * kept
-    sign = rho * (2 * kept - 1)
-    dropped = 1 - kept
-    for _ in range(iterations):  # both = Z + U: Z is its kept part, U the rest, so rho (Z - U) = sign * both
-        both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, dropped, both)
-    new = (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0)
-    if not torch.isfinite(new).all():
-        raise ValueError(f"no closed form with rho {rho:g} and damping {damping:g}: the inputs are nearly singular")
-    return new
+    keep_mask = choose(w.abs())
+    both = w * keep_mask
+    for iteration in range(iterations):  # both = V + U: Z is its kept part, U the rest, so rho (Z - U) = sign * both
+        sign = torch.where(keep_mask, rho, -rho)
+        both = torch.addcmul(torch.addcmul(wanted, sign, both) @ inverse, (~keep_mask).float(), both)
+        if iteration < CHOOSING:
+            keep_mask = choose(both.abs())
+    return (both / scale).to(weight.dtype).masked_fill_(~keep_mask, 0), keep_mask
 
 
 def scaled(hessian: Tensor, toward: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,16 +138,10 @@ def run_until(block: Block, name: str, hidden: Tensor, weights: dict[str, Tensor
 
 def projections_by_input(block: Block) -> list[list[str]]:
     """Names of the projections in calling order, those with the same input together."""
-    seen: dict[int, tuple[Tensor, list[str]]] = {}  # id -> (the tensor, kept alive so that its id stays unique; names)
-
-    def note(name: str, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
-
-    with contextlib.ExitStack() as hooks:
-        for name, linear in block.projections.items():
-            hooks.enter_context(linear.register_forward_pre_hook(partial(note, name)))
-        block.run(0)
-    return [names for _, names in seen.values()]
+    groups: dict[int, list[str]] = {}
+    for name, statistics in block.statistics.items():  # shared by projections with the same input
+        groups.setdefault(id(statistics), []).append(name)
+    return list(groups.values())
 
 
 def moments(block: Block, name: str, weights: dict[str, Tensor], toward_dense: float) -> tuple[Square, Square]:

