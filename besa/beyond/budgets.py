@@ -2,7 +2,8 @@
 
 D_b(s) is the KL divergence, per token, from the dense model's predictions to those of the model in which Wanda prunes
 block b alone to sparsity s. It is measured at two sparsities; between them its logarithm is taken as linear.
-The budgets minimize the sum of D_b(s_b), so that one more pruned weight costs the same in every block of n_b weights:
+The budgets minimize the sum of D_b(s_b), so that one more pruned weight costs the same in every block of n_b weights
+whose budget lies inside the spread:
 
     D_b'(s_b) / n_b = price,    sum of n_b s_b = sparsity * sum of n_b
 """
@@ -25,7 +26,7 @@ SAMPLE = 4, 128  # windows on which the divergence is measured, and tokens of ea
 def block_budgets(
     model: PreTrainedModel, windows: Int64[Tensor, "n_samples seq_len"], sparsity: float, spread: float = 0.15
 ) -> tuple[float, ...]:
-    """One sparsity per block for `sparsities=` of any method: more where it costs the model's predictions less.
+    """One sparsity per block for `sparsities=`: more where pruning changes the model's predictions less.
 
     Args:
         windows: calibration token ids, of which a few are used.

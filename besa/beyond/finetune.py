@@ -1,4 +1,4 @@
-"""Train the kept weights of a pruned model together, on the next token of the calibration windows."""
+"""Train a pruned model on the next token of the calibration windows; pruned weights stay zero."""
 
 import tempfile
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def finetune(
         lr: Adam's highest step size.
         batch_size: windows per step.
         lora: train masked adapters instead, which are merged.
-        folder: keeps the state after each epoch, from which the same call continues.
+        folder: save the state here after each epoch; the same call continues from it.
     """
     dtype = model.dtype
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}

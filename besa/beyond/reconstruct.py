@@ -5,7 +5,7 @@ in the dense model:
 
     min over Z with Z = M * Z of  sum over tokens of ||Z y - W (y + a (x - y))||^2
 
-by ADMM from Z = M * W, U = 0, with H = sum y y^T scaled to a unit diagonal, and T = sum (y + a (x - y)) y^T:
+by ADMM from Z = M * W, U = 0, with H = sum y y^T and T = sum (y + a (x - y)) y^T, scaled to a unit diagonal of H:
 
     V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
 
@@ -31,8 +31,8 @@ from besa.system import finite_hint, sum_over_ranks
 from besa.walk import Block, Match, PrunedBlock
 
 ITERATIONS = 20  # of ADMM, as in Boža 2024
-CHOOSING = 15  # of these, after which a mask is chosen again, as in his code
-TOWARD_DENSE = 0.5  # a; 0 repairs the pruning of the projection alone, 1 aims at the output of the dense model
+CHOOSING = 15  # the mask is chosen again in the first ones, then fixed; as in his code
+TOWARD_DENSE = 0.5  # a; with 0 the target is W y, with 1 it is W x, the output in the dense model
 RHO = 1.0  # ADMM's penalty, for a Hessian of unit diagonal, as in Boža 2024
 DAMPING = 0.1  # added to the diagonals of H and T, as a fraction of the mean of H's; as in his code
 
@@ -42,7 +42,7 @@ class Reconstruct:
     """Give the kept weights new values once a block's mask is chosen, for `prune(..., reconstruct=Reconstruct())`.
 
     Args:
-        kind: "closed": each projection by itself, in closed form and about SparseGPT's time.
+        kind: "closed": each projection by itself, without training.
     """
 
     kind: Literal["closed"] = "closed"
@@ -67,10 +67,10 @@ class Closed(PatternMethod):
 
 @torch.no_grad()
 def fit(block: Block, choose: Callable[[str, Matrix], KeepMask]) -> PrunedBlock:
-    """Fit the projections in calling order, each to its inputs behind the ones before it.
+    """Fit the projections in calling order, each to its inputs behind those that are fitted already.
 
     Args:
-        choose: keep-mask of a projection from its name and the magnitudes of its weights.
+        choose: keep-mask of a projection from its name and |V + U|.
     """
     fitted = PrunedBlock()
     for names in projections_by_input(block):
