@@ -1,8 +1,10 @@
-"""Methods of single notebooks: units of reconstruction."""
+"""Methods and measurements of single notebooks."""
 
 import copy
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
@@ -11,8 +13,83 @@ import besa
 from besa.besa import candidate_rates, rank_rows
 from besa.decoder import find_blocks, projections
 from besa.losses import reconstruction_error
+from besa.masks import keep_largest
 from besa.walk import frozen, walk
-from reproduce.methods import BesaByPair, BesaByPart, BudgetedWeight, part_of
+from reproduce.analysis import hidden_state_errors
+from reproduce.methods import BesaByPair, BesaByPart, BudgetedWeight, Dlp, LearnedClipping, Owl, part_of
+
+
+@torch.no_grad()
+def inputs_of(model, windows):
+    """Inputs of every projection of the whole model, (tokens, columns), by (block, name)."""
+    seen, hooks = {}, []
+    for index, block in enumerate(find_blocks(model)):
+        for name, linear in projections(block).items():
+            keep = functools.partial(lambda key, _, args: seen.update({key: args[0].flatten(0, 1)}), (index, name))
+            hooks.append(linear.register_forward_pre_hook(keep))
+    model(windows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("method", [Owl(sparsity=0.6), Dlp(sparsity=0.6)], ids=["owl", "dlp"])
+def test_budgets_of_other_authors_are_those_of_their_formulas(tiny_llama, windows, method):
+    for power, block in zip((1.0, 1.2, 1.5), find_blocks(tiny_llama), strict=True):  # tails of different weight
+        for linear in projections(block).values():
+            linear.weight.data = linear.weight.sign() * linear.weight.abs() ** power
+    inputs, worths = inputs_of(tiny_llama, windows), []
+    for index, block in enumerate(find_blocks(tiny_llama)):
+        linears = projections(block).items()
+        scores = [linear.weight.detach().abs() * inputs[index, name].norm(dim=0) for name, linear in linears]
+        outliers = torch.cat([(each > 5 * each.mean()).float().flatten() for each in scores])
+        median = torch.cat([each.flatten() for each in scores]).median()
+        worths.append(float(outliers.mean() if isinstance(method, Owl) else -median))
+    worths = np.array(worths)
+    lowered = 2 * method.most * (worths - worths.min()) / (worths.max() - worths.min())
+    assert np.ptp(lowered) == pytest.approx(2 * method.most)
+    expected = 0.6 - (lowered - lowered.mean())
+    assert method.prepared(tiny_llama, windows).sparsities == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_learned_clipping_keeps_wandas_mask_and_loses_less_than_min_max(tiny_llama, windows):
+    learned, quantize = copy.deepcopy(tiny_llama), besa.Quantize(bits=3)
+    fixed = besa.prune(tiny_llama, windows, besa.Wanda(quantize=quantize), progress=False)
+    report = besa.prune(learned, windows, LearnedClipping(quantize=quantize), progress=False)
+    assert report.rows[0]["block_error"] < 0.97 * fixed.rows[0]["block_error"]
+    for (index, name), codes in report.quantized.items():
+        assert index > 0 or torch.equal(report.keep_masks[0, name], fixed.keep_masks[0, name])
+        weight = projections(find_blocks(learned)[index])[name].weight
+        assert torch.equal(codes.dequantize(weight.dtype), weight)
+        assert not weight[~report.keep_masks[index, name]].any()
+
+
+def test_errors_of_hidden_states_are_those_of_whole_runs(tiny_llama, windows):
+    pruned, outputs = copy.deepcopy(tiny_llama), []
+    besa.prune(pruned, windows, besa.Wanda(), progress=False)
+    errors = hidden_state_errors(pruned, tiny_llama, windows).set_index(["window", "block"])
+    for model in (pruned, tiny_llama):
+        for block in find_blocks(model):
+            block.register_forward_hook(lambda _, __, output: outputs.append(output.detach().double()))
+        model(windows, use_cache=False)
+    for index, (hidden, dense) in enumerate(zip(outputs[:3], outputs[3:], strict=True)):
+        for window in range(6):
+            lost = (hidden - dense)[window]
+            by_token = lost.norm(dim=1) / dense[window].norm(dim=1)
+            both = [float(by_token.mean()), float(lost.norm() / dense[window].norm())]
+            assert errors.loc[window, index].tolist() == pytest.approx(both, rel=1e-4)
+
+
+def test_first_step_of_each_projection_starts_from_wandas_mask_behind_the_pruned_ones(tiny_llama, windows):
+    tiny_llama.model.layers, tiny_llama.config.num_hidden_layers = tiny_llama.model.layers[:1], 1
+    dense = copy.deepcopy(tiny_llama)
+    report = besa.prune(tiny_llama, windows, BesaByPart(sparsity=0.46, unit="projection"), progress=False)
+    norms, inputs = inputs_of(dense, windows), inputs_of(tiny_llama, windows[:1])
+    for number, (name, linear) in enumerate(projections(find_blocks(dense)[0]).items()):
+        step, weight, x = report.steps[6 * number], linear.weight.detach(), inputs[0, name]
+        pruned = weight * keep_largest(weight.abs() * norms[0, name].norm(dim=0), step["sparsity"])
+        error = reconstruction_error((x @ pruned.T)[None], (x @ weight.T)[None])
+        assert step["reconstruction_error"] == pytest.approx(float(error), rel=1e-3), name
 
 
 @pytest.mark.parametrize("unit, n_units", [("projection", 7), ("sublayer", 2)])
