@@ -51,4 +51,5 @@ def first_problem(error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"]))
     if not name:  # raised by the class itself
         return first["msg"].removeprefix("Value error, ")
-    return f"{name}: {first['msg']}, not {first['input']!r}" + "; 0.5 is 50 %" * name.startswith("sparsit")
+    hint = "; 0.5 is 50 %" if name.startswith("sparsit") else ""
+    return f"{name}: {first['msg']}, not {first['input']!r}{hint}"

@@ -89,7 +89,7 @@ def test_methods_have_their_names_in_the_tables(called, line, method):
 @pytest.mark.parametrize(
     "line, words",
     [
-        (["--method", "wnada"], "unknown method 'wnada' (known: besa, exact, closed"),
+        (["--method", "wnada"], "unknown method 'wnada' (known: besa"),
         (["--method", "mine:Method"], "method 'mine:Method' cannot be imported: No module named 'mine'"),
         (["--set", "epoch=3"], "Besa has no field 'epoch' (fields: sparsity, sparsities, ignore, "),
         (["--set", "epochs=many"], "method besa, epochs: Input should be a valid integer"),

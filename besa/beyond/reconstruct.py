@@ -9,7 +9,7 @@ by ADMM from Z = M * W, U = 0, with H = sum y y^T and T = sum (y + a (x - y)) y^
 
     V = (W T + rho (Z - U)) (H + rho I)^-1,    Z = M * (V + U),    U <- U + V - Z
 
-M is given (`Reconstruct`), or keeps the largest |V + U| of each row in the first iterations (`Closed`; his Sec. 3.2).
+M is given (`Reconstruct`), or chosen by |V + U| in the first iterations (`Closed`).
 """
 
 from collections.abc import Callable
