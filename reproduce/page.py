@@ -85,8 +85,12 @@ def judged(claim: pd.Series) -> pd.DataFrame:
 
 
 def short(difference: str, metric: str) -> str:
-    mean = float(difference.split()[0].rstrip("%"))
-    return f"{mean:+.1f} points".replace("-", "\N{MINUS SIGN}") if "acc" in metric else percent(mean / 100)
+    mean, error = (part.strip().rstrip("%") for part in difference.split("±"))
+    if float(mean) > 200:
+        return percent(float(mean) / 100)
+    error = f" ± {float(error):.1f}" if error not in ("?", "nan") else ""
+    unit = "points" if "acc" in metric else "%"
+    return f"{float(mean):+.1f}{error} {unit}".replace("-", "\N{MINUS SIGN}")
 
 
 def scorecard() -> pd.DataFrame:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 import besa
 from besa.config import config
 from besa.data.files import tensor_sha256
+from besa.data.text import TEXTS, Text, load_documents
 from besa.evaluate.perplexity import Perplexity
 from besa.loop import Method
 from besa.system import resolve_device, resolve_dtype
@@ -145,7 +147,7 @@ class Run:
         self.seq_len = self.recipe.seq_len or self.profile.seq_len // divisor
         self.folder = Path(results or Path(os.environ.get("BESA_RESULTS") or ROOT / "results") / item)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.config, self.segments, self.records = dict(config), {}, []
+        self.config, self.segments, self.documents, self.records = dict(config), {}, {}, []
 
     def windows(
         self, tokenizer: Any, seeds: list[int] | None = None, n_samples: int | None = None
@@ -171,6 +173,8 @@ class Run:
         if n_segments:
             texts = {name: tokens[: n_segments * self.seq_len] for name, tokens in texts.items()}
         self.segments = {name: len(tokens) // self.seq_len for name, tokens in texts.items()}
+        for name, n in self.segments.items():
+            self.documents[name] = documents_of_segments(name, tokenizer, self.seq_len)[:n]
         return texts
 
     def row(
@@ -275,7 +279,8 @@ class Run:
     def write_verdicts(self, records: list[Record], claims: Any, metric: str = "perplexity", over: str = "text") -> str:
         """Write a verdict on each claim: pairs of rows, the first said to be better; returns Markdown."""
         judgements = verdicts.judge(records, claims, self.samples, metric, over)
-        return self.write_table(judgements, "Verdicts", "-verdicts") if len(judgements) else "No rows to compare."
+        rule = "Verdicts: ± is the 95 % interval; yes or no if it leaves out 0, over at least three seeds"
+        return self.write_table(judgements, rule, "-verdicts") if len(judgements) else "No rows to compare."
 
     def write_published(self, records: list[Record], metric: str = "perplexity", item: str | None = None) -> str:
         """Write BESA's relative numbers beside the paper's, and all numbers if the paper has this model; Markdown."""
@@ -306,6 +311,18 @@ class Run:
             size = f"{size} {SMOKE}"
         figures.write_size(figure, size, self.is_smoke)
         tables.save_figure(figure, self.folder, (stem or self.stem) + suffix)
+
+
+def documents_of_segments(text: str, tokenizer: Any, seq_len: int) -> np.ndarray:
+    """Number of the document of a test text in which each segment begins; of WikiText-2 the article."""
+    kind = TEXTS.get(text, Text())
+    documents = load_documents(text, kind.test_split)[: kind.max_documents]
+    joined = kind.separator.join(documents)
+    begins = np.cumsum([0] + [len(document) + len(kind.separator) for document in documents])
+    if text == "wikitext2":
+        begins = [title.start() for title in re.finditer(r"^ = [^=].* = $", joined, re.MULTILINE)]
+    places = tokenizer(joined, return_offsets_mapping=True, verbose=False)["offset_mapping"][::seq_len]
+    return np.searchsorted(begins, [start for start, _ in places], side="right")
 
 
 def is_calibrated(method: Method | None) -> bool:
@@ -390,5 +407,6 @@ class Row:
             "projections": copy.deepcopy(report.rows) if report else [],
         }
         losses = {name: value.losses.numpy() for name, value in metrics.items() if isinstance(value, Perplexity)}
+        losses |= {verdicts.DOCUMENTS + name: self.run.documents[name] for name in losses if name in self.run.documents}
         self.record = save_record(self.run.folder, self.config, outcome | more, losses | dict(samples or {}))
         print(self.name, {name: round(float(value), 4) for name, value in metrics.items()}, flush=True)

@@ -1,13 +1,16 @@
-"""Verdicts on claims: differences between two rows, paired by seed and by test segment or question."""
+"""Verdicts on claims: differences between two rows, paired by seed and by document of a test text, or by question."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from reproduce.tables import Record
 
-SAME_SPARSITY = 0.002  # rows further apart in sparsity are not compared
+SAME_SPARSITY = 0.0005  # a row with fewer zeros than that cannot be the better one
+DOCUMENTS = "documents of "  # before the name of a text: the document in which each of its segments begins
 Samples = Callable[[Record], Mapping[str, np.ndarray]]
 
 
@@ -20,11 +23,11 @@ def judge(
 ) -> pd.DataFrame:
     """A verdict on each claim, a pair of rows of which the first is said to be better.
 
-    With three seeds or more it is "yes" or "no" if the mean difference exceeds two standard errors, else "undecided".
-    With fewer seeds there is a number and no verdict.
+    With three seeds or more it is "yes" or "no" if the 95 % interval of the mean difference, which is printed, leaves
+    out 0, else "undecided". With fewer seeds there is a number and no verdict.
 
     Args:
-        samples: segment losses or answers of a record, by metric (`Run.samples`).
+        samples: segment losses or answers of a record, by metric, and the documents of the segments (`Run.samples`).
         metric: accuracy_percent (more is better, differences in points), or perplexity, cycles, error (less is better,
             differences relative).
         over: name of the column of texts, tasks or projections.
@@ -48,35 +51,61 @@ def judge(
 
 
 def verdict(gain: float, error: float, n_seeds: int, zeros: list[float]) -> str:
-    if abs(zeros[0] - zeros[1]) >= SAME_SPARSITY:
-        return "other sparsity"
+    """The verdict on a gain with a 95 % interval of gain ± error."""
     if n_seeds < 3:
         return "-"
-    if not abs(gain) > 2 * error:  # also if nothing tells the error
+    if not abs(gain) > error:  # also if nothing tells the error
         return "undecided"
+    better, other = zeros if gain > 0 else reversed(zeros)
+    if better < other - SAME_SPARSITY:
+        return "other sparsity"
     return "yes" if gain > 0 else "no"
 
 
-def differences(pairs: list[tuple[Record, Record]], name: str, samples: Samples, points: bool) -> list[np.ndarray]:
-    """Ours minus the other's, one array (seeds, samples) per text or task: nats per token, points, or log ratios."""
+class Group(NamedTuple):
+    """Differences (seeds, samples) of one text or task, and the cluster of each sample."""
+
+    values: np.ndarray
+    clusters: np.ndarray
+
+
+def differences(pairs: list[tuple[Record, Record]], name: str, samples: Samples, points: bool) -> list[Group]:
+    """Ours minus the other's: nats per token, points, or log ratios."""
     names = [name]
     if name == "average":
         names = [task for task in pairs[0][0]["metrics"] if task != "average"]
     values_of = [(samples(ours), samples(other)) for ours, other in pairs]
     if all(group in ours and group in other for ours, other in values_of for group in names):
         scale = 100.0 if points else 1.0
-        return [np.stack([scale * ours[group] - scale * other[group] for ours, other in values_of]) for group in names]
+        groups = []
+        for group in names:
+            values = np.stack([scale * ours[group] - scale * other[group] for ours, other in values_of])
+            clusters = values_of[0][0].get(DOCUMENTS + group, np.arange(values.shape[1]))
+            groups.append(Group(values, clusters))
+        return groups
     values = np.array([[ours["metrics"][name], other["metrics"][name]] for ours, other in pairs])
     values = values if points else np.log(values)
-    return [values[:, :1] - values[:, 1:]]
+    return [Group(values[:, :1] - values[:, 1:], np.zeros(1))]
 
 
-def paired(groups: list[np.ndarray]) -> tuple[float, float]:
-    """Mean difference and standard error, from the spread over seeds and over the samples of each group."""
-    by_seed = np.mean([group.mean(axis=1) for group in groups], axis=0)
-    variance = by_seed.var(ddof=1) / len(by_seed) if len(by_seed) > 1 else 0.0
-    for group in groups:
-        over_samples = group.mean(axis=0)
-        if len(over_samples) > 1:
-            variance += over_samples.var(ddof=1) / len(over_samples) / len(groups) ** 2
-    return float(by_seed.mean()), float(np.sqrt(variance)) if variance > 0 else float("nan")
+def paired(groups: list[Group]) -> tuple[float, float]:
+    """Mean difference and half of its 95 % interval.
+
+    The variance is that of the seeds and, for each group, that of its clusters (as of a ratio estimator); Student's t
+    with Satterthwaite's degrees of freedom.
+    """
+    by_seed = np.mean([values.mean(axis=1) for values, _ in groups], axis=0)
+    parts = [(by_seed.var(ddof=1) / len(by_seed), len(by_seed) - 1)] if len(by_seed) > 1 else []
+    for values, clusters in groups:
+        over_seeds = values.mean(axis=0)
+        sums = pd.Series(over_seeds - over_seeds.mean()).groupby(clusters).sum()
+        n = len(sums)
+        if n == 1 < len(over_seeds):  # one document tells nothing of others
+            return float(by_seed.mean()), float("nan")
+        if n > 1:
+            parts.append(((sums**2).sum() * n / (n - 1) / len(over_seeds) ** 2 / len(groups) ** 2, n - 1))
+    variance = sum(part for part, _ in parts)
+    if not variance > 0:
+        return float(by_seed.mean()), float("nan")
+    freedom = variance**2 / sum(part**2 / n for part, n in parts)
+    return float(by_seed.mean()), float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))

@@ -10,7 +10,7 @@ import torch
 import besa
 from reproduce.methods import matched_to, method_of, methods_of
 from reproduce.records import config_hash, find_record
-from reproduce.runs import PROFILES, USUAL_ROWS, Run, listed, resolve_profile, resolve_recipe
+from reproduce.runs import PROFILES, USUAL_ROWS, Run, documents_of_segments, listed, resolve_profile, resolve_recipe
 from reproduce.tables import ROOT
 
 
@@ -123,11 +123,25 @@ def test_a_record_holds_the_configuration_and_the_losses(run, inputs):
     assert record["provenance"].keys() >= {"commit", "hardware", "threads", "versions", "date"}
     losses = run.samples(record)["wiki"]
     assert np.exp(losses.mean()) == pytest.approx(record["metrics"]["wiki"])
+    assert len(run.samples(record)["documents of wiki"]) == len(losses)
     assert find_record(run.folder, record["config"]) == record
     for name in record["config"]:
         changed = record["config"] | {name: "another"}
         assert config_hash(changed) != record["config_hash"]
         assert name in ("model", "profile", "row") or find_record(run.folder, changed) is None
+
+
+def test_segments_know_the_document_in_which_they_begin(run, tiny_tokenizer, tmp_path, monkeypatch):
+    documents, seq_len = ["one two three " * 40, "four", "five six " * 90], 16
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    monkeypatch.setenv("BESA_DATA", str(folder.parent))
+    found = documents_of_segments("mine", tiny_tokenizer, seq_len)
+    tokens, last = besa.test_tokens("mine", tiny_tokenizer), tiny_tokenizer(documents[2])["input_ids"]
+    first = (len(tokens) - len(last)) // seq_len  # the segment in which the last document begins
+    assert len(found) == -(-len(tokens) // seq_len) and (found[1 : first - 1] == found[0]).all()
+    assert (found[first + 2 :] == found[-1]).all() and found[-1] > found[0]
 
 
 def test_reconstruction_is_part_of_the_configuration(run, inputs):

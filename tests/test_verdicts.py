@@ -5,8 +5,9 @@ import statistics
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from reproduce.verdicts import judge, paired, verdict
+from reproduce.verdicts import DOCUMENTS, Group, judge, paired, verdict
 
 
 def record(row, seed, losses, sparsity=0.5, name="wiki"):
@@ -28,28 +29,54 @@ def decide(records, claim=("a", "b"), **options):
     return judge(records, [claim], lambda record: record["losses"], **options)
 
 
-def test_the_error_has_a_part_of_the_seeds_and_one_of_each_text():
-    groups = [np.random.default_rng(0).normal(size=(3, 5)), np.random.default_rng(1).normal(size=(3, 7))]
-    mean, error = paired(groups)
+def test_the_interval_has_a_part_of_the_seeds_and_one_of_each_text():
+    groups = [np.random.default_rng(seed).normal(size=(3, n)) for seed, n in ((0, 5), (1, 7))]
+    mean, interval = paired([Group(values, np.arange(values.shape[1])) for values in groups])
     by_seed = [statistics.mean(statistics.mean(group[seed]) for group in groups) for seed in range(3)]
-    variance = statistics.variance(by_seed) / 3
+    parts = [(statistics.variance(by_seed) / 3, 2)]
     for group in groups:
         columns = [statistics.mean(column) for column in group.T]
-        variance += statistics.variance(columns) / len(columns) / 4
-    assert mean == pytest.approx(statistics.mean(by_seed)) and error == pytest.approx(math.sqrt(variance))
-    assert math.isnan(paired([np.array([[1.0]])])[1])
+        parts.append((statistics.variance(columns) / len(columns) / 4, len(columns) - 1))
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    assert mean == pytest.approx(statistics.mean(by_seed))
+    assert interval == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(variance))
+    assert math.isnan(paired([Group(np.array([[1.0]]), np.zeros(1))])[1])
+
+
+def test_segments_of_one_document_count_as_one():
+    random = np.random.default_rng(0)
+    values = np.repeat(random.normal(size=(1, 6)) + 0.01 * random.normal(size=(3, 6)), 4, axis=1)
+    by_document = paired([Group(values, np.repeat(np.arange(6), 4))])
+    assert by_document == pytest.approx(paired([Group(values[:, ::4], np.arange(6))]))
+    assert by_document[1] > 1.5 * paired([Group(values, np.arange(24))])[1]
+    assert math.isnan(paired([Group(values, np.zeros(24))])[1])
+    records = [each | {"losses": each["losses"] | {DOCUMENTS + "wiki": np.zeros(16)}} for each in rows(1.0, 2.0, 3)]
+    assert decide(records)["verdict"].item() == "undecided"
+
+
+def test_the_interval_of_a_true_difference_of_0_leaves_it_out_in_a_twentieth_of_the_cases():
+    random, outside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        values = random.normal(size=(3, 1)) + np.repeat(random.normal(size=(1, 8)), 2, axis=1)
+        mean, interval = paired([Group(values + 0.1 * random.normal(size=(3, 16)), np.repeat(np.arange(8), 2))])
+        outside += abs(mean) > interval
+    assert 20 <= outside <= 70
 
 
 @pytest.mark.parametrize(
     ("gain", "error", "n_seeds", "zeros", "expected"),
     [
-        (2.1, 1.0, 3, (0.5, 0.5), "yes"),
-        (-2.1, 1.0, 3, (0.5, 0.5), "no"),
-        (1.9, 1.0, 3, (0.5, 0.5), "undecided"),
+        (1.1, 1.0, 3, (0.5, 0.5), "yes"),
+        (-1.1, 1.0, 3, (0.5, 0.5), "no"),
+        (0.9, 1.0, 3, (0.5, 0.5), "undecided"),
         (9.0, float("nan"), 3, (0.5, 0.5), "undecided"),
         (9.0, 1.0, 2, (0.5, 0.5), "-"),
         (9.0, 1.0, 3, (0.5, 0.4981), "yes"),
+        (9.0, 1.0, 3, (0.4996, 0.5), "yes"),
         (9.0, 1.0, 3, (0.498, 0.5), "other sparsity"),
+        (-9.0, 1.0, 3, (0.498, 0.5), "no"),
+        (-9.0, 1.0, 3, (0.5, 0.498), "other sparsity"),
     ],
 )
 def test_verdicts_follow_the_rule(gain, error, n_seeds, zeros, expected):
