@@ -1,6 +1,7 @@
 """reproduce.page: README's tables and the report."""
 
 import json
+import math
 import os
 
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 import typer
 
 from reproduce import page
-from reproduce.tables import ROOT
+from reproduce.tables import REFERENCE, ROOT
 
 README, REPORT = ROOT / "README.md", ROOT / "reproduce" / "README.md"
 
@@ -26,6 +27,22 @@ def test_every_claim_has_a_verdict_from_records():
         {entry.split()[-1] for entry in verdict.split(", ")} <= {w.split()[-1] for w in words}
         for verdict in card["verdict"]
     )
+
+
+def test_the_method_of_a_record_can_give_its_zeros():
+    exact = {"wanda": True, "learned-clipping": True, "magnitude": False}  # floor(s n) by row, or by projection
+    n_checked = 0
+    for path in sorted(REFERENCE.glob("*/records/*.json")):
+        record = json.loads(path.read_text())
+        method = record["config"].get("method") or {}
+        for row in record.get("projections", []) if method.get("method") in exact else []:
+            sparsity = method["sparsities"][row["block"]] if method["sparsities"] else method["sparsity"]
+            n = row["columns"] if exact[method["method"]] else row["rows"] * row["columns"]
+            wanted = math.floor(sparsity * n) * (row["rows"] if exact[method["method"]] else 1)
+            if row["sparsity"] and not method.get("pattern"):  # 0: ignored
+                assert row["sparsity"] == pytest.approx(wanted / (row["rows"] * row["columns"]), abs=1e-9), path.name
+                n_checked += 1
+    assert n_checked > 1000
 
 
 def test_markers_are_found_once():
