@@ -53,6 +53,7 @@ def prune_checkpoint(
     progress: bool = True,
     reconstruct: Reconstruction | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Report:
     """Prune a checkpoint into a new folder, with one block in memory at a time.
 
@@ -65,12 +66,13 @@ def prune_checkpoint(
         device: device that computes.
         reconstruct: give the kept weights new values, as in `prune`.
         trust_remote_code: run Python code that comes with the source.
+        dtype: precision to compute in; None takes the source's.
     """
     compute_device = system.resolve_device(device)
     folder = find_checkpoint(source)
     carried_files(folder)
-    model = open_checkpoint(source, device, trust_remote_code)
-    dtype = model.checkpoint_dtype
+    model = open_checkpoint(source, device, trust_remote_code, dtype)
+    stored_dtype = model.checkpoint_dtype
     check(model, windows, method, reconstruct)
     shards = Shards(folder, Path(output), model, method)
     identity = {
@@ -80,7 +82,7 @@ def prune_checkpoint(
         "windows": {"shape": list(windows.shape), "sha256": files.tensor_sha256(windows)},
         "source": {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors")) if rank() == 0},
         "config.json": files.sha256(folder / "config.json"),
-        "dtype": f"{model.dtype} stored as {dtype}",
+        "dtype": f"{model.dtype} stored as {stored_dtype}",
         "device": compute_device.type,
         "ranks": system.n_ranks(),
     }
@@ -98,7 +100,7 @@ def prune_checkpoint(
                 for block in walk(
                     model, windows, place=lambda block: copy.deepcopy(block).to(compute_device), **options
                 ):
-                    shards.write(block.index, block.module, prune_block(block, method, reconstruct, dtype))
+                    shards.write(block.index, block.module, prune_block(block, method, reconstruct, stored_dtype))
                     del block  # before the next one is loaded
         shards.close()
     report = shards.report(len(windows), windows.shape[1])

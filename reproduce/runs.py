@@ -1,13 +1,10 @@
 """Run the rows of a notebook: parameters, profiles, the plan of rows, their tables and figures."""
 
-import contextlib
-import copy
 import functools
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,17 +15,16 @@ import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 import besa
 from besa.config import config
 from besa.data.files import tensor_sha256
 from besa.data.text import TEXTS, Text, load_documents
-from besa.evaluate.perplexity import Perplexity
 from besa.loop import Method
 from besa.system import resolve_device, resolve_dtype
 from reproduce import figures, tables, verdicts
-from reproduce.records import checkpoint_identity, config_hash, find_record, is_reference, record_path, save_record
+from reproduce.records import checkpoint_identity, config_hash, find_record, is_reference, record_path
+from reproduce.rows import Row
 from reproduce.tables import REFERENCE, ROOT, Record, slug
 
 SMOKE = "SMOKE RUN: these numbers only show that the code runs."
@@ -80,6 +76,8 @@ class Recipe:
         n_samples, seq_len: calibration windows and tokens of each; None takes the profile's.
         dtype: None takes a precision in which the device is fast.
         d_coef, d_coef_layer: Prodigy's step size, row-wise and layer-wise; the published runs set it by model.
+        keep: leave pruned models in $BESA_CACHE/pruned, where an interrupted row continues and other notebooks find
+            them; None does in profile paper.
     """
 
     calibration: str = "sotu"
@@ -91,6 +89,7 @@ class Recipe:
     device: str = "auto"
     d_coef: float = 5.0
     d_coef_layer: float = 0.5
+    keep: bool | None = None
 
 
 def resolve_recipe(model: str, values: Mapping[str, Any] | None = None) -> Recipe:
@@ -142,6 +141,7 @@ class Run:
         self.dtype = resolve_dtype(self.recipe.dtype, self.device)
         self.profile = resolve_profile(profile, self.device)
         self.is_smoke = self.profile.name == "smoke"
+        self.keeps = self.profile.name == "paper" if self.recipe.keep is None else self.recipe.keep
         self.n_samples = self.recipe.n_samples or self.profile.n_samples
         divisor = 1 if self.profile.name == "paper" else shorter
         self.seq_len = self.recipe.seq_len or self.profile.seq_len // divisor
@@ -187,7 +187,7 @@ class Run:
         seed: int | None = None,
         reconstruct: Any = None,
         **config: Any,
-    ) -> "Row":
+    ) -> Row:
         """One row; `config` holds further values that its numbers depend on. Its `record` is None until it is saved."""
         identity = {"item": self.item, "model": self.model, "profile": self.profile.name, "seq_len": self.seq_len}
         identity |= {"calibration": self.recipe.calibration, "sampler": self.recipe.sampler}
@@ -216,7 +216,7 @@ class Run:
         *,
         matched: Mapping[str, str] | None = None,
         **config: Any,
-    ) -> Iterator["Row"]:
+    ) -> Iterator[Row]:
         """Iterate over the rows without a record: each method with the windows of each seed.
 
         Methods without calibration run once. `self.records` then holds the records of all rows, in this order.
@@ -328,85 +328,3 @@ def documents_of_segments(text: str, tokenizer: Any, seq_len: int) -> np.ndarray
 def is_calibrated(method: Method | None) -> bool:
     """Whether calibration windows change the result."""
     return method is not None and method.name != "magnitude" and method.sparsity > 0
-
-
-@dataclass
-class Row:
-    """One row of a table: a method, its windows, and the configuration that its record is found by."""
-
-    run: Run
-    method: Method | None
-    windows: Tensor | None
-    config: dict[str, Any]
-    record: Record | None
-    reconstruct: Any = None
-    cpu_seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.config["row"]
-
-    def prune(self) -> tuple[PreTrainedModel, "besa.Report | None"]:
-        """Load the model and prune it. A model larger than the GPU stays in host memory, one block at a time moves.
-
-        `budgets` in the configuration shares the sparsity out between blocks, within that spread; `epoch` holds the
-        options of `besa.finetune`, which then trains the kept weights.
-        """
-        model, _ = besa.load_model(self.run.model, self.run.dtype, "cpu")
-        device, report = self.run.device, None
-        fits = device.type == "cpu" or model.get_memory_footprint() < 0.6 * torch.cuda.mem_get_info(device)[0]
-        if fits:
-            model.to(device)
-        if self.method:
-            method = self.method
-            if hasattr(method, "prepared"):  # looks at the dense model first
-                method = method.prepared(model, self.windows)
-            if spread := self.config.get("budgets"):
-                with self._timed("budgets"):
-                    budgets = besa.block_budgets(model, self.windows, method.sparsity, spread)
-                method = replace(method, sparsities=budgets)
-            with self._timed("pruning"):
-                block_device = None if fits else str(device)
-                report = besa.prune(model, self.windows, method, reconstruct=self.reconstruct, device=block_device)
-            if (options := self.config.get("epoch")) is not None:
-                with self._timed("epoch"):
-                    besa.finetune(model, self.windows, report, **options)
-        if not fits:
-            import accelerate
-
-            parts = accelerate.infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules))
-            model = accelerate.dispatch_model(model, parts)
-        return model, report
-
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.process_time()
-        yield
-        self.cpu_seconds[part] = time.process_time() - start
-
-    def save(
-        self,
-        report: "besa.Report | None",
-        metrics: Mapping[str, float],
-        samples: Mapping[str, np.ndarray] | None = None,
-        **more: Any,
-    ) -> None:
-        """Write the record of the row.
-
-        Args:
-            report: of `prune`; None for the dense model.
-            samples: values whose means the metrics are; a perplexity brings its own, the losses of its segments.
-            more: further entries of the record.
-        """
-        outcome = {
-            "metrics": dict(metrics),
-            "sparsity": report.sparsity if report else 0.0,
-            "seconds": report.seconds if report else 0.0,
-            "cpu_seconds": self.cpu_seconds,
-            "peak_bytes": report.peak_bytes if report else 0,
-            "projections": copy.deepcopy(report.rows) if report else [],
-        }
-        losses = {name: value.losses.numpy() for name, value in metrics.items() if isinstance(value, Perplexity)}
-        losses |= {verdicts.DOCUMENTS + name: self.run.documents[name] for name in losses if name in self.run.documents}
-        self.record = save_record(self.run.folder, self.config, outcome | more, losses | dict(samples or {}))
-        print(self.name, {name: round(float(value), 4) for name, value in metrics.items()}, flush=True)

@@ -55,15 +55,6 @@ def test_segments_of_one_document_count_as_one():
     assert decide(records)["verdict"].item() == "undecided"
 
 
-def test_the_interval_of_a_true_difference_of_0_leaves_it_out_in_a_twentieth_of_the_cases():
-    random, outside = np.random.default_rng(0), 0
-    for _ in range(1000):
-        values = random.normal(size=(3, 1)) + np.repeat(random.normal(size=(1, 8)), 2, axis=1)
-        mean, interval = paired([Group(values + 0.1 * random.normal(size=(3, 16)), np.repeat(np.arange(8), 2))])
-        outside += abs(mean) > interval
-    assert 20 <= outside <= 70
-
-
 @pytest.mark.parametrize(
     ("gain", "error", "n_seeds", "zeros", "expected"),
     [

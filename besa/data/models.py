@@ -66,19 +66,21 @@ def load_model(
     return model if "device_map" in kwargs else model.to(device), tokenizer
 
 
-def open_checkpoint(name: str | Path, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+def open_checkpoint(
+    name: str | Path, device: str = "cpu", trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Open a checkpoint in its own precision on the CPU; the weights stay in their memory-mapped files.
 
     An embedded model, small and in float32 on the disk, is rounded to its original's bfloat16 and has the precision in
-    which `device` is fast.
+    which `device` is fast. Another `dtype` converts all weights, in memory.
     """
     options = {"dtype": torch.bfloat16 if name in EMBEDDED else "auto", "trust_remote_code": trust_remote_code}
     with torch.device("cpu"):
         model = _load(find_checkpoint(name), use_safetensors=True, **options)
     model.checkpoint_dtype = model.dtype
-    if name in EMBEDDED:
+    if name in EMBEDDED or dtype:
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
-            parameter.data = parameter.to(resolve_dtype(None, resolve_device(device)))
+            parameter.data = parameter.to(resolve_dtype(dtype, resolve_device(device)))
     return model.requires_grad_(False)
 
 
