@@ -61,8 +61,7 @@ def paper_number(claim: pd.Series) -> str:
     """BESA relative to the other method in the paper, on LLaMA-7B."""
     if not claim["paper"]:
         return ""
-    item = "readme_granularity" if claim["notebook"] == "granularity" else claim["notebook"]
-    numbers = published(item, claim["metric"])
+    numbers = published(claim["notebook"], claim["metric"])
     ours = numbers.loc[next(row for row in ("besa", "joint-besa", "besa-row-wise") if row in numbers.index)]
     other = numbers.loc[claim["paper"]]
     if claim["metric"] == "accuracy_percent":
@@ -152,13 +151,14 @@ def snippet() -> str:
     )
 
 
-def fidelity() -> tuple[float, float]:
-    """Largest relative difference to the released code: of a training step in block 0, of a perplexity."""
+def fidelity(*rows: str) -> tuple[float, float]:
+    """Largest relative difference to the released code: of a step in block 0, of a perplexity (of these rows)."""
     steps = [max(record["metrics"].values()) for record in load("fidelity") if "block-0" in record["config"]["row"]]
     known = json.loads((ROOT / "tests" / "golden" / "smollm2_bench.json").read_text())["perplexity"]
     ratios = [
         abs(value / known[record["config"]["row"]][text] - 1)
         for record in load("fidelity", calibration="c4")
+        if not rows or record["config"]["row"] in rows
         for text, value in record["metrics"].items()
     ]
     return max(steps), max(ratios)
@@ -236,10 +236,23 @@ def cost() -> str:
     )
 
 
+def evidence() -> str:
+    """A sentence on all records: commits, processors, core-hours of pruning."""
+    records = [record for folder in sorted(REFERENCE.iterdir()) for record in load(folder.name)]
+    sources = sorted((record["provenance"] for record in records), key=lambda source: source["date"])
+    hours = sum(np.sum(record["seconds"]) * record["provenance"]["threads"] / 3600 for record in records)
+    first, last = (f"{source['commit'][:8]} ({source['date'][:10]})" for source in (sources[0], sources[-1]))
+    n_commits, processors = (len({source[name] for source in sources}) for name in ("commit", "hardware"))
+    return (
+        f"{len(records)} records of {n_commits} commits from {first} to {last}, on {processors} kinds of processors; "
+        f"{hours:.0f} core-hours of pruning."
+    )
+
+
 def parts() -> dict[str, str]:
     """The generated parts of README.md by marker."""
-    same = "We ran the authors' code on the same weights and tokens: its perplexities differ from ours by at most "
-    same += f"{fidelity()[1]:.1%} ([fidelity](reproduce/fidelity.ipynb))."
+    same = "We ran the authors' code on the same weights and tokens: BESA's perplexities differ from ours by at most "
+    same += f"{fidelity('besa-row-wise')[1]:.1%} ([fidelity](results/reference/fidelity/fidelity.ipynb))."
     return {
         "snippet": snippet(),
         "results": f"{table(results_table())}\n\n{same}\n\n{table(recipes())}",
@@ -277,6 +290,7 @@ def report() -> str:
         "cost": cost(),
         "matching": matching,
         "plain": plain_softmax(),
+        "evidence": evidence(),
     }
     return re.sub(r"\{(\w+)\}", lambda match: filled[match[1]], template)
 
