@@ -172,14 +172,18 @@ def recipes() -> pd.DataFrame:
             for record in load("beyond", model=MODEL, calibration="c4", row=f"{row}-{target}"):
                 mean = np.exp(np.mean(np.log(list(record["metrics"].values()))))
                 place = {"code": code, "target": f"→ {float(target):.0%}", "seed": record["config"]["seed"]}
-                lines.append(place | {"mean": mean, "minutes": sum(record["cpu_seconds"].values()) / 60})
+                n_segments = len(samples(record)["c4"])
+                seconds = sum(record["cpu_seconds"].values())
+                lines.append(place | {"mean": mean, "minutes": seconds / 60, "segments": n_segments})
     known = pd.DataFrame(lines)
-    known = known[known.groupby(["target", "seed"])["code"].transform("size") == len(RECIPES)]
+    n_rows = known.groupby("target")["code"].transform("nunique")
+    known = known[known.groupby(["target", "seed"])["code"].transform("size") == n_rows]
     n_seeds = known.groupby("target")["seed"].transform("nunique").map(", {} seeds".format)
     rows = known.assign(target=known["target"] + n_seeds).groupby(["code", "target"], sort=False)
-    cells = rows["mean"].agg(lambda x: f"{x.mean():.1f}±{x.std():.1f}").unstack()
+    cells = rows["mean"].agg(lambda x: f"{x.mean():.1f}±{x.std():.1f}").unstack(fill_value="")
     cells["→ CPU minutes"] = known.groupby("code", sort=False)["minutes"].mean().map("{:.1f}".format)
-    cells.index.name = "geometric mean of the texts, 128 segments ([beyond](reproduce/beyond.ipynb))"
+    size = f"{known['segments'].min()} segments"
+    cells.index.name = f"geometric mean of the texts, {size} ([beyond](reproduce/beyond.ipynb))"
     return cells.reset_index()
 
 
