@@ -40,18 +40,28 @@ KNOWN = {
 
 
 def method_of(row: str, sparsity: float = 0.5, **fields: Any) -> Method | None:
-    """The method of a row by its name, or your own by "package.module:Class"; None is the dense model."""
-    if row not in KNOWN and ":" not in row:
+    """The method of a row by its name, or your own by "package.module:Class"; None is the dense model.
+
+    Steps behind the name, such as "wanda + epoch", are those of `steps_of`.
+    """
+    name = row.partition(" + ")[0]
+    if name not in KNOWN and ":" not in name:
         raise ValueError(f"unknown row {row!r}; known: {', '.join(KNOWN)}, or package.module:Class")
-    make = KNOWN[row] if row in KNOWN else method_class(row)
+    make = KNOWN[name] if name in KNOWN else method_class(name)
     return make and make(sparsity=sparsity, **fields)
+
+
+def steps_of(row: str, spread: float = 0.15, epoch: Any = None) -> dict[str, Any]:
+    """Options of `Run.row` for the steps in the name of a row: "exact-update + budgets + epoch"."""
+    options = {"budgets": spread, "epoch": epoch or {}}
+    return {step: option for step, option in options.items() if step in row.split(" + ")[1:]}
 
 
 def methods_of(rows: Sequence[str], sparsity: float, recipe: Any) -> dict[str, Method | None]:
     """The methods of several rows, BESA's step sizes from the recipe; a method of yours by its own name."""
     fields = {"besa-row-wise": {"d_coef": recipe.d_coef}, "besa-layer-wise": {"d_coef": recipe.d_coef_layer}}
-    methods = {row: method_of(row, sparsity, **fields.get(row, {})) for row in rows}
-    return {row if row in KNOWN else method.name: method for row, method in methods.items()}
+    methods = {row: method_of(row, sparsity, **fields.get(row.partition(" + ")[0], {})) for row in rows}
+    return {row if ":" not in row else method.name: method for row, method in methods.items()}
 
 
 def matched_to(
@@ -63,7 +73,8 @@ def matched_to(
         others: rows to match; None takes Wanda, SparseGPT and methods of yours.
     """
     if others is None:
-        others = [other for other in rows if other in ("wanda", "sparsegpt") or other not in KNOWN]
+        ours = [other for other in rows if other in KNOWN or " + " in other]
+        others = [other for other in rows if other in ("wanda", "sparsegpt") or other not in ours]
     return {other: row for other in rows if other in others} if wanted and row in rows else {}
 
 

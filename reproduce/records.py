@@ -42,7 +42,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def record_path(folder: Path, config: Mapping[str, Any]) -> Path:
-    stem = "-".join((slug(config["model"]), config["profile"], config["row"], config_hash(config)))
+    row = config["row"].replace(" + ", "-")
+    stem = "-".join((slug(config["model"]), config["profile"], row, config_hash(config)))
     return folder / "records" / f"{stem}.json"
 
 

@@ -23,6 +23,7 @@ from besa.data.text import TEXTS, Text, load_documents
 from besa.loop import Method
 from besa.system import resolve_device, resolve_dtype
 from reproduce import figures, tables, verdicts
+from reproduce.methods import steps_of
 from reproduce.records import checkpoint_identity, config_hash, find_record, is_reference, record_path
 from reproduce.rows import Row
 from reproduce.tables import REFERENCE, ROOT, Record, slug
@@ -231,6 +232,7 @@ class Run:
         plan = [(seed, name) for seed in windows for name in names if seed == first or is_calibrated(methods[name])]
         for seed, name in tqdm(plan, desc=self.item, unit="row", delay=5, leave=False):
             method, inputs = methods[name], {"windows": windows[seed], "texts": texts, "seed": seed, **config}
+            inputs |= steps_of(name)
             if name in matched:
                 reached = self.row(matched[name], methods[matched[name]], **inputs).record
                 method = replace(method, sparsities=tables.block_sparsities(reached))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import besa
-from reproduce.methods import matched_to, method_of, methods_of
+from reproduce.methods import matched_to, method_of, methods_of, steps_of
 from reproduce.records import config_hash, find_record
 from reproduce.runs import PROFILES, USUAL_ROWS, Run, documents_of_segments, listed, resolve_profile, resolve_recipe
 from reproduce.tables import ROOT
@@ -82,14 +82,15 @@ def test_profiles_are_found_by_name_and_device(monkeypatch):
 def test_named_rows_are_the_methods_of_the_tables():
     assert method_of("dense") is None
     assert method_of("wanda", 0.6) == besa.Wanda(sparsity=0.6)
-    layer_wise = besa.Besa(row_group="layer", match="model", d_coef=0.5)
-    assert method_of("besa-layer-wise") == layer_wise
+    assert method_of("besa-layer-wise") == besa.Besa(row_group="layer", match="model", d_coef=0.5)
+    assert steps_of("wanda + epoch") == {"epoch": {}} and steps_of("wanda + budgets", 0.1) == {"budgets": 0.1}
     with pytest.raises(ValueError, match="unknown row 'besa'"):
         method_of("besa")
-    recipe = resolve_recipe("llama-30b")
-    rows = methods_of(["dense", "wanda", "besa-row-wise", "besa.baselines:SparseGPT"], 0.5, recipe)
-    besa_row = besa.Besa(d_coef=10.0)
-    assert rows == {"dense": None, "wanda": besa.Wanda(), "besa-row-wise": besa_row, "sparsegpt": besa.SparseGPT()}
+    names = ["dense", "wanda", "besa-row-wise + epoch", "besa.baselines:SparseGPT"]
+    rows = methods_of(names, 0.5, resolve_recipe("llama-30b"))
+    assert rows.pop("besa-row-wise + epoch") == besa.Besa(d_coef=10.0)
+    assert rows == {"dense": None, "wanda": besa.Wanda(), "sparsegpt": besa.SparseGPT()}
+    rows |= {"besa-row-wise": besa.Besa(), "exact + epoch": besa.Exact()}
     assert matched_to("besa-row-wise", rows) == {"wanda": "besa-row-wise", "sparsegpt": "besa-row-wise"}
     assert matched_to("besa-row-wise", ["wanda"]) == matched_to("besa-row-wise", rows, wanted=False) == {}
     assert matched_to("besa-row-wise", ["besa-row-wise", "mine"]) == {"mine": "besa-row-wise"}
@@ -97,13 +98,14 @@ def test_named_rows_are_the_methods_of_the_tables():
 
 def test_rows_are_run_once_and_matched_rows_have_the_sparsity_of_besa(run, inputs):
     windows, texts = inputs
-    methods = methods_of(["dense", "magnitude", "wanda", "besa-row-wise"], 0.5, run.recipe)
-    calibrated = ["besa-row-wise", "wanda"]
+    methods = methods_of(["dense", "magnitude", "wanda", "besa-row-wise", "exact + epoch"], 0.5, run.recipe)
+    calibrated = ["besa-row-wise", "exact + epoch", "wanda"]
     assert finish(run, methods, windows, texts) == ["dense", "magnitude", *calibrated, *calibrated]
     records = run.records
     assert finish(run, methods, windows, texts) == [] and run.records == records
-    assert [record["config"]["seed"] for record in records] == [0, 0, 0, 0, 1, 1]
-    besa_record, wanda = records[2], records[3]
+    assert [record["config"]["seed"] for record in records] == [0, 0, 0, 0, 0, 1, 1, 1]
+    besa_record, wanda = records[2], records[4]
+    assert records[3]["config"]["epoch"] == {} and records[3]["cpu_seconds"]["epoch"] > 0
     assert wanda["config"]["matched_to"] == "besa-row-wise" and "matched_to" not in besa_record["config"]
     assert wanda["config"]["method"]["sparsities"][0] == pytest.approx(
         sum(row["zeros"] for row in besa_record["projections"] if row["block"] == 0)
