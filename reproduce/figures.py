@@ -112,7 +112,8 @@ def perplexity(table: pd.DataFrame, texts: list[str]) -> Figure:
 
 def plain_ticks(ax: Axes) -> None:
     """Write numbers such as 30, not powers, along a logarithmic x axis."""
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=20))
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if high < 6 * low else (1, 2, 5), numticks=20))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
 
