@@ -40,10 +40,11 @@ def load(notebook: str, results: Path = REFERENCE, **config: Any) -> list[Record
     return [record for record in records if config.items() <= record["config"].items()]
 
 
-def at_equal_sparsity(records: list[Record]) -> list[Record]:
-    """Records without the rows that are also there pruned to BESA's sparsity."""
-    matched = {record["config"]["row"] for record in records if "matched_to" in record["config"]}
-    return [each for each in records if "matched_to" in each["config"] or each["config"]["row"] not in matched]
+def at_equal_sparsity(records: list[Record], ours: str = "besa-row-wise") -> list[Record]:
+    """Records of rows pruned to the sparsity of a row and, where there are none, as they are."""
+    matched = {each["config"]["row"] for each in records if each["config"].get("matched_to") == ours}
+    wanted = {row: ours for row in matched}
+    return [each for each in records if each["config"].get("matched_to") == wanted.get(each["config"]["row"])]
 
 
 def samples(record: Record) -> Mapping[str, np.ndarray]:
@@ -52,13 +53,11 @@ def samples(record: Record) -> Mapping[str, np.ndarray]:
 
 
 def percent(value: float) -> str:
-    if value > 2:
-        return f"{1 + value:.0f} times as high"
     return f"{100 * value:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
-def paper_number(claim: pd.Series) -> str:
-    """BESA relative to the other method in the paper, on LLaMA-7B."""
+def paper_number(claim: pd.Series, names: list[str]) -> str:
+    """BESA relative to the other method in the paper, on LLaMA-7B; of the same texts, if the paper has them."""
     if not claim["paper"]:
         return ""
     numbers = published(claim["notebook"], claim["metric"])
@@ -68,34 +67,41 @@ def paper_number(claim: pd.Series) -> str:
         return f"{ours['average'] - other['average']:+.1f} points".replace("-", "\N{MINUS SIGN}")
     if claim["metric"] == "cycles":
         return percent(ours.sum() / other.sum() - 1)
-    return f"wikitext2 {percent(ours['wikitext2'] / other['wikitext2'] - 1)}"
+    texts = [name for name in names if name in numbers] or ["wikitext2"]
+    return ", ".join(f"{text} {percent(ours[text] / other[text] - 1)}" for text in texts)
 
 
 def judged(claim: pd.Series) -> pd.DataFrame:
-    """The verdicts on a claim, a line per text or task."""
+    """The verdicts on a claim, a line per text or task; `size` is the number of seeds, and of samples of each."""
     wanted = {"model": MODEL, "profile": claim["profile"], "calibration": claim["calibration"]}
-    records = at_equal_sparsity(load(claim["notebook"], **wanted))
+    records = at_equal_sparsity(load(claim["notebook"], **wanted), claim["ours"])
     if claim["metric"] == "cycles":
         for record in records:
             record["metrics"]["block"] = sum(record["metrics"].values())
     pair = [(claim["ours"], claim["against"])]
     judgements = verdicts.judge(records, pair, samples, claim["metric"], "name").set_index("name")
-    return judgements.loc[claim["names"].split(";")] if claim["names"] else judgements
+    judgements = judgements.loc[claim["names"].split(";")] if claim["names"] else judgements
+    values = samples(next(record for record in records if record["config"]["row"] == claim["ours"]))
+    n = sum(len(value) for name, value in values.items() if name in judgements.index or "average" in judgements.index)
+    seeds = judgements["seeds"].max()
+    return judgements.assign(size=f"{seeds} × {n // len(judgements)}" if n else f"{seeds}")
 
 
 def short(difference: str, metric: str) -> str:
+    if "times" in difference:
+        return difference
     mean, error = (part.strip().rstrip("%") for part in difference.split("±"))
-    if float(mean) > 200:
-        return percent(float(mean) / 100)
     error = f" ± {float(error):.1f}" if error not in ("?", "nan") else ""
     unit = "points" if "acc" in metric else "%"
     return f"{float(mean):+.1f}{error} {unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def scorecard() -> pd.DataFrame:
-    """A line per claim of reproduce/claims.csv."""
+def scorecard(of_the_paper: bool = True) -> pd.DataFrame:
+    """A line per claim of reproduce/claims.csv, of the paper or beyond it."""
     lines = []
     for _, claim in pd.read_csv(ROOT / "reproduce" / "claims.csv", keep_default_na=False).iterrows():
+        if (claim["item"] in ("Other sparsities", "Beyond the paper")) == of_the_paper:
+            continue
         judgements = judged(claim)
         several = len(judgements) > 1
         ours = [
@@ -104,10 +110,13 @@ def scorecard() -> pd.DataFrame:
         judgements["verdict"] = judgements["verdict"].replace("-", "one seed")
         words = [f"{name} " * several + line["verdict"] for name, line in judgements.iterrows()]
         same = judgements["verdict"].nunique() == 1
-        line = {"item": claim["item"], "claim": claim["claim"], "paper, LLaMA-7B": paper_number(claim)}
+        line = {"item": claim["item"], "claim": claim["claim"]}
+        if of_the_paper:
+            line["paper, LLaMA-7B"] = paper_number(claim, list(judgements.index))
         line |= {
             f"here, {MODEL}": ", ".join(ours),
             "verdict": judgements["verdict"].iloc[0] if same else ", ".join(words),
+            "size": judgements["size"].iloc[0],
         }
         lines.append(line | {"notebook": link(claim)})
     return pd.DataFrame(lines)
@@ -164,17 +173,20 @@ def fidelity(*rows: str) -> tuple[float, float]:
     return max(steps), max(ratios)
 
 
+def geometric_mean(record: Record) -> float:
+    return float(np.exp(np.mean(np.log(list(record["metrics"].values())))))
+
+
 def recipes() -> pd.DataFrame:
     """Geometric mean over texts of rows of beyond.ipynb, on the seeds that all rows have, and their CPU minutes."""
     lines = []
     for row, code in RECIPES.items():
         for target in ("0.5", "0.7", "0.8"):
             for record in load("beyond", model=MODEL, calibration="c4", row=f"{row}-{target}"):
-                mean = np.exp(np.mean(np.log(list(record["metrics"].values()))))
                 place = {"code": code, "target": f"→ {float(target):.0%}", "seed": record["config"]["seed"]}
                 n_segments = len(samples(record)["c4"])
                 seconds = sum(record["cpu_seconds"].values())
-                lines.append(place | {"mean": mean, "minutes": seconds / 60, "segments": n_segments})
+                lines.append(place | {"mean": geometric_mean(record), "minutes": seconds / 60, "segments": n_segments})
     known = pd.DataFrame(lines)
     n_rows = known.groupby("target")["code"].transform("nunique")
     known = known[known.groupby(["target", "seed"])["code"].transform("size") == n_rows]
@@ -182,8 +194,9 @@ def recipes() -> pd.DataFrame:
     rows = known.assign(target=known["target"] + n_seeds).groupby(["code", "target"], sort=False)
     cells = rows["mean"].agg(lambda x: f"{x.mean():.1f}±{x.std():.1f}").unstack(fill_value="")
     cells["→ CPU minutes"] = known.groupby("code", sort=False)["minutes"].mean().map("{:.1f}".format)
-    size = f"{known['segments'].min()} segments"
-    cells.index.name = f"geometric mean of the texts, {size} ([beyond](reproduce/beyond.ipynb))"
+    seeds = f"seeds {known['seed'].min()} to {known['seed'].max()}, {known['segments'].min()} segments"
+    link = f"[beyond](results/reference/beyond/{MODEL}-quick-c4.ipynb)"
+    cells.index.name = f"geometric mean of the texts, {seeds} ({link})"
     return cells.reset_index()
 
 
@@ -289,6 +302,7 @@ def report() -> str:
     matching = f"Wanda has {lower:.1%} less perplexity at {matched['sparsity']:.3f} than at {own['sparsity']:.3f}"
     filled = {
         "scorecard": table(scorecard()),
+        "beyond": table(scorecard(of_the_paper=False)),
         "step": f"{step:.2%}",
         "perplexity": f"{perplexity:.1%}",
         "cost": cost(),

@@ -97,7 +97,6 @@ class Row:
         folder = self._folder(*PRUNED_BY)
         costs, is_new = folder.with_suffix(".json"), not folder.exists()
         method = self._prepared(model, method)
-        del model
         with self._timed("pruning"):
             report = besa.prune_checkpoint(
                 self.run.model,
