@@ -28,8 +28,11 @@ METHODS = {  # rows of README's table, with the code of each
     "exact-update": "`Exact(update=True)`",
 }
 RECIPES = {
+    "admm": "ADMM, by its authors' code",
+    "closed-24": "`Closed()`, with 24 of the 32 windows",
     "exact-update": "`Exact(update=True)`",
-    "exact-update-budgets-epoch": "the same after `block_budgets`, then `finetune`",
+    "exact-update-budgets-epoch": "`Exact(update=True, sparsities=block_budgets(model, windows, sparsity))`, then "
+    "`finetune(model, windows, report)`",
 }
 
 
