@@ -95,7 +95,7 @@ class Row:
     def _pruned_folder(self, model: PreTrainedModel, method: Method) -> tuple[PreTrainedModel, besa.Report]:
         """Prune into a folder, or continue there; CPU seconds are known of a run without interruption."""
         folder = self._folder(*PRUNED_BY)
-        costs, is_new = folder.with_suffix(".json"), not folder.exists()
+        costs, is_new = Path(f"{folder}.json"), not folder.exists()
         method = self._prepared(model, method)
         with self._timed("pruning"):
             report = besa.prune_checkpoint(
@@ -117,7 +117,7 @@ class Row:
         if (options := self.config.get("epoch")) is None:
             return model
         folder = self._folder(*PRUNED_BY, "epoch")
-        costs = folder.with_suffix(".json")
+        costs = Path(f"{folder}.json")
         if self.run.keeps and costs.exists():  # written last
             self.cpu_seconds |= json.loads(costs.read_text())
             return self._load(folder).to(model.device)

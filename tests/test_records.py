@@ -154,20 +154,20 @@ def test_reconstruction_is_part_of_the_configuration(run, inputs):
 
 def test_kept_models_are_those_in_memory_and_are_found_again(run, inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("BESA_CACHE", str(tmp_path / "cache"))
-    windows, texts = inputs
     options = {"budgets": 0.1, "epoch": {"lr": 1e-3}}
 
     def pruned(item, **changed):
         other = Run(item, model=run.model, profile="smoke", recipe={"device": "cpu"} | changed, results=tmp_path / item)
-        row = other.row("wanda", besa.Wanda(), windows[0], texts, **options)
+        row = other.row("wanda", besa.Wanda(), inputs[0][0], inputs[1], **options)
         row.prune()
         return row
 
+    monkeypatch.setattr("reproduce.rows.slug", lambda name: "qwen2.5")  # a dot is no suffix
     rows = [pruned("table1"), pruned("table1", keep=True)]
     monkeypatch.setattr(besa, "finetune", None)
     rows.append(pruned("table2", keep=True))
     assert len({row.weights_sha256 for row in rows}) == 1 and rows[1].cpu_seconds == rows[2].cpu_seconds
-    assert len([*(tmp_path / "cache" / "pruned").glob("tiny-wanda-*.json")]) == 2
+    assert len([*(tmp_path / "cache" / "pruned").glob("qwen2.5-wanda-*.json")]) == 2
 
 
 def test_smoke_runs_stay_out_of_the_reference_results(tiny_folder, tmp_path):
