@@ -176,10 +176,6 @@ def fidelity(*rows: str) -> tuple[float, float]:
     return max(steps), max(ratios)
 
 
-def geometric_mean(record: Record) -> float:
-    return float(np.exp(np.mean(np.log(list(record["metrics"].values())))))
-
-
 def recipes() -> pd.DataFrame:
     """Geometric mean over texts of rows of beyond.ipynb, on the seeds that all rows have, and their CPU minutes."""
     lines = []
@@ -187,9 +183,10 @@ def recipes() -> pd.DataFrame:
         for target in ("0.5", "0.7", "0.8"):
             for record in load("beyond", model=MODEL, calibration="c4", row=f"{row}-{target}"):
                 place = {"code": code, "target": f"→ {float(target):.0%}", "seed": record["config"]["seed"]}
+                mean = np.exp(np.mean(np.log(list(record["metrics"].values()))))
                 n_segments = len(samples(record)["c4"])
                 seconds = sum(record["cpu_seconds"].values())
-                lines.append(place | {"mean": geometric_mean(record), "minutes": seconds / 60, "segments": n_segments})
+                lines.append(place | {"mean": mean, "minutes": seconds / 60, "segments": n_segments})
     known = pd.DataFrame(lines)
     n_rows = known.groupby("target")["code"].transform("nunique")
     known = known[known.groupby(["target", "seed"])["code"].transform("size") == n_rows]
