@@ -8,6 +8,8 @@ from peft import LoraConfig
 from transformers import Trainer
 
 import besa
+from besa.beyond.adapters import pruned_linears
+from besa.beyond.finetune import step_size
 from besa.decoder import find_blocks, projections
 
 
@@ -45,6 +47,12 @@ def test_kept_weights_and_norms_learn_and_nothing_else_changes(pruned, windows, 
     assert torch.equal(model.model.rotary_emb.inv_freq, rotary) and not model.training
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_step_size_follows_the_mean_square_of_the_weights(pruned):
+    for linear, keep_mask in pruned_linears(*pruned):
+        linear.weight.data = 0.2 * keep_mask  # half of them
+    assert step_size(*pruned) == 1e-4
 
 
 def test_the_precision_comes_back(pruned, windows):

@@ -39,9 +39,8 @@ def masked_lora(
         report: what `besa.prune` returned, or keep-masks by (block, projection).
         config: plain LoRA; `target_modules=None` takes every pruned projection.
     """
-    usual = LoraConfig()
     for name, value in vars(config).items():
-        if name not in PLAIN and value != getattr(usual, name):
+        if name not in PLAIN and value != getattr(LoraConfig(), name):
             raise ValueError(f"LoraConfig({name}={value!r}) is not supported: the zeros would not be kept")
     pruned = pruned_linears(model, report)
     names = {id(module): name for name, module in model.named_modules()}

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from besa.beyond.adapters import KeepZeros, masked_lora
+from besa.beyond.adapters import KeepZeros, masked_lora, pruned_linears
 from besa.config import checked
 from besa.report import Report
 
@@ -21,7 +21,7 @@ def finetune(
     windows: Int64[Tensor, "n_samples seq_len"],
     report: Report | Mapping[tuple[int, str], Tensor],
     *,
-    lr: float = 2e-4,
+    lr: float | None = None,
     epochs: int = 1,
     batch_size: int = 2,
     lora: LoraConfig | None = None,
@@ -36,7 +36,8 @@ def finetune(
     Args:
         windows: token ids, such as the calibration windows.
         report: what `prune` returned, or keep-masks by (block, projection).
-        lr: Adam's highest step size.
+        lr: Adam's highest step size; None takes 2e-4 with `lora`, else that of `step_size`: 2e-4 for SmolLM2-135M, 7e-6
+            for Gemma 3 270M.
         batch_size: windows per step.
         lora: train masked adapters instead, which are merged.
         folder: save the state here after each epoch; the same call continues from it.
@@ -51,7 +52,7 @@ def finetune(
             str(folder or temporary),
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
-            learning_rate=lr,
+            learning_rate=lr or (2e-4 if lora else step_size(model, report)),
             lr_scheduler_type="cosine",
             warmup_steps=0.1,  # below 1: a share of the steps
             adam_beta2=0.95,
@@ -64,15 +65,27 @@ def finetune(
             report_to="none",
             disable_tqdm=not progress,
         )
-        data = [{"input_ids": window, "labels": window} for window in windows]
-        trainer = Trainer(trained, arguments, train_dataset=data, callbacks=[] if lora else [KeepZeros(model, report)])
+        trainer = Trainer(
+            trained,
+            arguments,
+            train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+            callbacks=[] if lora else [KeepZeros(model, report)],
+        )
         trainer.train(resume_from_checkpoint=bool(folder and list(Path(folder).glob("checkpoint-*"))))
     if lora:
         trained.merge_and_unload()
     set_precision(model, dtype)
     for parameter in model.eval().parameters():
         parameter.requires_grad_(parameter in trainable)
-        parameter.grad = None
+
+
+def step_size(model: PreTrainedModel, report: Report | Mapping[tuple[int, str], Tensor]) -> float:
+    """7e-3 of the mean square of the pruned projections' weights, zeros included, to one digit.
+
+    Adam's best step size and the weights' variance both fall as 1 / width (muP, Yang et al. 2022).
+    """
+    weights = [linear.weight.detach() for linear, _ in pruned_linears(model, report)]
+    return float(f"{7e-3 * sum(float(w.square().sum()) for w in weights) / sum(w.numel() for w in weights):.0e}")
 
 
 def set_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
