@@ -24,15 +24,20 @@ METHODS = {  # rows of README's table, with the code of each
     "wanda": "`Wanda()`",
     "sparsegpt": "`SparseGPT()`",
     "besa-row-wise": "`Besa()`",
+}
+COMPARED = {  # rows of README's table of all methods, with the code of ours
+    "wanda": "`Wanda()`",
+    "ria": "RIA †",
+    "dsnot": "DSnoT †",
+    "sparsegpt": "`SparseGPT()`",
+    "besa-row-wise": "**`Besa()`**",
+    "alps": "ALPS †",
+    "admm": "ADMM †",
+    "ebft": "EBFT †",
+    "closed-24": "`Closed()`, 24 of the 32 windows",
     "exact": "`Exact()`",
     "exact-update": "`Exact(update=True)`",
-}
-RECIPES = {
-    "admm": "ADMM, by its authors' code",
-    "closed-24": "`Closed()`, with 24 of the 32 windows",
-    "exact-update": "`Exact(update=True)`",
-    "exact-update-budgets-epoch": "`Exact(update=True, sparsities=block_budgets(model, windows, sparsity))`, then "
-    "`finetune(model, windows, report)`",
+    "exact-update-budgets": "`Exact(update=True, sparsities=block_budgets(...))`",
 }
 
 
@@ -176,28 +181,35 @@ def fidelity(*rows: str) -> tuple[float, float]:
     return max(steps), max(ratios)
 
 
-def recipes() -> pd.DataFrame:
-    """Geometric mean over texts of rows of beyond.ipynb, on the seeds that all rows have, and their CPU minutes."""
+def geometric_mean(record: Record) -> float:
+    return float(np.exp(np.mean(np.log(list(record["metrics"].values())))))
+
+
+def compared(seed: int = 3) -> pd.DataFrame:
+    """Quality and cost of all methods at 50 % on one seed of beyond.ipynb: as pruned, and after `finetune`."""
+    records = load("beyond", model=MODEL, calibration="c4", seed=seed)
+    by_row = {each["config"]["row"].removesuffix("-0.5"): each for each in records}
     lines = []
-    for row, code in RECIPES.items():
-        for target in ("0.5", "0.7", "0.8"):
-            for record in load("beyond", model=MODEL, calibration="c4", row=f"{row}-{target}"):
-                place = {"code": code, "target": f"→ {float(target):.0%}", "seed": record["config"]["seed"]}
-                mean = np.exp(np.mean(np.log(list(record["metrics"].values()))))
-                n_segments = len(samples(record)["c4"])
-                seconds = sum(record["cpu_seconds"].values())
-                lines.append(place | {"mean": mean, "minutes": seconds / 60, "segments": n_segments})
-    known = pd.DataFrame(lines)
-    n_rows = known.groupby("target")["code"].transform("nunique")
-    known = known[known.groupby(["target", "seed"])["code"].transform("size") == n_rows]
-    n_seeds = known.groupby("target")["seed"].transform("nunique").map(", {} seeds".format)
-    rows = known.assign(target=known["target"] + n_seeds).groupby(["code", "target"], sort=False)
-    cells = rows["mean"].agg(lambda x: f"{x.mean():.1f}±{x.std():.1f}").unstack(fill_value="")
-    cells["→ CPU minutes"] = known.groupby("code", sort=False)["minutes"].mean().map("{:.1f}".format)
-    seeds = f"seeds {known['seed'].min()} to {known['seed'].max()}, {known['segments'].min()} segments"
-    link = f"[beyond](results/reference/beyond/{MODEL}-quick-c4.ipynb)"
-    cells.index.name = f"geometric mean of the texts, {seeds} ({link})"
-    return cells.reset_index()
+    for row in sorted(by_row.keys() & COMPARED, key=lambda row: -geometric_mean(by_row[row])):
+        record, after = by_row[row], by_row.get(f"{row}-epoch")
+        line = {"": COMPARED[row], "→ sparsity": f"{record['sparsity']:.3f}"}
+        line |= {f"→ {text}": f"{value:.1f}" for text, value in record["metrics"].items()}
+        line["→ mean"] = f"{geometric_mean(record):.1f}"
+        line["→ CPU minutes"] = f"{sum(record['cpu_seconds'].values()) / 60:.1f}"
+        line["→ epoch"] = f"{geometric_mean(after):.1f}" if after else ""
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def gain() -> str:
+    """A sentence on budgets and an epoch, over the seeds of beyond.ipynb."""
+    parts = []
+    for target in ("0.5", "0.7", "0.8"):
+        rows = (f"exact-update-{target}", f"exact-update-budgets-epoch-{target}")
+        means = [list(map(geometric_mean, load("beyond", model=MODEL, calibration="c4", row=row))) for row in rows]
+        before, after = (f"{np.mean(values):.1f}±{np.std(values, ddof=1):.1f}" for values in means)
+        parts.append(f"at {float(target):.0%} from {before} to {after}")
+    return f"Over {len(means[0])} seeds, budgets and the epoch take the mean {', '.join(parts)}."
 
 
 def plain_softmax() -> str:
@@ -233,13 +245,15 @@ def packed() -> str:
     )
 
 
-def frontier() -> pd.DataFrame:
-    """Forms of Qwen2.5-Coder, pruned to 50 % or not at all."""
+def frontier() -> str:
+    """A sentence on the form of packed Qwen2.5-Coder with the fewest bytes, and llama.cpp's of as few."""
     rows = pd.read_csv(REFERENCE / "frontier" / "qwen2.5-coder-1.5b-quick-web.csv", index_col="form")
-    rows = rows.sort_values("bytes/weight", ascending=False)
-    lines = {"Qwen2.5-Coder-1.5B": rows.index, "→ bytes/weight": rows["bytes/weight"].map("{:.2f}".format)}
-    lines |= {"→ `wiki` perplexity": rows["perplexity"].map("{:.1f}".format)}
-    return pd.DataFrame(lines | {"→ tokens/s": rows["tokens/s"].map("{:.1f}".format)})
+    parts = [
+        f"{name} {rows['bytes/weight'][name]:.2f} bytes a weight, `wiki` perplexity {rows['perplexity'][name]:.1f}, "
+        f"{rows['tokens/s'][name]:.1f} tokens/s"
+        for name in ("besa, 50%, 4 bits", "llama.cpp, Q3_K_S")
+    ]
+    return f"Qwen2.5-Coder-1.5B: {'; '.join(parts)}."
 
 
 def cost() -> str:
@@ -272,8 +286,9 @@ def parts() -> dict[str, str]:
     same += f"{fidelity('besa-row-wise')[1]:.1%} ([fidelity](results/reference/fidelity/fidelity.ipynb))."
     return {
         "snippet": snippet(),
-        "results": f"{table(results_table())}\n\n{same}\n\n{table(recipes())}",
-        "packed": f"{packed()}\n\n{table(frontier())}",
+        "results": f"{table(results_table())}\n\n{same}",
+        "compared": f"{table(compared())}\n\n{gain()}",
+        "packed": f"{packed()}\n{frontier()}",
         "cost": cost(),
     }
 
