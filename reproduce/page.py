@@ -214,6 +214,14 @@ def gain() -> str:
     return f"`Exact(update=True)` with budgets and the epoch, mean over {len(means[0])} seeds: {', '.join(parts)}."
 
 
+def gain_on_gemma() -> str:
+    parts = []
+    for row, words in {"": "`Exact(update=True)`", "-budgets": "with budgets", "-epoch": "with the epoch"}.items():
+        record = load("beyond", model="gemma3-270m", row=f"exact-update{row}-0.5", seed=0)[0]
+        parts.append(f"{words} {record['metrics']['wiki']:.1f} / {record['metrics']['sotu']:.1f}")
+    return f"Gemma 3 270M, 32 windows of 256 tokens of `sotu`, one seed, `wiki` / `sotu`: {', '.join(parts)}."
+
+
 def plain_softmax() -> str:
     """Perplexities at 50 % with the plain softmax and as released."""
     plain, released = (
@@ -290,7 +298,7 @@ def parts() -> dict[str, str]:
     return {
         "snippet": snippet(),
         "results": f"{table(results_table())}\n\n{same}",
-        "compared": f"{table(compared())}\n\n{gain()}",
+        "compared": f"{table(compared())}\n\n{gain()}\n{gain_on_gemma()}",
         "packed": f"{frontier()}\n{packed()}",
         "cost": cost(),
     }
