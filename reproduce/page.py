@@ -30,8 +30,10 @@ COMPARED = {  # rows of README's second table, with the code of ours
     "wanda": "`Wanda()`",
     "sparsegpt": "`SparseGPT()`",
     "besa-row-wise": "**`Besa()`**",
+    "ria": "RIA †",
+    "dsnot": "DSnoT †",
     "admm": "ADMM †",
-    "closed-24": "`Closed()`, 24 of the 32 windows",
+    "alps": "ALPS †",
     "exact": "`Exact()`",
     "exact-update": "`Exact(update=True)`",
     "exact-update-budgets": "`Exact(update=True, sparsities=block_budgets(model, windows, 0.5))`",
@@ -294,7 +296,7 @@ def parts() -> dict[str, str]:
     return {
         "snippet": snippet(),
         "results": f"{table(results_table())}\n\n{same}",
-        "compared": f"{table(compared())}\n\n{gain()}\n{gain_on_gemma()}",
+        "compared": f"{table(compared())}\n\n{gain()} {gain_on_gemma()}",
         "packed": f"{frontier()}\n{packed()}",
         "cost": cost(),
     }
