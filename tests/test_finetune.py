@@ -39,6 +39,7 @@ def test_kept_weights_and_norms_learn_and_nothing_else_changes(pruned, windows, 
     torch.manual_seed(7)
     besa.finetune(model, windows, report, lr=1e-2, epochs=3, progress=False)
     assert torch.equal(torch.rand(1), expected)  # the global generator goes on as if nothing had happened
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert loss(model.float(), windows) < loss(before.float(), windows) - 0.05
     assert_zeros(model, report)
     state, old = model.state_dict(), before.state_dict()
@@ -55,10 +56,11 @@ def test_the_step_size_follows_the_mean_square_of_the_weights(pruned):
     assert step_size(*pruned) == 1e-4
 
 
-def test_the_precision_comes_back(pruned, windows):
-    model, report = pruned
-    besa.finetune(model.to(torch.bfloat16), windows, report, progress=False)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+def test_long_windows_are_cut_into_equal_parts(pruned, windows):
+    (whole, report), cut = pruned, copy.deepcopy(pruned[0])
+    besa.finetune(whole, windows, report, max_length=10, progress=False)
+    besa.finetune(cut, windows.reshape(-1, 8), report, progress=False)
+    assert all(map(torch.equal, whole.state_dict().values(), cut.state_dict().values()))
 
 
 def test_adapters_are_merged_and_keep_zeros(pruned, windows):

@@ -92,10 +92,10 @@ class KeepZeros(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.pruned = [(linear, keep_mask.to(linear.weight.device)) for linear, keep_mask in self.pruned]
 
+    @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        with torch.no_grad():
-            for linear, keep_mask in self.pruned:
-                linear.weight.masked_fill_(~keep_mask, 0)
+        for linear, keep_mask in self.pruned:
+            linear.weight.masked_fill_(~keep_mask, 0)
 
 
 def pruned_linears(

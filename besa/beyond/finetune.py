@@ -24,6 +24,7 @@ def finetune(
     lr: float | None = None,
     epochs: int = 1,
     batch_size: int = 2,
+    max_length: int = 512,
     lora: LoraConfig | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -39,10 +40,12 @@ def finetune(
         lr: Adam's highest step size; None takes 2e-4 with `lora`, else that of `step_size`: 2e-4 for SmolLM2-135M, 7e-6
             for Gemma 3 270M.
         batch_size: windows per step.
+        max_length: windows with more tokens are cut into equal parts, as many steps gain more than a long context.
         lora: train masked adapters instead, which are merged.
         folder: save the state here after each epoch; the same call continues from it.
     """
     dtype = model.dtype
+    length = windows.shape[1] // -(-windows.shape[1] // max_length)
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     set_precision(model, torch.float32)
     trained = masked_lora(model, report, lora) if lora else model.requires_grad_(True)
@@ -68,7 +71,9 @@ def finetune(
         trainer = Trainer(
             trained,
             arguments,
-            train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+            train_dataset=[
+                {"input_ids": part, "labels": part} for part in windows.unfold(1, length, length).flatten(0, 1)
+            ],
             callbacks=[] if lora else [KeepZeros(model, report)],
         )
         trainer.train(resume_from_checkpoint=bool(folder and list(Path(folder).glob("checkpoint-*"))))
