@@ -132,7 +132,7 @@ def scorecard(of_the_paper: bool = True) -> pd.DataFrame:
 def link(claim: pd.Series) -> str:
     """Executed notebook, relative to reproduce/."""
     name = claim["notebook"] if claim["profile"] == "quick" else f"{MODEL}-{claim['profile']}"
-    name = f"{MODEL}-quick-c4" if claim["calibration"] == "c4" else name
+    name = f"{MODEL}-{claim['profile']}-c4" if claim["calibration"] == "c4" else name
     return f"[{claim['notebook']}](../results/reference/{claim['notebook']}/{name}.ipynb)"
 
 
