@@ -39,8 +39,8 @@ def finetune(
         report: what `prune` returned, or keep-masks by (block, projection).
         lr: Adam's highest step size; None takes 2e-4 with `lora`, else that of `step_size`: 2e-4 for SmolLM2-135M, 7e-6
             for Gemma 3 270M.
-        batch_size: windows per step.
-        max_length: windows with more tokens are cut into equal parts, as many steps gain more than a long context.
+        batch_size: windows, or their parts, per step.
+        max_length: windows with more tokens are cut into equal parts.
         lora: train masked adapters instead, which are merged.
         folder: save the state here after each epoch; the same call continues from it.
     """
@@ -87,7 +87,7 @@ def finetune(
 def step_size(model: PreTrainedModel, report: Report | Mapping[tuple[int, str], Tensor]) -> float:
     """7e-3 of the mean square of the pruned projections' weights, zeros included, to one digit.
 
-    Adam's best step size and the weights' variance both fall as 1 / width (muP, Yang et al. 2022).
+    Fitted on SmolLM2-135M and Gemma 3 270M.
     """
     weights = [linear.weight.detach() for linear, _ in pruned_linears(model, report)]
     return float(f"{7e-3 * sum(float(w.square().sum()) for w in weights) / sum(w.numel() for w in weights):.0e}")
