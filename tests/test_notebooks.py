@@ -18,19 +18,12 @@ RUNS = {
     "table1": {"seeds": [0, 1]},
     "table2": {"tasks": ["piqa", "arc_challenge"], "limit": 3},
     "table3": {"datasets": ["wiki"]},
-    "table4": {},
-    "figure1": {},
     "ablations": {"grid": {"candidates": [11, 101], "n_samples": [1, 2]}},
     "granularity": {"row_groups": ["row", 4, "layer"]},
-    "allocation": {},
     "sparsity": {"sparsities": [0.5, 0.7]},
-    "beyond": {},
-    "cost": {},
-    "scale": {},
-    "fidelity": {},
-    "packed": {},
-    "frontier": {},
 }
+OTHERS = ("table4", "figure1", "allocation", "beyond", "models", "cost", "scale", "fidelity", "packed", "frontier")
+RUNS |= {name: {} for name in OTHERS}
 OWN_MODELS = ("cost", "scale", "fidelity", "packed")  # the embedded model, or random weights of a published shape
 
 
