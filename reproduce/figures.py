@@ -37,8 +37,6 @@ LABELS = {  # README's names of rows; * = not in the paper
     "ebft": "EBFT",
     "safe": "SAFE",
     "llm-compressor": "SparseGPT of llm-compressor",
-    "owl": "OWL",
-    "dlp": "DLP",
 }
 STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
     "dense": {"color": "black", "marker": "*"},

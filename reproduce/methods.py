@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -53,8 +53,10 @@ def method_of(row: str, sparsity: float = 0.5, **fields: Any) -> Method | None:
 
 def steps_of(row: str, spread: float = 0.15, epoch: Any = None) -> dict[str, Any]:
     """Options of `Run.row` for the steps in the name of a row: "exact-update + budgets + epoch"."""
-    options = {"budgets": spread, "epoch": epoch or {}}
-    return {step: option for step, option in options.items() if step in row.split(" + ")[1:]}
+    rules = {"budgets": spread} | {name: name for name in BUDGETS}
+    options = {step: {"budgets": rule} for step, rule in rules.items()} | {"epoch": {"epoch": epoch or {}}}
+    chosen = [options[step] for step in row.split(" + ")[1:] if step in options]
+    return {name: option for each in chosen for name, option in each.items()}
 
 
 def methods_of(rows: Sequence[str], sparsity: float, recipe: Any) -> dict[str, Method | None]:
@@ -91,56 +93,45 @@ def dense_statistics(model: PreTrainedModel, windows: Tensor) -> list[dict[str, 
     return statistics
 
 
-@config
-class WandaByBlock(besa.Wanda):
-    """Wanda with a sparsity for each block, from the importances in the dense model.
+@torch.no_grad()
+def budgets_by_importance(
+    model: PreTrainedModel, windows: Tensor, sparsity: float, worth: Callable[[list[Tensor]], float], most: float
+) -> tuple[float, ...]:
+    """A sparsity for each block, from Wanda's importances in the dense model.
 
-    With D_l a value for keeping block l, and d_l = 2 most (D_l - min D) / (max D - min D):
+    With D_l = worth(importances of block l's projections), and d_l = 2 most (D_l - min D) / (max D - min D):
 
         s_l = sparsity - (d_l - mean of d)
     """
-
-    most: float
-
-    def worth(self, importances: list[Tensor]) -> float:
-        """D_l, from the importances of a block's projections."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def prepared(self, model: PreTrainedModel, windows: Tensor) -> "WandaByBlock":
-        worths = []
-        for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
-            importances = [wanda(linear.weight, statistics[name]) for name, linear in projections(block).items()]
-            worths.append(self.worth(importances))
-        worths = torch.tensor(worths, dtype=torch.float64)
-        d = 2 * self.most * (worths - worths.min()) / (worths.max() - worths.min()).clamp_min(1e-12)
-        return replace(self, sparsities=tuple((self.sparsity - (d - d.mean())).tolist()))
+    worths = []
+    for block, statistics in zip(find_blocks(model), dense_statistics(model, windows), strict=True):
+        worths.append(worth([wanda(linear.weight, statistics[name]) for name, linear in projections(block).items()]))
+    worths = torch.tensor(worths, dtype=torch.float64)
+    d = 2 * most * (worths - worths.min()) / (worths.max() - worths.min()).clamp_min(1e-12)
+    return tuple((sparsity - (d - d.mean())).tolist())
 
 
-@config
-class Owl(WandaByBlock):
+def owl_budgets(model: PreTrainedModel, windows: Tensor, sparsity: float, times: float = 5.0) -> tuple[float, ...]:
     """OWL (Yin et al. 2024): D_l is the share of importances above `times` the mean of their projection's."""
 
-    times: float = 5.0
-    most: float = 0.08
-
-    name: ClassVar[str] = "owl"
-
-    def worth(self, importances: list[Tensor]) -> float:
-        outliers = sum(int((each > self.times * each.mean()).sum()) for each in importances)
+    def outlier_share(importances: list[Tensor]) -> float:
+        outliers = sum(int((each > times * each.mean()).sum()) for each in importances)
         return outliers / sum(each.numel() for each in importances)
 
+    return budgets_by_importance(model, windows, sparsity, outlier_share, most=0.08)
 
-@config
-class Dlp(WandaByBlock):
+
+def dlp_budgets(model: PreTrainedModel, windows: Tensor, sparsity: float) -> tuple[float, ...]:
     """DLP (Chen et al. 2025): D_l falls with the median importance of the block."""
 
-    most: float = 0.15
-
-    name: ClassVar[str] = "dlp"
-
-    def worth(self, importances: list[Tensor]) -> float:
+    def minus_median(importances: list[Tensor]) -> float:
         return -float(torch.cat([each.flatten() for each in importances]).median())
+
+    return budgets_by_importance(model, windows, sparsity, minus_median, most=0.15)
+
+
+BUDGETS = {"owl": owl_budgets, "dlp": dlp_budgets}
+"""Budgets by block of other authors, with their values."""
 
 
 @config

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from besa.data.models import load_tokenizer
 from besa.evaluate.perplexity import Perplexity
 from besa.loop import Method
 from reproduce import verdicts
+from reproduce.methods import BUDGETS
 from reproduce.records import config_hash, save_record
 from reproduce.tables import ROOT, Record, slug
 
@@ -53,7 +55,7 @@ class Row:
     def prune(self) -> tuple[PreTrainedModel, besa.Report | None]:
         """Load the model and prune it. A model larger than the GPU stays in host memory, one block at a time moves.
 
-        `budgets` in the configuration shares the sparsity out between blocks, within that spread; `epoch` holds the
+        `budgets` in the configuration shares the sparsity out between blocks, by that spread or rule; `epoch` holds the
         options of `besa.finetune`, which then trains the kept weights. If `Run.keeps`, both models stay on the disk.
         """
         device, method, report = self.run.device, self.method, None
@@ -86,9 +88,10 @@ class Row:
         """The method after its look at the dense model."""
         if hasattr(method, "prepared"):
             method = method.prepared(model, self.windows)
-        if spread := self.config.get("budgets"):
+        if rule := self.config.get("budgets"):
+            budgets_of = BUDGETS.get(rule) or partial(besa.block_budgets, spread=rule)
             with self._timed("budgets"):
-                budgets = besa.block_budgets(model, self.windows, method.sparsity, spread)
+                budgets = budgets_of(model, self.windows, method.sparsity)
             method = replace(method, sparsities=budgets)
         return method
 

@@ -16,7 +16,7 @@ from besa.losses import reconstruction_error
 from besa.masks import keep_largest
 from besa.walk import frozen, walk
 from reproduce.analysis import hidden_state_errors
-from reproduce.methods import BesaByPair, BesaByPart, BudgetedWeight, Dlp, LearnedClipping, Owl, part_of
+from reproduce.methods import BUDGETS, BesaByPair, BesaByPart, BudgetedWeight, LearnedClipping, part_of
 
 
 @torch.no_grad()
@@ -33,8 +33,8 @@ def inputs_of(model, windows):
     return seen
 
 
-@pytest.mark.parametrize("method", [Owl(sparsity=0.6), Dlp(sparsity=0.6)], ids=["owl", "dlp"])
-def test_budgets_of_other_authors_are_those_of_their_formulas(tiny_llama, windows, method):
+@pytest.mark.parametrize(("rule", "most"), [("owl", 0.08), ("dlp", 0.15)])
+def test_budgets_of_other_authors_are_those_of_their_formulas(tiny_llama, windows, rule, most):
     for power, block in zip((1.0, 1.2, 1.5), find_blocks(tiny_llama), strict=True):  # tails of different weight
         for linear in projections(block).values():
             linear.weight.data = linear.weight.sign() * linear.weight.abs() ** power
@@ -44,12 +44,12 @@ def test_budgets_of_other_authors_are_those_of_their_formulas(tiny_llama, window
         scores = [linear.weight.detach().abs() * inputs[index, name].norm(dim=0) for name, linear in linears]
         outliers = torch.cat([(each > 5 * each.mean()).float().flatten() for each in scores])
         median = torch.cat([each.flatten() for each in scores]).median()
-        worths.append(float(outliers.mean() if isinstance(method, Owl) else -median))
+        worths.append(float(outliers.mean() if rule == "owl" else -median))
     worths = np.array(worths)
-    lowered = 2 * method.most * (worths - worths.min()) / (worths.max() - worths.min())
-    assert np.ptp(lowered) == pytest.approx(2 * method.most)
+    lowered = 2 * most * (worths - worths.min()) / (worths.max() - worths.min())
+    assert np.ptp(lowered) == pytest.approx(2 * most)
     expected = 0.6 - (lowered - lowered.mean())
-    assert method.prepared(tiny_llama, windows).sparsities == pytest.approx(expected.tolist(), abs=1e-5)
+    assert BUDGETS[rule](tiny_llama, windows, 0.6) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_learned_clipping_keeps_wandas_mask_and_loses_less_than_min_max(tiny_llama, windows):

@@ -84,6 +84,7 @@ def test_named_rows_are_the_methods_of_the_tables():
     assert method_of("wanda", 0.6) == besa.Wanda(sparsity=0.6)
     assert method_of("besa-layer-wise") == besa.Besa(row_group="layer", match="model", d_coef=0.5)
     assert steps_of("wanda + epoch") == {"epoch": {}} and steps_of("wanda + budgets", 0.1) == {"budgets": 0.1}
+    assert steps_of("exact + owl + epoch", epoch={"lr": 1}) == {"budgets": "owl", "epoch": {"lr": 1}}
     with pytest.raises(ValueError, match="unknown row 'besa'"):
         method_of("besa")
     names = ["dense", "wanda", "besa-row-wise + epoch", "besa.baselines:SparseGPT"]
