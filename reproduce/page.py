@@ -20,7 +20,6 @@ from reproduce.tables import REFERENCE, ROOT, Record, over_seeds, published, slu
 MODEL = "smollm2-135m"
 METHODS = {  # rows of README's table, with the code of each
     "dense": "",
-    "magnitude": "`Magnitude()`",
     "wanda": "`Wanda()`",
     "sparsegpt": "`SparseGPT()`",
     "besa-row-wise": "`Besa()`",
@@ -34,6 +33,8 @@ COMPARED = {  # rows of README's second table, with the code of ours
     "dsnot": "DSnoT †",
     "admm": "ADMM †",
     "alps": "ALPS †",
+    "ebft": "EBFT †",
+    "safe": "SAFE †",
     "exact": "`Exact()`",
     "exact-update": "`Exact(update=True)`",
     "exact-update-budgets": "`Exact(update=True, sparsities=block_budgets(model, windows, 0.5))`",
