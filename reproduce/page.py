@@ -34,7 +34,6 @@ COMPARED = {  # rows of README's second table, with the code of ours
     "admm": "ADMM †",
     "alps": "ALPS †",
     "ebft": "EBFT †",
-    "safe": "SAFE †",
     "exact": "`Exact()`",
     "exact-update": "`Exact(update=True)`",
     "exact-update-budgets": "`Exact(update=True, sparsities=block_budgets(model, windows, 0.5))`",
