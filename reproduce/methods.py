@@ -111,11 +111,11 @@ def budgets_by_importance(
     return tuple((sparsity - (d - d.mean())).tolist())
 
 
-def owl_budgets(model: PreTrainedModel, windows: Tensor, sparsity: float, times: float = 5.0) -> tuple[float, ...]:
-    """OWL (Yin et al. 2024): D_l is the share of importances above `times` the mean of their projection's."""
+def owl_budgets(model: PreTrainedModel, windows: Tensor, sparsity: float) -> tuple[float, ...]:
+    """OWL (Yin et al. 2024): D_l is the share of importances above five times the mean of their projection's."""
 
     def outlier_share(importances: list[Tensor]) -> float:
-        outliers = sum(int((each > times * each.mean()).sum()) for each in importances)
+        outliers = sum(int((each > 5 * each.mean()).sum()) for each in importances)
         return outliers / sum(each.numel() for each in importances)
 
     return budgets_by_importance(model, windows, sparsity, outlier_share, most=0.08)
