@@ -185,18 +185,20 @@ def geometric_mean(record: Record) -> float:
 
 
 def compared() -> pd.DataFrame:
-    """Quality and cost of methods at 50 % on seed 3 of beyond.ipynb: as pruned, and after `finetune`."""
+    """Quality and cost of methods on seed 3 of beyond.ipynb: at 50 %, after `finetune`, and at 70 %."""
     records = load("beyond", model=MODEL, calibration="c4", seed=3)
     by_row = {each["config"]["row"].removesuffix("-0.5"): each for each in records}
     lines = []
     for row in sorted(by_row.keys() & COMPARED, key=lambda row: -geometric_mean(by_row[row])):
-        record, after = by_row[row], by_row.get(f"{row}-epoch")
+        record, after, sparser = by_row[row], by_row.get(f"{row}-epoch"), by_row.get(f"{row}-0.7")
         line = {"": COMPARED[row], "→ sparsity": f"{record['sparsity']:.3f}"}
         line |= {f"→ {text}": f"{value:.1f}" for text, value in record["metrics"].items()}
         line["→ mean"] = f"{geometric_mean(record):.1f}"
         minutes = sum(record.get("cpu_seconds", {}).values()) / 60
         line["→ CPU minutes"] = f"{minutes:.1f}" if minutes else ""
         line["→ epoch"] = f"{geometric_mean(after):.1f}" if after else ""
+        reached = f" ({sparser['sparsity']:.3f})" if sparser and sparser["sparsity"] < 0.699 else ""
+        line["→ mean at 70 %"] = f"{geometric_mean(sparser):.0f}{reached}" if sparser else ""
         lines.append(line)
     return pd.DataFrame(lines)
 
