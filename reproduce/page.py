@@ -33,7 +33,7 @@ COMPARED = {  # rows of README's second table, with the code of ours
     "dsnot": "DSnoT †",
     "admm": "ADMM †",
     "alps": "ALPS †",
-    "ebft": "EBFT †",
+    "ebft-steps": "EBFT †",
     "exact": "`Exact()`",
     "exact-update": "`Exact(update=True)`",
     "exact-update-budgets": "`Exact(update=True, sparsities=block_budgets(model, windows, 0.5))`",
