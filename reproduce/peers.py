@@ -342,7 +342,7 @@ class Safe(Peer):
         plus: SAFE+, which chooses weights by Wanda's importance.
         epochs: over the windows.
         windows_per_step: their 128 windows make 16 steps an epoch; 32, at 2, as many.
-        lr: step size; for LLaMA, and small beside the weights of SmolLM2 (median 0.12).
+        lr: step size.
     """
 
     plus: bool = False
