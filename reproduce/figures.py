@@ -36,7 +36,6 @@ LABELS = {  # README's names of rows; * = not in the paper
     "dsnot": "DSnoT",
     "ebft": "EBFT",
     "safe": "SAFE",
-    "llm-compressor": "SparseGPT of llm-compressor",
 }
 STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
     "dense": {"color": "black", "marker": "*"},
@@ -50,7 +49,6 @@ STYLES = {  # Okabe and Ito's palette, which colour-blind readers can tell apart
 }
 OTHER = {"color": "#56B4E9", "marker": "X"}
 ALIASES = {"joint-besa": "besa-row-wise", "besa": "besa-row-wise", "joint-wanda": "wanda"}
-ALIASES |= {"llm-compressor": "sparsegpt"}
 
 
 def label(row: str) -> str:

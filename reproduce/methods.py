@@ -1,10 +1,9 @@
 """Rows of the tables by name, and methods that are compared with BESA in the notebooks only."""
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,7 @@ from besa.config import config
 from besa.decoder import BlockCall, find_blocks, projections
 from besa.importance import InputStatistics, collect_statistics, wanda
 from besa.kernels import Ranking, bucket_sums, masked_rows
-from besa.loop import Method, PatternMethod, method_class
+from besa.loop import Method, method_class
 from besa.losses import reconstruction_error
 from besa.quantize import CLIPPING_LR, CLIPPING_START
 from besa.system import deterministic
@@ -132,32 +131,6 @@ def dlp_budgets(model: PreTrainedModel, windows: Tensor, sparsity: float) -> tup
 
 BUDGETS = {"owl": owl_budgets, "dlp": dlp_budgets}
 """Budgets by block of other authors, with their values."""
-
-
-@config
-class LlmCompressor(PatternMethod):
-    """SparseGPT of llm-compressor, by its own one-shot run; `pip install llmcompressor` in another environment."""
-
-    name: ClassVar[str] = "llm-compressor"
-
-    def prepared(self, model: PreTrainedModel, windows: Tensor) -> "LlmCompressor":
-        from datasets import Dataset
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.pruning import SparseGPTModifier
-
-        options = {"mask_structure": self.pattern or "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-        recipe = SparseGPTModifier(sparsity=self.sparsity, **options)
-        data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
-        method, pruned = replace(self), copy.deepcopy(model)
-        size = {"max_seq_length": windows.shape[1], "num_calibration_samples": len(windows)}
-        oneshot(model=pruned, dataset=data, recipe=recipe, **size)
-        object.__setattr__(method, "_pruned", find_blocks(pruned))
-        return method
-
-    def prune_block(self, block: Block) -> PrunedBlock:
-        theirs = projections(self._pruned[block.index])
-        weights = {name: theirs[name].weight.detach() for name in block.projections}
-        return PrunedBlock(weights=weights, keep_masks={name: weight != 0 for name, weight in weights.items()})
 
 
 @config

@@ -133,6 +133,7 @@ def link(claim: pd.Series) -> str:
     """Executed notebook, relative to reproduce/."""
     name = claim["notebook"] if claim["profile"] == "quick" else f"{MODEL}-{claim['profile']}"
     name = f"{MODEL}-{claim['profile']}-c4" if claim["calibration"] == "c4" else name
+    name += "-unmatched" if claim["ours"] == "besa-layer-wise" else ""
     return f"[{claim['notebook']}](../results/reference/{claim['notebook']}/{name}.ipynb)"
 
 

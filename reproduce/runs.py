@@ -286,9 +286,10 @@ class Run:
 
     def write_published(self, records: list[Record], metric: str = "perplexity", item: str | None = None) -> str:
         """Write BESA's relative numbers beside the paper's, and all numbers if the paper has this model; Markdown."""
-        written = self.write_table(
-            tables.beside_paper(records, item or self.item, metric), "Beside the paper", "-beside-paper"
-        )
+        relative = tables.beside_paper(records, item or self.item, metric)
+        if relative.empty:
+            return "No row of BESA."
+        written = self.write_table(relative, "Beside the paper", "-beside-paper")
         direct = tables.compare(records, item or self.item, metric)
         if len(direct):
             written += "\n" + self.write_table(direct, "Ours and published", "-published")
