@@ -23,7 +23,7 @@ def test_every_claim_has_a_verdict_from_records():
     card = pd.concat([page.scorecard(), page.scorecard(of_the_paper=False)])
     assert len(card) == len(pd.read_csv(ROOT / "reproduce" / "claims.csv"))
     verdicts = {entry.split()[-1] for verdict in card["verdict"] for entry in verdict.split(", ")}
-    assert verdicts <= {"yes", "no", "undecided", "seed", "sparsity"}  # one seed, other sparsity
+    assert verdicts <= {"yes", "no", "undecided", "seeds", "sparsity"}  # too few seeds, other sparsity
 
 
 def test_the_method_of_a_record_can_give_its_zeros():
