@@ -294,15 +294,18 @@ def cost() -> str:
 
 
 def evidence() -> str:
-    """A sentence on all records: commits, processors, core-hours of pruning."""
+    """A sentence on all records: commits, processors, core-hours of pruning, once for each pruned model."""
     records = [record for folder in sorted(REFERENCE.iterdir()) for record in load(folder.name)]
     sources = sorted((record["provenance"] for record in records), key=lambda source: source["date"])
-    hours = sum(np.sum(record["seconds"]) * record["provenance"]["threads"] / 3600 for record in records)
+    seconds = {
+        record.get("weights_sha256") or record["path"]: np.sum(record["seconds"]) * record["provenance"]["threads"]
+        for record in records
+    }
     first, last = (f"{source['commit'][:8]} ({source['date'][:10]})" for source in (sources[0], sources[-1]))
     n_commits, processors = (len({source[name] for source in sources}) for name in ("commit", "hardware"))
     return (
         f"{len(records)} records of {n_commits} commits from {first} to {last}, on {processors} kinds of processors; "
-        f"{hours:.0f} core-hours of pruning."
+        f"{sum(seconds.values()) / 3600:.0f} core-hours of pruning."
     )
 
 
