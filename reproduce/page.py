@@ -54,13 +54,6 @@ def at_equal_sparsity(records: list[Record], ours: str = "besa-row-wise") -> lis
     return [each for each in records if each["config"].get("matched_to") == wanted.get(each["config"]["row"])]
 
 
-def of_shared_seeds(records: list[Record]) -> list[Record]:
-    """Records of the seeds that all rows have, and the dense model's, which has one seed."""
-    seeds = {row: {each["config"]["seed"] for each in records if each["config"]["row"] == row} for row in METHODS}
-    shared = set.intersection(*(seeds[row] for row in METHODS if row != "dense"))
-    return [each for each in records if each["config"]["seed"] in shared or each["config"]["row"] == "dense"]
-
-
 def samples(record: Record) -> Mapping[str, np.ndarray]:
     path = record["path"].parents[1] / "samples" / f"{record['path'].stem}.npz"
     return dict(np.load(path)) if path.is_file() else {}
@@ -146,7 +139,7 @@ def link(claim: pd.Series) -> str:
 
 def results_table() -> pd.DataFrame:
     """Quality and cost of each method at the published size, calibrated on C4, and the paper's LLaMA-7B."""
-    records = of_shared_seeds(at_equal_sparsity(load("table1", model=MODEL, profile="paper", calibration="c4")))
+    records = at_equal_sparsity(load("table1", model=MODEL, profile="paper", calibration="c4"))
     ours, minutes = over_seeds(summary(records)), {}
     for record in records:
         minutes.setdefault(record["config"]["row"], []).append(cpu_minutes(record))
@@ -294,7 +287,7 @@ def cost() -> str:
 
 
 def evidence() -> str:
-    """A sentence on all records: commits, processors, core-hours of pruning, once for each pruned model."""
+    """A sentence on all records: commits, processors, core-hours of pruning."""
     records = [record for folder in sorted(REFERENCE.iterdir()) for record in load(folder.name)]
     sources = sorted((record["provenance"] for record in records), key=lambda source: source["date"])
     seconds = {
@@ -305,7 +298,7 @@ def evidence() -> str:
     n_commits, processors = (len({source[name] for source in sources}) for name in ("commit", "hardware"))
     return (
         f"{len(records)} records of {n_commits} commits from {first} to {last}, on {processors} kinds of processors; "
-        f"{sum(seconds.values()) / 3600:.0f} core-hours of pruning."
+        f"{sum(seconds.values()) / 3600:.0f} core-hours to prune each model once."
     )
 
 
