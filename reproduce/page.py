@@ -90,8 +90,9 @@ def judged(claim: pd.Series) -> pd.DataFrame:
     judgements = judgements.loc[claim["names"].split(";")] if claim["names"] else judgements
     values = samples(next(record for record in records if record["config"]["row"] == claim["ours"]))
     n = sum(len(value) for name, value in values.items() if name in judgements.index or "average" in judgements.index)
+    n //= max(1, judgements.index.isin(list(values)).sum())  # an average is of all questions
     seeds = judgements["seeds"].max()
-    return judgements.assign(size=f"{seeds} × {n // len(judgements)}" if n else f"{seeds}")
+    return judgements.assign(size=f"{seeds} × {n}" if n else f"{seeds}")
 
 
 def short(difference: str, metric: str) -> str:

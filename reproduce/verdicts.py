@@ -10,6 +10,7 @@ from scipy import stats
 from reproduce.tables import Record
 
 SAME_SPARSITY = 0.0005  # a row with fewer zeros than that cannot be the better one
+WITHOUT_BOOLQ = "average without boolq"  # most of BoolQ's answers are yes: a pruned model that always says it gains
 DOCUMENTS = "documents of "  # before the name of a text: the document in which each of its segments begins
 Samples = Callable[[Record], Mapping[str, np.ndarray]]
 
@@ -39,7 +40,9 @@ def judge(
     for ours, other in claims:
         seeds = sorted(rows.get(ours, {}).keys() & rows.get(other, {}).keys())
         pairs = [(rows[ours][seed], rows[other][seed]) for seed in seeds]
-        for name in pairs[0][0]["metrics"] if pairs else []:
+        names = list(pairs[0][0]["metrics"]) if pairs else []
+        names += [WITHOUT_BOOLQ] * ({"average", "boolq"} <= set(names))
+        for name in names:
             points = metric == "accuracy_percent"
             mean, error = paired(differences(pairs, name, samples, points))
             zeros = [float(np.mean([pair[side]["sparsity"] for pair in pairs])) for side in (0, 1)]
@@ -75,8 +78,8 @@ class Group(NamedTuple):
 def differences(pairs: list[tuple[Record, Record]], name: str, samples: Samples, points: bool) -> list[Group]:
     """Ours minus the other's: nats per token, points, or log ratios."""
     names = [name]
-    if name == "average":
-        names = [task for task in pairs[0][0]["metrics"] if task != "average"]
+    if name in ("average", WITHOUT_BOOLQ):
+        names = [task for task in pairs[0][0]["metrics"] if task not in ("average", name.split()[-1])]
     values_of = [(samples(ours), samples(other)) for ours, other in pairs]
     if all(group in ours and group in other for ours, other in values_of for group in names):
         scale = 100.0 if points else 1.0

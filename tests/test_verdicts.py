@@ -98,7 +98,7 @@ def test_averages_are_of_all_tasks_and_more_accuracy_is_better():
     records = []
     for seed in range(3):
         for name, right in (("a", [1, 1, 1, 0]), ("b", [1, 0, 0, 0])):
-            losses = {"x": np.array(right, bool), "y": np.array([1, seed % 2, 0], bool)}
+            losses = {"x": np.array(right, bool), "boolq": np.array([1, seed % 2, 0], bool)}
             metrics = {task: 100 * float(values.mean()) for task, values in losses.items()}
             metrics["average"] = sum(metrics.values()) / 2
             records.append(
@@ -106,7 +106,8 @@ def test_averages_are_of_all_tasks_and_more_accuracy_is_better():
             )
     table = decide(records, metric="accuracy_percent", over="task").set_index("task")
     assert table["difference"]["x"].startswith("+50.00") and table["difference"]["average"].startswith("+25.00")
-    assert table["difference"]["y"] == "+0.00 ± ?" or table["difference"]["y"].startswith("+0.00")
+    assert table["difference"]["boolq"] == "+0.00 ± ?" or table["difference"]["boolq"].startswith("+0.00")
+    assert table["difference"]["average without boolq"] == table["difference"]["x"]
 
 
 def test_without_samples_the_seeds_alone_tell_the_error():
