@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -261,11 +261,13 @@ class ExactCounts(Exact):
         row_group: rows that share a sparsity: "row", "layer", or a number of rows.
         match: outputs to reproduce, as in `Besa`.
         loss: error relative to the norm of each token, or of each channel as in `Besa`.
+        lr: Adam's step size for the sparsities.
     """
 
     row_group: Literal["row", "layer"] | PositiveInt = "row"
     match: Match = "model"
     loss: Literal["token", "channel"] = "token"
+    lr: PositiveFloat = LR
 
     name: ClassVar[str] = "exact-counts"
 
@@ -288,7 +290,7 @@ class CountLearner(BudgetLearner):
         rates, self.rankings = candidate_rates(BUCKETS).to(block.device), {}
         for name, weight in self.weights.items():
             self.rankings[name] = rank_rows(wanda(weight, block.statistics[name]), rates)
-        self.optimizer = torch.optim.Adam([self.theta.flat], lr=LR)
+        self.optimizer = torch.optim.Adam([self.theta.flat], lr=method.lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, n_steps)
 
     def __call__(self) -> dict[str, Tensor]:

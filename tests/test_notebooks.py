@@ -19,7 +19,7 @@ RUNS = {
     "table2": {"tasks": ["piqa", "arc_challenge"], "limit": 3},
     "table3": {"datasets": ["wiki"]},
     "ablations": {"grid": {"candidates": [11, 101], "n_samples": [1, 2]}},
-    "granularity": {"row_groups": ["row", 4, "layer"]},
+    "granularity": {"row_groups": ["row", 4], "steps": [0.01, 0.02]},
     "sparsity": {"sparsities": [0.5, 0.7]},
 }
 OTHERS = ("table4", "figure1", "allocation", "beyond", "models", "cost", "scale", "fidelity", "packed", "frontier")
