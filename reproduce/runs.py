@@ -123,6 +123,7 @@ class Run:
         sparsity: float = 0.5,
         methods: Any = None,
         matched: bool = True,
+        variant: str = "",
         **config: Any,
     ) -> None:
         """
@@ -132,10 +133,11 @@ class Run:
             results: folder; None takes `results/<item>`, below `$BESA_RESULTS` if that is set.
             shorter: divides the profile's seq_len, except in profile paper.
             sparsity, methods, matched: of the notebook; what is not as usual becomes part of the names of files.
+            variant: part of the names of files, too.
             config: further values that distinguish this run's records.
         """
         self.item, self.model = item, model
-        self.sparsity, self.matched = sparsity, matched
+        self.sparsity, self.matched, self.variant = sparsity, matched, variant
         self.methods = listed(methods or USUAL_ROWS.get(item, []))
         self.recipe = resolve_recipe(model, recipe)
         self.device = resolve_device(self.recipe.device)
@@ -260,6 +262,8 @@ class Run:
             parts.append(f"{self.sparsity:g}")
         if not self.matched:
             parts.append("unmatched")
+        if self.variant:
+            parts.append(self.variant)
         others = sorted(self.methods) != sorted(USUAL_ROWS.get(self.item, []))
         if others and not is_reference(self.folder):
             parts += self.methods if len(self.methods) < 4 else [config_hash({"methods": sorted(self.methods)})[:6]]
