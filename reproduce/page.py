@@ -79,7 +79,7 @@ def paper_number(claim: pd.Series, names: list[str]) -> str:
 
 
 def judged(claim: pd.Series) -> pd.DataFrame:
-    """The verdicts on a claim, a line per text or task; `size` is the number of seeds, and of samples of each."""
+    """The verdicts on a claim, a line per text or task; `size` is the number of seeds, and of samples of each line."""
     wanted = {"model": MODEL, "profile": claim["profile"], "calibration": claim["calibration"]}
     records = at_equal_sparsity(load(claim["notebook"], **wanted), claim["ours"])
     if claim["metric"] == "cycles":
@@ -89,10 +89,13 @@ def judged(claim: pd.Series) -> pd.DataFrame:
     judgements = verdicts.judge(records, pair, samples, claim["metric"], "name").set_index("name")
     judgements = judgements.loc[claim["names"].split(";")] if claim["names"] else judgements
     values = samples(next(record for record in records if record["config"]["row"] == claim["ours"]))
-    n = sum(len(value) for name, value in values.items() if name in judgements.index or "average" in judgements.index)
-    n //= max(1, judgements.index.isin(list(values)).sum())  # an average is of all questions
-    seeds = judgements["seeds"].max()
-    return judgements.assign(size=f"{seeds} × {n}" if n else f"{seeds}")
+    sizes = []
+    for name in judgements.index:
+        left_out = "boolq" if name == verdicts.WITHOUT_BOOLQ else ""
+        named = [key for key in values if key == name or ("average" in name and key != left_out)]
+        sizes.append(str(sum(len(values[key]) for key in named)))
+    size = " / ".join(dict.fromkeys(sizes)) if values else ""
+    return judgements.assign(size=f"{judgements['seeds'].max()} × {size}".removesuffix(" × "))
 
 
 def short(difference: str, metric: str) -> str:
