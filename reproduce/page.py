@@ -88,7 +88,8 @@ def judged(claim: pd.Series) -> pd.DataFrame:
     pair = [(claim["ours"], claim["against"])]
     judgements = verdicts.judge(records, pair, samples, claim["metric"], "name").set_index("name")
     judgements = judgements.loc[claim["names"].split(";")] if claim["names"] else judgements
-    values = samples(next(record for record in records if record["config"]["row"] == claim["ours"]))
+    first = min(record["config"]["seed"] for record in records if record["config"]["row"] == claim["against"])
+    values = samples(next(r for r in records if (r["config"]["row"], r["config"]["seed"]) == (claim["ours"], first)))
     sizes = []
     for name in judgements.index:
         left_out = "boolq" if name == verdicts.WITHOUT_BOOLQ else ""
