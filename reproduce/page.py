@@ -237,10 +237,10 @@ def gain_on_gemma() -> str:
 def plain_softmax() -> str:
     """Perplexities at 50 % with the plain softmax and as released."""
     plain, released = (
-        load("sparsity", model=MODEL, profile="quick", row=row, seed=0)[0]["metrics"]["wiki"]
+        load("sparsity", model=MODEL, profile="quick", row=row, seed=0)[0]["metrics"]["wikitext2"]
         for row in ("besa-plain-0.5", "besa-row-wise-0.5")
     )
-    return f"perplexity {plain:.0f} on `wiki` where the released form has {released:.0f}"
+    return f"perplexity {plain:.0f} on WikiText-2 where the released form has {released:.0f}"
 
 
 def table(frame: pd.DataFrame) -> str:
