@@ -100,12 +100,13 @@ def judged(claim: pd.Series) -> pd.DataFrame:
 
 
 def short(difference: str, metric: str) -> str:
-    if "times" in difference:
-        return difference
-    mean, error = (part.strip().rstrip("%") for part in difference.split("±"))
-    error = f" ± {float(error):.1f}" if error not in ("?", "nan") else ""
     unit = "points" if "acc" in metric else "%"
-    return f"{float(mean):+.1f}{error} {unit}".replace("-", "\N{MINUS SIGN}")
+    if "(" in difference:
+        text = difference.replace("%", "").replace(" (", f" {unit} (")
+    else:
+        mean, error = (part.strip().rstrip("%") for part in difference.split("±"))
+        text = f"{float(mean):+.1f}" + (f" ± {float(error):.1f}" if error not in ("?", "nan") else "") + f" {unit}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def scorecard(of_the_paper: bool = True) -> pd.DataFrame:

@@ -47,9 +47,9 @@ def judge(
             mean, error = paired(differences(pairs, name, samples, points))
             zeros = [float(np.mean([pair[side]["sparsity"] for pair in pairs])) for side in (0, 1)]
             shown = f"{mean:+.2f} ± {error:.2f}" if points else f"{np.expm1(mean):+.1%} ± {np.exp(mean) * error:.1%}"
-            if error > 0.3 and not points:
-                ratio, lowest, highest = np.exp([mean, mean - error, mean + error])
-                shown = f"{ratio:.2f} times ({lowest:.2f} to {highest:.2f})"
+            if error > 0.1 and not points:
+                ends = f"{np.expm1(mean - error):+.1%} to {np.expm1(mean + error):+.1%}"
+                shown = f"{np.expm1(mean):+.1%} ({ends})"
             line = {"row": ours, "against": other, over: name, "difference": shown.replace("nan%", "?")}
             line |= {"sparsity": f"{zeros[0]:.4f}, {zeros[1]:.4f}", "seeds": len(seeds)}
             lines.append(line | {"verdict": verdict(mean if points else -mean, error, len(seeds), zeros)})
