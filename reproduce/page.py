@@ -297,7 +297,8 @@ def evidence() -> str:
     records = [record for folder in sorted(REFERENCE.iterdir()) for record in load(folder.name)]
     sources = sorted((record["provenance"] for record in records), key=lambda source: source["date"])
     seconds = {
-        record.get("weights_sha256") or record["path"]: np.sum(record["seconds"]) * record["provenance"]["threads"]
+        record.get("weights_sha256") or record["path"]: 60 * cpu_minutes(record)
+        or np.sum(record["seconds"]) * record["provenance"]["threads"]
         for record in records
     }
     first, last = (f"{source['commit'][:8]} ({source['date'][:10]})" for source in (sources[0], sources[-1]))
