@@ -14,6 +14,7 @@ import typer
 import yaml
 
 HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(
@@ -45,14 +46,11 @@ def repeatable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata.tags}
         if cell.cell_type == "code":
-            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr" and not is_widget(each)]
+            shown = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in shown if WIDGET not in output.get("data", {})]
         if "injected-parameters" in cell.metadata["tags"]:
             cell.id = "parameters"
     return nbformat.from_dict(notebook)
-
-
-def is_widget(output: nbformat.NotebookNode) -> bool:
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 if __name__ == "__main__":
