@@ -249,7 +249,7 @@ class LearnedClipping(besa.Wanda):
             optimizer.step()
         for name, values in clipping.by_name().items():
             codes = quantize.codes(weights[name], values.detach()).pruned(pruned.keep_masks[name])
-            pruned.quantized[name], pruned.weights[name] = codes, codes.dequantize(weights[name].dtype)
+            pruned.weights[name] = codes.dequantize(weights[name].dtype)
         return pruned
 
 
