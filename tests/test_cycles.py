@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from besa.decoder import projections
-from reproduce.analysis import simulate_model
-from reproduce.cycles import _run, simulate_cycles
+from reproduce.measuring.analysis import simulate_model
+from reproduce.measuring.cycles import _run, simulate_cycles
 
 
 def literal(mask):

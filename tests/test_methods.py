@@ -15,7 +15,7 @@ from besa.decoder import find_blocks, projections
 from besa.losses import reconstruction_error
 from besa.masks import keep_largest
 from besa.walk import frozen, walk
-from reproduce.analysis import hidden_state_errors
+from reproduce.measuring.analysis import hidden_state_errors
 from reproduce.methods import BUDGETS, BesaByPair, BesaByPart, BudgetedWeight, LearnedClipping, part_of
 
 

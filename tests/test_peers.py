@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import besa
-from reproduce import peers
+from reproduce.methods import peers
 
 THEIRS = """
 import torch

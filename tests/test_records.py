@@ -1,17 +1,17 @@
-"""reproduce.records: parameters, the plan of rows, records."""
+"""Parameters, the table and the plan of rows, records."""
 
 import json
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 
 import besa
-from reproduce.methods import matched_to, method_of, methods_of, steps_of
-from reproduce.records import config_hash, find_record
-from reproduce.runs import PROFILES, USUAL_ROWS, Run, documents_of_segments, listed, resolve_profile, resolve_recipe
-from reproduce.tables import ROOT
+from reproduce.methods import matched_to, method_of, methods_of, steps_of, usual_rows
+from reproduce.records import config_hash, find_record, method_config
+from reproduce.running import Run
+from reproduce.running.run import documents_of_segments
+from reproduce.settings import PROFILES, Recipe, listed, resolve_profile, resolve_recipe
 
 
 @pytest.fixture
@@ -53,17 +53,13 @@ def test_recipes_come_from_the_model_file_and_from_parameters():
 
 
 def test_files_are_named_for_what_is_unusual(tmp_path):
-    for item, usual in USUAL_ROWS.items():
-        cells = nbformat.read(ROOT / "reproduce" / f"{item}.ipynb", 4).cells
-        parameters = {}
-        exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), parameters)
-        assert parameters["methods"] == usual
+    usual = usual_rows("table1")
     stems = [
         Run("table1", model="tiny", profile="smoke", results=tmp_path, **names).stem
-        for names in ({"methods": list(reversed(USUAL_ROWS["table1"]))}, {"sparsity": 0.6}, {"methods": "dense,wanda"})
+        for names in ({"methods": list(reversed(usual))}, {"sparsity": 0.6}, {"methods": "dense,wanda"})
     ]
     assert stems == ["tiny-smoke", "tiny-smoke-0.6", "tiny-smoke-dense-wanda"]
-    many = [*USUAL_ROWS["table1"], "exact"]
+    many = [*usual, "exact"]
     run = Run("table1", model="tiny", profile="smoke", results=tmp_path, methods=many, matched=False)
     assert run.stem.startswith("tiny-smoke-unmatched-") and len(run.stem) == 27
     reference = tmp_path / "reference" / "table1"
@@ -80,26 +76,28 @@ def test_profiles_are_found_by_name_and_device(monkeypatch):
 
 
 def test_named_rows_are_the_methods_of_the_tables():
-    assert method_of("dense") is None
-    assert method_of("wanda", 0.6) == besa.Wanda(sparsity=0.6)
-    assert method_of("besa-layer-wise") == besa.Besa(row_group="layer", match="model", d_coef=0.5)
+    recipe = Recipe(d_coef_layer=0.05)
+    assert method_of("dense", recipe, sparsity=0.6) is None
+    assert method_of("wanda", recipe, sparsity=0.6) == besa.Wanda(sparsity=0.6)
+    assert method_of("wanda + epoch", recipe, pattern="1:4") == besa.Wanda(pattern="1:4")
+    assert method_of("besa-layer-wise", recipe) == besa.Besa(row_group="layer", match="model", d_coef=0.05)
     assert steps_of("wanda + epoch") == {"epoch": {}} and steps_of("wanda + budgets", 0.1) == {"budgets": 0.1}
     assert steps_of("exact + owl + epoch", epoch={"lr": 1}) == {"budgets": "owl", "epoch": {"lr": 1}}
     with pytest.raises(ValueError, match="unknown row 'besa'"):
-        method_of("besa")
+        method_of("besa", recipe)
     names = ["dense", "wanda", "besa-row-wise + epoch", "besa.baselines:SparseGPT"]
-    rows = methods_of(names, 0.5, resolve_recipe("llama-30b"))
+    rows = methods_of(names, resolve_recipe("llama-30b"), sparsity=0.5)
     assert rows.pop("besa-row-wise + epoch") == besa.Besa(d_coef=10.0)
     assert rows == {"dense": None, "wanda": besa.Wanda(), "sparsegpt": besa.SparseGPT()}
     rows |= {"besa-row-wise": besa.Besa(), "exact + epoch": besa.Exact()}
     assert matched_to("besa-row-wise", rows) == {"wanda": "besa-row-wise", "sparsegpt": "besa-row-wise"}
-    assert matched_to("besa-row-wise", ["wanda"]) == matched_to("besa-row-wise", rows, wanted=False) == {}
+    assert matched_to("besa-row-wise", ["wanda"]) == matched_to("besa-row-wise", rows, False) == {}
     assert matched_to("besa-row-wise", ["besa-row-wise", "mine"]) == {"mine": "besa-row-wise"}
 
 
 def test_rows_are_run_once_and_matched_rows_have_the_sparsity_of_besa(run, inputs):
     windows, texts = inputs
-    methods = methods_of(["dense", "magnitude", "wanda", "besa-row-wise", "exact + epoch"], 0.5, run.recipe)
+    methods = methods_of(["dense", "magnitude", "wanda", "besa-row-wise", "exact + epoch"], run.recipe)
     calibrated = ["besa-row-wise", "exact + epoch", "wanda"]
     assert finish(run, methods, windows, texts) == ["dense", "magnitude", *calibrated, *calibrated]
     records = run.records
@@ -122,7 +120,7 @@ def test_a_record_holds_the_configuration_and_the_losses(run, inputs):
     (record,) = run.records
     (path,) = run.folder.glob("records/*.json")
     assert json.loads(path.read_text()) == record and path.stem == f"tiny-smoke-wanda-{record['config_hash']}"
-    assert record["config"]["method"] == besa.Wanda().config() and record["config"]["test_sha256"].keys() == {"wiki"}
+    assert record["config"]["method"] == {"method": "wanda"} and record["config"]["test_sha256"].keys() == {"wiki"}
     assert record["provenance"].keys() >= {"commit", "hardware", "threads", "versions", "date"}
     losses = run.samples(record)["wiki"]
     assert np.exp(losses.mean()) == pytest.approx(record["metrics"]["wiki"])
@@ -132,6 +130,15 @@ def test_a_record_holds_the_configuration_and_the_losses(run, inputs):
         changed = record["config"] | {name: "another"}
         assert config_hash(changed) != record["config_hash"]
         assert name in ("model", "profile", "row") or find_record(run.folder, changed) is None
+
+
+def test_a_configuration_leaves_out_the_fields_at_their_default():
+    assert method_config(besa.Besa(sparsity=0.7, ignore=["3"], d_coef=2)) == {
+        "method": "besa",
+        "ignore": ["3"],
+        "d_coef": 2.0,
+    }
+    assert method_config(besa.Exact(pattern="2:4")) == {"method": "exact", "pattern": "2:4"}
 
 
 def test_segments_know_the_document_in_which_they_begin(tiny_tokenizer, tmp_path, monkeypatch):
@@ -148,8 +155,8 @@ def test_segments_know_the_document_in_which_they_begin(tiny_tokenizer, tmp_path
 def test_reconstruction_is_part_of_the_configuration(run, inputs):
     windows, texts = inputs
     plain = run.row("wanda", besa.Wanda(), windows[0], texts)
-    better = run.row("wanda", besa.Wanda(), windows[0], texts, reconstruct=besa.Reconstruct("closed"), tasks=["piqa"])
-    assert "reconstruct" not in plain.config and better.config["reconstruct"]["kind"] == "closed"
+    better = run.row("wanda", besa.Wanda(), windows[0], texts, reconstruct="closed", tasks=["piqa"])
+    assert "reconstruct" not in plain.config and better.config["reconstruct"] == "closed"
     assert better.config["tasks"] == ["piqa"] and better.prune()[1].sparsity == 0.5
 
 
@@ -163,7 +170,7 @@ def test_kept_models_are_those_in_memory_and_are_found_again(run, inputs, tmp_pa
         row.prune()
         return row
 
-    monkeypatch.setattr("reproduce.rows.slug", lambda name: "qwen2.5")  # a dot is no suffix
+    monkeypatch.setattr("reproduce.running.row.slug", lambda name: "qwen2.5")  # a dot is no suffix
     rows = [pruned("table1"), pruned("table1", keep=True)]
     monkeypatch.setattr(besa, "finetune", None)
     rows.append(pruned("table2", keep=True))

@@ -1,11 +1,11 @@
-"""reproduce.tables: summaries, comparisons, files."""
+"""reproduce.drawing.tables: summaries, comparisons, files."""
 
 import json
 
 import pandas as pd
 import pytest
 
-from reproduce import tables
+from reproduce.drawing import tables
 
 MACHINE = {
     "commit": "a" * 40,
@@ -18,7 +18,7 @@ MACHINE = {
 
 def record(row, value, seed=0, model="llama-7b", text="wikitext2", sparsity=0.5, profile="paper"):
     config = {"item": "table1", "model": model, "row": row, "seed": seed, "profile": profile, "calibration": "c4"}
-    config |= {"dtype": "torch.float32", "device": "cpu", "method": {"sparsities": None}}
+    config |= {"dtype": "torch.float32", "device": "cpu", "method": {"method": row}, "sparsity": 0.5}
     outcome = {"metrics": {text: value}, "sparsity": sparsity, "seconds": 2.0, "peak_bytes": 2**30}
     provenance = MACHINE | {"date": "2026-01-02T03:04:05+00:00"}
     return {"config": config, "config_hash": f"hash{seed}", **outcome, "provenance": provenance}

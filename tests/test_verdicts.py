@@ -1,4 +1,4 @@
-"""reproduce.verdicts, beside plain loops."""
+"""reproduce.records.verdicts, beside plain loops."""
 
 import math
 import statistics
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reproduce.verdicts import DOCUMENTS, Group, judge, paired, verdict
+from reproduce.records.verdicts import DOCUMENTS, Group, judge, paired, verdict
 
 
 def record(row, seed, losses, sparsity=0.5, name="wiki"):
     metrics = {name: math.exp(float(np.mean(losses)))}
-    return {"config": {"row": row, "seed": seed}, "metrics": metrics, "sparsity": sparsity, "losses": {name: losses}}
+    config = {"row": row, "seed": seed, "method": None, "sparsity": 0.5}
+    return {"config": config, "metrics": metrics, "sparsity": sparsity, "losses": {name: losses}}
 
 
 def rows(ours, other, n_seeds, noise=0.0, sparsities=(0.5, 0.5)):
@@ -89,7 +90,7 @@ def test_sparsities_are_stated_and_compared():
 
 
 def test_only_common_seeds_are_compared():
-    records = [each for each in rows(1.0, 2.0, 3) if each["config"] != {"row": "b", "seed": 2}]
+    records = [each for each in rows(1.0, 2.0, 3) if (each["config"]["row"], each["config"]["seed"]) != ("b", 2)]
     assert decide(records)["seeds"].item() == 2
     assert decide(records, ("a", "c")).empty
 
@@ -102,7 +103,12 @@ def test_averages_are_of_all_tasks_and_more_accuracy_is_better():
             metrics = {task: 100 * float(values.mean()) for task, values in losses.items()}
             metrics["average"] = sum(metrics.values()) / 2
             records.append(
-                {"config": {"row": name, "seed": seed}, "metrics": metrics, "sparsity": 0.5, "losses": losses}
+                {
+                    "config": {"row": name, "seed": seed, "method": None, "sparsity": 0.5},
+                    "metrics": metrics,
+                    "sparsity": 0.5,
+                    "losses": losses,
+                }
             )
     table = decide(records, metric="accuracy_percent", over="task").set_index("task")
     assert table["difference"]["x"].startswith("+50.00") and table["difference"]["average"].startswith("+25.00")

@@ -1,0 +1,1 @@
+"""Measurements of single notebooks: hidden states, bits, allocations, cycles."""
