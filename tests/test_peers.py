@@ -37,6 +37,28 @@ def test_a_loop_runs_block_by_block_exactly_and_its_norms_are_kept(tiny_llama, w
     assert method.config()["commit"] != method.pinned == peers.Ria(peers="nowhere").config()["commit"]
 
 
+ADMM = """
+class AdmmPruner:
+    def __init__(self, layer):
+        self.layer = layer
+    def fasterprune(self, sparsity, n, m, percdamp, **_):
+        self.layer.weight.data[:] = percdamp * self.XX.diagonal()
+"""
+
+
+def test_admm_gets_its_second_moments_and_damping(tiny_llama, windows, tmp_path):
+    (tmp_path / "admm-pruning/lib").mkdir(parents=True)
+    (tmp_path / "admm-pruning/lib/admm.py").write_text(ADMM)
+    subprocess.run(["git", "init", "-q", tmp_path / "admm-pruning"], check=True)
+    projection, inputs = tiny_llama.model.layers[0].self_attn.q_proj, []
+    projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    tiny_llama(windows)
+    expected = 0.1 * inputs[0].square().sum(0).expand_as(projection.weight)
+    report = besa.prune(tiny_llama, windows, peers.Admm(sparsity=0.5, peers=str(tmp_path)), progress=False)
+    keep_mask = report.keep_masks[0, "self_attn.q_proj"]
+    torch.testing.assert_close(projection.weight[keep_mask], expected[keep_mask], rtol=1e-4, atol=0)
+
+
 def test_a_missing_repository_is_named(tiny_llama, windows, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"git clone https://github.com/fmfi-compbio/admm-pruning .* 80392084"):
         besa.prune(tiny_llama, windows, peers.Admm(peers=str(tmp_path)))

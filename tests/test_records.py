@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import besa
+from reproduce.drawing.tables import block_sparsities
 from reproduce.methods import matched_to, method_of, methods_of, steps_of, usual_rows
 from reproduce.records import config_hash, find_record, method_config
 from reproduce.running import Run
@@ -114,6 +115,15 @@ def test_rows_are_run_once_and_matched_rows_have_the_sparsity_of_besa(run, input
     assert finish(run, methods, {2: windows[0].flip(0)}, texts) == ["dense", "magnitude", *calibrated]
 
 
+def test_each_seed_is_matched_to_its_own_sparsity(run, inputs):
+    windows, texts = inputs
+    finish(run, {"besa-row-wise": besa.Besa(d_coef=500.0), "wanda": besa.Wanda()}, windows, texts)
+    rows = {(record["config"]["row"], record["config"]["seed"]): record for record in run.records}
+    reached = [block_sparsities(rows["besa-row-wise", seed]) for seed in (0, 1)]
+    assert reached[0] != reached[1]
+    assert [tuple(rows["wanda", seed]["config"]["method"]["sparsities"]) for seed in (0, 1)] == reached
+
+
 def test_a_record_holds_the_configuration_and_the_losses(run, inputs):
     windows, texts = inputs
     finish(run, {"wanda": besa.Wanda()}, {0: windows[0]}, texts)
@@ -150,6 +160,17 @@ def test_segments_know_the_document_in_which_they_begin(tiny_tokenizer, tmp_path
     n = len(besa.test_tokens("mine", tiny_tokenizer))
     first = (n - len(tiny_tokenizer(documents[2])["input_ids"])) // seq_len  # in which the last document begins
     assert len(found) == -(-n // seq_len) and set(found[: first - 1]) == {1} and set(found[first + 2 :]) == {3}
+
+
+def test_documents_of_wikitext2_are_its_articles(tiny_tokenizer, tmp_path, monkeypatch):
+    article = [" = A title = ", "one two three " * 40, " = = A section = = ", "four five " * 40]
+    (tmp_path / "wikitext2").mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in 3 * article)
+    (tmp_path / "wikitext2" / "test.jsonl").write_text(lines)
+    monkeypatch.setenv("BESA_DATA", str(tmp_path))
+    found = documents_of_segments("wikitext2", tiny_tokenizer, 16)
+    articles, n_segments = np.unique(found, return_counts=True)
+    assert articles.tolist() == [1, 2, 3] and np.ptp(n_segments) <= 1
 
 
 def test_reconstruction_is_part_of_the_configuration(run, inputs):
