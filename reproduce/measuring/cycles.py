@@ -1,6 +1,5 @@
 """Cycles that the ViTCoD accelerator spends on a pruned projection (Table 4): multiplications only, no memory."""
 
-import math
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Int64
@@ -21,10 +20,6 @@ class Simulation:
     dense_columns: int
     dense_kept: int  # kept weights in dense columns
     sparse_kept: int  # kept weights in the other columns
-
-    @property
-    def speedup(self) -> float:
-        return self.dense_cycles / self.cycles if self.cycles else math.inf
 
 
 @checked

@@ -8,7 +8,8 @@ time, with our inputs. Everything is computed in float32, or in mixed precision 
 CPU). Defaults are those of the authors. One process only: ranks do not share the windows.
 
 Zeros are counted as in our methods: floor(sparsity * n) of each projection, or of each row where they prune rows. Some
-of their thresholds prune one weight more, and all ties: the largest come back, and the report notes how many did.
+of their thresholds prune a weight more, or all weights that are equal: the largest of these are restored, and the
+report notes how many.
 """
 
 import contextlib

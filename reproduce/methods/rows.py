@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import besa
 from besa.loop import Method, method_class
 from reproduce.methods.budgets import BUDGETS
-from reproduce.methods.clipping import LearnedClipping
 from reproduce.methods.peers import Admm, Alps, DSnoT, Ebft, Ria, Safe
+from reproduce.methods.variants import LearnedClipping
 from reproduce.settings import Recipe
 
 BUDGETED = "`Exact(update=True, sparsities=block_budgets(model, windows, 0.5))`"

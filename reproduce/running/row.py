@@ -30,7 +30,7 @@ from reproduce.records import Config, Record, config_hash, save_record, slug, ve
 PRUNED_BY = ("model", "checkpoint", "calibration_sha256", "dtype", "device", "method", "reconstruct", "budgets")
 """Entries of a configuration that decide the weights before the epoch."""
 
-PRUNING = ("budgets.py", "clipping.py", "counts.py", "parts.py", "peer.py", "peers.py")
+PRUNING = ("budgets.py", "peer.py", "peers.py", "variants.py")
 """Files of reproduce/methods/ that prune."""
 
 
