@@ -43,7 +43,6 @@ reproduce:
 reference: $(REFERENCE)
 	.venv/bin/python -m reproduce.page
 
-results/reference/packed/packed.ipynb: export OMP_NUM_THREADS := 2  # as it was measured
 $(REFERENCE): venv
 	.venv/bin/python -m reproduce.execute $@
 

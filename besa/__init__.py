@@ -15,7 +15,7 @@ os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers read
 __version__ = "0.2.0.dev0"
 
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))  # the public names
-_HOMES = {node.names[0].name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom)}
+_HOMES = {node.names[0].name: str(node.module) for node in _STUB.body if isinstance(node, ast.ImportFrom)}
 _NEED_PEFT = ["besa.beyond.adapters", "besa.beyond.finetune"] if importlib.util.find_spec("peft") is None else []
 __all__ = [name for name, home in _HOMES.items() if home not in _NEED_PEFT]  # pyright: ignore
 

@@ -20,9 +20,6 @@ from besa.evaluate.perplexity import perplexity as perplexity
 from besa.evaluate.zero_shot import zero_shot as zero_shot
 from besa.loop import Method as Method
 from besa.loop import prune as prune
-from besa.packed import pack as pack
-from besa.packed import unpack as unpack
-from besa.packed.gptq import quantize_pruned as quantize_pruned
 from besa.quantize import Quantize as Quantize
 from besa.report import Report as Report
 

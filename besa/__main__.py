@@ -1,4 +1,4 @@
-"""Command line: `python -m besa prune`, `pack` and `evaluate`."""
+"""Command line: `python -m besa prune` and `evaluate`."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Pytho
 
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
-    """Prune language models, pack them, and evaluate them."""
+    """Prune language models and evaluate them."""
     if version:
         typer.echo(f"besa {besa.__version__}")
 
@@ -58,7 +58,7 @@ def prune(
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of the method, as pattern=2:4, quantize.bits=4; a wrong NAME lists all"),
     ] = None,
-    reconstruct: Annotated[Literal["closed"] | None, typer.Option(help="new values for kept weights")] = None,
+    reconstruct: Annotated[bool, typer.Option("--reconstruct", help="give kept weights new values")] = False,
     calibration: Annotated[str | None, typer.Option(help="text: c4, wikitext2, sotu, or a .txt or .jsonl file")] = None,
     n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
@@ -76,7 +76,7 @@ def prune(
     """
     from besa.data.models import EMBEDDED, load_tokenizer
 
-    chosen = method_of(method, sparsity, fields or [])
+    chosen = build_method(method, sparsity, fields or [])
     text = calibration or ("sotu" if source in EMBEDDED else "c4")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     windows = besa.calibration_windows(text, tokenizer, n_samples, seq_len, seed, sampler)
@@ -88,7 +88,7 @@ def prune(
             windows,
             chosen,
             device=device,
-            reconstruct=besa.Reconstruct(reconstruct) if reconstruct else None,
+            reconstruct=besa.Reconstruct() if reconstruct else None,
             trust_remote_code=trust_remote_code,
         )
         if finetune and not (output / "tokenizer_config.json").exists():  # written last
@@ -98,12 +98,11 @@ def prune(
     _say(f"{report}\nwrote {output}")
 
 
-def method_of(name: str, sparsity: float | None, settings: list[str]) -> Any:
+def build_method(name: str, sparsity: float | None, settings: list[str]) -> Any:
     """A method by its name, with fields given as "name=value" and checked by pydantic."""
     from pydantic import TypeAdapter, ValidationError
 
-    from besa.config import first_problem, refuse_unknown
-    from besa.loop import method_class
+    from besa.config import first_problem, method_class, refuse_unknown
 
     if ":" not in name and name not in CLASSES:
         raise ValueError(f"unknown method {name!r} (known: {', '.join(CLASSES)}, or package.module:Class)")
@@ -122,30 +121,6 @@ def method_of(name: str, sparsity: float | None, settings: list[str]) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise ValueError(f"method {name}, {first_problem(error)}") from error
-
-
-@app.command()
-@_one_line_errors()
-def pack(
-    source: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
-    output: Annotated[Path, typer.Argument(help="new folder")],
-    bits: Annotated[int | None, typer.Option(help="round the kept weights to codes of 2, 3, 4 or 8 bits")] = None,
-    head: Annotated[bool, typer.Option("--head", help="round the head to 8 bits, too")] = False,
-    calibration: Annotated[str, typer.Option(help="text by which they are rounded")] = "c4",
-    n_samples: Annotated[int, typer.Option(help="calibration windows", min=1)] = 128,
-    seq_len: Annotated[int, typer.Option(help="tokens per window", min=2)] = 2048,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Write a pruned checkpoint packed: one bit per weight, and the weights that are kept."""
-    from besa.checkpoint import pack_folder
-    from besa.data.models import load_tokenizer
-
-    windows = None
-    if bits:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        windows = besa.calibration_windows(calibration, tokenizer, n_samples, seq_len)
-    pack_folder(source, output, bits, windows, head, trust_remote_code)
-    _say(f"wrote {output}")
 
 
 @app.command()

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from besa.config import config
-from besa.importance import Matrix, inverse_cholesky, magnitude, wanda
+from besa.importance import inverse_cholesky, magnitude, wanda
 from besa.loop import PatternMethod
-from besa.masks import KeepMask, parse_pattern
+from besa.masks import parse_pattern
 from besa.quantize import Quantize
+from besa.shapes import KeepMask, Matrix
 from besa.walk import Block, PrunedBlock
 
 BLOCK_COLUMNS = 128  # columns whose mask SparseGPT chooses at once, as released; with a pattern, M columns
@@ -27,7 +28,7 @@ class Magnitude(PatternMethod):
         for name, projection in block.projections.items():
             scores = magnitude(projection.weight).flatten()[None]
             pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block)).view_as(projection.weight)
-            pruned.weights[name] = projection.weight * pruned.keep_masks[name]
+            pruned.weights[name] = projection.weight.masked_fill(~pruned.keep_masks[name], 0)
         return pruned
 
 
@@ -47,16 +48,11 @@ class Wanda(PatternMethod):
         pruned = PrunedBlock()
         for name, projection in block.projections.items():
             weight = projection.weight
-            statistics = block.statistics[name]
             if self.quantize:
-                codes = self.quantize.codes(weight)
-                scores = wanda(codes.dequantize(weight.dtype), statistics)
-                pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block))
-                pruned.quantized[name] = codes.pruned(pruned.keep_masks[name])
-                pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype)
-            else:
-                pruned.keep_masks[name] = self.keep_mask(wanda(weight, statistics), self.sparsity_of(block))
-                pruned.weights[name] = weight * pruned.keep_masks[name]
+                weight = self.quantize.codes(weight).dequantize(weight.dtype)
+            scores = wanda(weight, block.statistics[name])
+            pruned.keep_masks[name] = self.keep_mask(scores, self.sparsity_of(block))
+            pruned.weights[name] = weight.masked_fill(~pruned.keep_masks[name], 0)
         return pruned
 
 
@@ -111,4 +107,4 @@ def _prune_columns(
             keep_mask[:, chosen] = choose(weight[:, chosen].square() / upper.diag()[chosen].square())
         errors[:, j] = weight[:, j] * ~keep_mask[:, j] / upper[j, j]
         weight[:, j:] -= errors[:, j : j + 1] * upper[j, j:]
-    return weight * keep_mask, keep_mask, errors
+    return weight.masked_fill_(~keep_mask, 0), keep_mask, errors

@@ -10,20 +10,19 @@ is such that theta = 0 gives the target (0 at 50 %):
     loss       reconstruction error + penalty ((sparsity - target) / target)^2       (Eqn. 1, 2)
 
 W' = W * M. Rank 0 is the least important weight of a row. P is a step function of the rank, so an index per weight
-replaces it: its bucket, the last candidate that prunes it. dL/dbeta_d is minus the sum over the buckets d, d + 1, ...
-of dL/dW'_ij W_ij, and the penalty's gradient through alpha.
+replaces it: its bucket, the last candidate that prunes it. dL/dbeta_d is minus the sum of dL/dW'_ij W_ij over the
+buckets d, d + 1, ..., plus p_d times the penalty's dL/dalpha.
 """
 
-import math
 import warnings
 from typing import Annotated, Any, ClassVar, Literal
 
 import prodigyopt
 import torch
 from annotated_types import Ge, Le
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from besa.config import config
@@ -33,12 +32,12 @@ from besa.loop import Method
 from besa.losses import reconstruction_error
 from besa.masks import ranks_of_rows, row_slices
 from besa.quantize import CLIPPING_LR, CLIPPING_START, Quantize
-from besa.system import deterministic, finite_hint, mean_over_ranks, n_ranks
+from besa.shapes import Matrix, Scalar
+from besa.system import deterministic
+from besa.training import Parameters, train
 from besa.walk import Block, Match, PrunedBlock
 
 Logits = Float32[Tensor, "groups n"]
-
-FLOAT16_SCALE = 2.0**16  # of the loss at the start of each block, as released
 
 
 @config
@@ -91,58 +90,20 @@ class Besa(Method):
         return self.importance == "sparsegpt"
 
     def prune_block(self, block: Block) -> PrunedBlock:
+        """Minimize Eqn. 2 over the calibration windows."""
         if not block.projections:  # all are ignored
             return PrunedBlock()
         learner = Learner(self, block)
-        steps = self.learn(learner, block)
-        return learner.result(steps)
-
-    @torch.enable_grad()
-    def learn(self, learner: "Learner", block: Block) -> list[dict[str, float]]:
-        """Minimize Eqn. 2 over the calibration windows; returns the training log."""
         target_sparsity = self.sparsity_of(block)
-        log = []
-        scaler = loss_scaler(block)
-        for batch in block.progress(block.batches(self.batch_size, self.epochs), "learn"):
-            learner.zero_grad()
-            for window in batch:
-                masked, sparsity = learner()
-                error = reconstruction_error(block.run(window, masked), block.window(block.targets, window))  # Eqn. 1
-                loss = error + self.penalty * ((sparsity - target_sparsity) / target_sparsity) ** 2  # Eqn. 2
-                scaler.scale(loss / len(batch)).backward()  # Eqn. 6
-                log.append(torch.stack([loss, error, sparsity]).detach())
-            for optimizer in learner.optimizers:
-                mean_over_ranks(optimizer.param_groups[0]["params"][0].grad)
-                scaler.step(optimizer)
-            scaler.update()
-        return training_log(block, torch.stack(log), self.batch_size, scaler)
 
+        def loss_of(window: int) -> tuple[Scalar, Scalar, Scalar]:
+            masked, sparsity = learner()
+            error = reconstruction_error(block.run(window, masked), block.window(block.targets, window))  # Eqn. 1
+            loss = error + self.penalty * ((sparsity - target_sparsity) / target_sparsity) ** 2  # Eqn. 2
+            return loss, error, sparsity
 
-def loss_scaler(block: Block) -> torch.amp.GradScaler:
-    """Scale losses in float16, whose gradients would underflow; a step whose scaled gradient overflows is skipped."""
-    return torch.amp.GradScaler(
-        block.device.type, init_scale=FLOAT16_SCALE, enabled=block.inputs.dtype == torch.float16
-    )
-
-
-def training_log(
-    block: Block, entries: Float32[Tensor, "windows 3"], batch_size: int, scaler: torch.amp.GradScaler
-) -> list[dict[str, float]]:
-    """Loss, reconstruction error and sparsity of each step, averaged over its windows and the ranks.
-
-    The last step has the number of those that float16 skipped, if any: the scale halves at each.
-    """
-    entries = mean_over_ranks(entries.view(-1, batch_size // n_ranks(), 3).mean(1))
-    if not entries.isfinite().all():
-        raise ValueError(f"block {block.index}: the loss is not finite; {finite_hint(block.inputs.dtype)}")
-    names = ["loss", "reconstruction_error", "sparsity"]
-    log = [dict(zip(names, entry, strict=True)) for entry in entries.tolist()]
-    n_skipped = round(math.log2(FLOAT16_SCALE / scaler.get_scale())) if scaler.is_enabled() else 0
-    if n_skipped > 0:
-        log[-1]["skipped"] = n_skipped
-    if n_skipped > len(log) / 2:
-        warnings.warn(f"block {block.index}: float16 overflowed in {n_skipped} of {len(log)} steps", stacklevel=2)
-    return log
+        steps = train(block, block.batches(self.batch_size, self.epochs), learner.optimizers, loss_of)
+        return learner.result(steps)
 
 
 class Learner:
@@ -150,13 +111,12 @@ class Learner:
 
     def __init__(self, method: Besa, block: Block) -> None:
         self.method = method
-        self.quantize = method.quantize
         self.weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
         self.rates = candidate_rates(method.candidates).to(block.device)
         self.offset = offset(self.rates, method.sparsity_of(block))
         self.rankings = {}
         for name, weight in self.weights.items():
-            ranked = self.quantize.codes(weight).dequantize(weight.dtype) if self.quantize else weight
+            ranked = self.method.quantize.codes(weight).dequantize(weight.dtype) if self.method.quantize else weight
             self.rankings[name] = rank_rows(importance(method.importance, ranked, block.statistics[name]), self.rates)
         self.buffers = {name: torch.empty_like(weight) for name, weight in self.weights.items()}
         shapes = {
@@ -165,12 +125,12 @@ class Learner:
         self.theta = Parameters(shapes, 0.0, block.device)
         prodigy = prodigyopt.Prodigy([self.theta.flat], lr=1.0, d_coef=method.d_coef, weight_decay=0)
         self.optimizers: list[torch.optim.Optimizer] = [prodigy]
-        if self.quantize:
-            shapes = {name: self.quantize.clipping_shape(weight) for name, weight in self.weights.items()}
+        if self.method.quantize:
+            shapes = {name: self.method.quantize.clipping_shape(weight) for name, weight in self.weights.items()}
             self.clipping = Parameters(shapes, CLIPPING_START, block.device)
             self.optimizers.append(torch.optim.Adam([self.clipping.flat], lr=CLIPPING_LR))
 
-    def __call__(self) -> tuple[dict[str, Tensor], Float32[Tensor, ""]]:
+    def __call__(self) -> tuple[dict[str, Tensor], Scalar]:
         """Masked weights and the block's sparsity, weighted by the sizes of the projections."""
         theta = self.theta.by_name()
         masked = {}
@@ -178,14 +138,10 @@ class Learner:
         for name, weight in self.weights.items():
             beta = simplex(theta[name], self.method.smooth, self.offset)
             alpha = beta @ self.rates  # Eqn. 3
-            value = self.quantize.fake(weight, self.clipping.by_name()[name]) if self.quantize else weight
+            value = self.method.quantize.fake(weight, self.clipping.by_name()[name]) if self.method.quantize else weight
             masked[name] = MaskedWeight.apply(beta, alpha, value, self.rankings[name], self.buffers[name])
             zeros = zeros + alpha.mean() * weight.numel()
         return masked, zeros / sum(weight.numel() for weight in self.weights.values())
-
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
 
     @torch.no_grad()
     def result(self, steps: list[dict[str, float]]) -> PrunedBlock:
@@ -196,12 +152,9 @@ class Learner:
             alpha = simplex(theta[name], self.method.smooth, self.offset) @ self.rates
             keep_mask = self.rankings[name].kept_above(n_pruned(alpha, weight))
             pruned.keep_masks[name] = keep_mask
-            if self.quantize:
-                codes = self.quantize.codes(weight, self.clipping.by_name()[name])
-                pruned.quantized[name] = codes.pruned(keep_mask)
-                pruned.weights[name] = pruned.quantized[name].dequantize(weight.dtype)
-            else:
-                pruned.weights[name] = self.buffers[name].copy_(weight).masked_fill_(~keep_mask, 0)
+            if self.method.quantize:
+                weight = self.method.quantize.codes(weight, self.clipping.by_name()[name]).dequantize(weight.dtype)
+            pruned.weights[name] = self.buffers[name].copy_(weight).masked_fill_(~keep_mask, 0)
         return pruned
 
 
@@ -228,18 +181,6 @@ class MaskedWeight(torch.autograd.Function):
         return to_beta, None, to_weight, None, None
 
 
-class Parameters:
-    """Named views of one flat parameter, so that Prodigy has one step size for all."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], start: float, device: torch.device) -> None:
-        self.shapes = shapes
-        self.flat = nn.Parameter(torch.full((sum(map(math.prod, shapes.values())),), start, device=device))
-
-    def by_name(self) -> dict[str, Tensor]:
-        parts = self.flat.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts, strict=True)}
-
-
 def candidate_rates(n: int) -> Float32[Tensor, "n"]:
     """p_d = 1, ..., 0, with the rounding of the released `arange(1, -0.01, -0.01)`, which moves some floor(C p_d)."""
     rates = torch.arange(1.0, -1 / (n - 1), -1 / (n - 1))[:n]
@@ -264,12 +205,12 @@ def simplex(theta: Logits, smooth: bool, offset: Float32[Tensor, "n"] | float = 
     return (theta.sigmoid() + offset if smooth else theta).softmax(-1)
 
 
-def n_pruned(alpha: Float32[Tensor, "groups"], weight: Float[Tensor, "rows columns"]) -> Int64[Tensor, "rows"]:
+def n_pruned(alpha: Float32[Tensor, "groups"], weight: Matrix) -> Int64[Tensor, "rows"]:
     """floor(alpha C) of each row."""
     return (alpha.detach() * weight.shape[1]).long().repeat_interleave(len(weight) // len(alpha))
 
 
-def n_groups(weight: Float[Tensor, "rows columns"], row_group: str | int) -> int:
+def n_groups(weight: Matrix, row_group: str | int) -> int:
     size = {"row": 1, "layer": len(weight)}.get(str(row_group)) or int(row_group)
     if len(weight) % size:
         raise ValueError(f"row_group {row_group} does not divide the {len(weight)} rows of a projection")
@@ -281,7 +222,7 @@ def candidate_counts(rates: Float32[Tensor, "n"], columns: int) -> Int64[Tensor,
     return (rates.double() * columns).floor().long()
 
 
-def rank_rows(scores: Float[Tensor, "rows columns"], rates: Float32[Tensor, "n"]) -> Ranking:
+def rank_rows(scores: Matrix, rates: Float32[Tensor, "n"]) -> Ranking:
     """Rank each row by importance (stable), and map each rank to its bucket."""
     columns = scores.shape[1]
     counts = candidate_counts(rates, columns)

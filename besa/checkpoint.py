@@ -3,7 +3,7 @@
 output/model-block-00017.safetensors    a pruned block
 output/besa/run.json                    method, windows and source; a run that differs is refused
 output/besa/block-00017.json            rows and training steps of a finished block, for the report
-output/besa/masks-00017.safetensors     its keep-masks, and codes-00017.safetensors where it is quantized
+output/besa/masks-00017.safetensors     its keep-masks
 output/model.safetensors.index.json     written last: the folder is then an ordinary checkpoint
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import shutil
-from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,9 @@ import besa
 from besa import system
 from besa.config import checked
 from besa.data import files
-from besa.data.models import CARRIED, find_checkpoint, open_checkpoint
+from besa.data.models import CARRIED, checkpoint_dtype, find_checkpoint, open_checkpoint
 from besa.decoder import find_blocks
 from besa.loop import Method, Reconstruction, check, prune_block
-from besa.packed import pack
-from besa.packed.gptq import quantize_pruned
-from besa.quantize import QuantizedWeight
 from besa.report import Report
 from besa.system import from_rank_0, rank
 from besa.walk import frozen, walk
@@ -54,6 +50,7 @@ def prune_checkpoint(
     reconstruct: Reconstruction | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
+    hidden_device: str | torch.device | None = None,
 ) -> Report:
     """Prune a checkpoint into a new folder, with one block in memory at a time.
 
@@ -67,12 +64,12 @@ def prune_checkpoint(
         reconstruct: give the kept weights new values, as in `prune`.
         trust_remote_code: run Python code that comes with the source.
         dtype: precision to compute in; None takes the source's.
+        hidden_device: keep the hidden states of the windows there, as in `prune`.
     """
     compute_device = system.resolve_device(device)
     folder = find_checkpoint(source)
-    carried_files(folder)
     model = open_checkpoint(source, device, trust_remote_code, dtype)
-    stored_dtype = model.checkpoint_dtype
+    stored_dtype = checkpoint_dtype(model)
     check(model, windows, method, reconstruct)
     shards = Shards(folder, Path(output), model, method)
     identity = {
@@ -92,6 +89,7 @@ def prune_checkpoint(
         "hessian": method.needs_hessian,
         "ignore": method.ignore,
         "stored": shards.read,
+        "hidden_device": None if hidden_device is None else system.resolve_device(hidden_device),
         "progress": progress,
     }
     with shards.opened(identity), system.measure(compute_device) as cost:
@@ -108,55 +106,9 @@ def prune_checkpoint(
     return report
 
 
-@checked
-def pack_folder(
-    source: str | Path,
-    output: str | Path,
-    bits: int | None = None,
-    windows: Tensor | None = None,
-    head: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
-    """Write a pruned checkpoint packed.
-
-    Args:
-        source: output of `prune_checkpoint`, whose keep-masks and codes are used, or another checkpoint with zeros.
-        output: new folder.
-        bits, windows: round the kept weights as `quantize_pruned` does.
-        head: as for `pack`.
-    """
-    folder = find_checkpoint(source)
-    output = Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise ValueError(f"output {str(output)!r} exists; name a new folder")
-    model = open_checkpoint(source, trust_remote_code=trust_remote_code)
-    report = Report("", n_samples=0, seq_len=0)
-    for path in sorted(folder.glob("besa/masks-*.safetensors")):
-        report.keep_masks.update(files.load_masks(path))
-    for path in folder.glob("besa/codes-*.safetensors"):
-        report.quantized = {**report.quantized, **files.load_quantized(path)}
-    pruned = report if report.keep_masks else None
-    pack(model, quantize_pruned(model, pruned, windows, bits) if bits else pruned, head)
-    output.mkdir(parents=True, exist_ok=True)
-    for path in carried_files(folder):
-        shutil.copyfile(path, output / path.name)
-    model.save_pretrained(output)
-
-
-class StoredCodes(UserDict[tuple[int, str], QuantizedWeight]):
-    """Codes of projections, read from their files when asked for; `data` holds the paths."""
-
-    def __getitem__(self, key: tuple[int, str]) -> QuantizedWeight:
-        return files.load_quantized(self.data[key])[key]
-
-
 def carried_files(folder: Path) -> list[Path]:
-    """Files beside the weights that go into the output; links may not leave the folder, but for the hub's own."""
+    """Files beside the weights that go into the output."""
     paths = [path for pattern in CARRIED for path in sorted(folder.glob(pattern))]
-    homes = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
-    for path in paths:
-        if path.is_symlink() and not (path.exists() and any(path.resolve().is_relative_to(home) for home in homes)):
-            raise ValueError(f"{path} is a link that leaves the folder or leads nowhere: replace it by a file")
     return [path for path in paths if not path.name.endswith(".index.json")]
 
 
@@ -200,25 +152,24 @@ class Shards:
         self.state.mkdir(parents=True, exist_ok=True)
 
     def _read_notes(self, identity: dict[str, Any]) -> None:
-        for pattern in (f"{files.PART}*", ".tmp*"):  # half-written; the second is how safetensors names them
-            for path in self.output.rglob(pattern):
-                path.unlink()
+        for path in [
+            *self.output.rglob(f"{files.PART}*"),
+            *self.output.rglob(".tmp*"),
+        ]:  # half-written; .tmp by safetensors
+            path.unlink()
         run = self.state / "run.json"
         for index in range(len(self.prefixes)):
             if self._beside("block", index).exists():
                 self.notes[index] = json.loads(self._beside("block", index).read_text())
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         if self.notes:
             there = json.loads(run.read_text())
-            if there.get("machine") != machine:
-                tqdm.write(f"begun with {there.get('machine')}, continued with {machine}: the last bits may differ")
             if name := next((name for name in identity if there.get(name) != identity[name]), None):
                 raise ValueError(
                     f"output {str(self.output)!r} holds a run with another {name}: {there.get(name)} there, "
                     f"{identity[name]} now; name another output, or delete that one"
                 )
             tqdm.write(f"continuing: {len(self.notes)} of {len(self.prefixes)} blocks are finished")
-        files.write_json(run, identity | {"machine": machine})
+        files.write_json(run, identity)
         if not self.complete:
             (self.output / INDEX).unlink(missing_ok=True)
 
@@ -236,22 +187,20 @@ class Shards:
         return {name: tensors[stored].to(state[name]) for name, stored in names.items()}
 
     def write(self, index: int, module: nn.Module, report: Report) -> None:
-        """Write the shard, masks and codes of a pruned block, and its note last."""
+        """Write the shard and masks of a pruned block, and its note last."""
         self.notes[index] = {"rows": report.rows, "steps": report.steps, "seconds": report.rows[0]["block_seconds"]}
         if rank() == 0:
             state = module.state_dict()
             names = self._stored_names(index, module)
-            dtype = self.model.checkpoint_dtype
+            dtype = checkpoint_dtype(self.model)
             save({stored: state[name].to("cpu", dtype) for name, stored in names.items()}, self._shard(index))
             files.save_masks(report.keep_masks, self._beside("masks", index))
-            if self.method.quantize:
-                files.save_quantized(report.quantized, self._beside("codes", index))
             files.write_json(self._beside("block", index), self.notes[index])
 
     def close(self) -> None:
         """Write the tensors outside the blocks, copy the small files, and write the index last."""
         if rank() == 0 and not (self.output / INDEX).exists():
-            dtype = self.model.checkpoint_dtype
+            dtype = checkpoint_dtype(self.model)
             save(
                 {name: value.to(dtype) for name, value in self._rest().items()}, self.output / "model-rest.safetensors"
             )
@@ -273,9 +222,6 @@ class Shards:
             report.steps += self.notes[index]["steps"]
             report.seconds += self.notes[index]["seconds"]
             report.keep_masks.update(files.load_masks(self._beside("masks", index)))
-        if self.method.quantize:
-            keys = [(row["block"], row["projection"]) for row in report.rows if row["note"] != "ignored"]
-            report.quantized = StoredCodes({key: self._beside("codes", key[0]) for key in keys})
         return report
 
     def _shard(self, index: int) -> Path:
@@ -309,10 +255,7 @@ def stored_name(model: PreTrainedModel, name: str, tensor: Tensor) -> str:
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
     with files.atomic_write(path) as temporary:
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # a full disk
-            raise OSError(f"{path} cannot be written: {error}") from None
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def write_index(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import pkgutil
+import sys
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -10,7 +13,6 @@ from annotated_types import Ge, Lt
 from beartype import BeartypeConf, BeartypeViolationVerbosity, beartype
 from pydantic import ConfigDict, ValidationError
 
-CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 Sparsity = Annotated[float, Ge(0), Lt(1)]
 C = TypeVar("C", bound=type)
 
@@ -21,7 +23,8 @@ checked = beartype(conf=BeartypeConf(violation_type=TypeError, violation_verbosi
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: C) -> C:
     """Make a class a frozen dataclass whose fields pydantic checks; an error is one sentence."""
-    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=CONFIG)(cls)
+    rules = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=rules)(cls)
     check = made.__init__
 
     @functools.wraps(check)
@@ -33,7 +36,7 @@ def config(cls: C) -> C:
             raise ValueError(f"{made.__name__}: {first_problem(error)}") from None
 
     made.__init__ = init
-    return made
+    return made  # pyright: ignore[reportReturnType]
 
 
 def refuse_unknown(cls: type, names: Iterable[str]) -> None:
@@ -53,3 +56,13 @@ def first_problem(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     hint = "; 0.5 is 50 %" if name.startswith("sparsit") else ""
     return f"{name}: {first['msg']}, not {first['input']!r}{hint}"
+
+
+def method_class(name: str) -> type:
+    """A method of yours by "package.module:Class"; the package may lie in the working folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be imported: {error}") from error

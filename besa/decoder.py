@@ -45,8 +45,8 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     n_blocks = model.config.get_text_config().num_hidden_layers
     unsplittable = set(model._no_split_modules or [])
     for module in model.modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == n_blocks
-        if is_list and {type(block).__name__ for block in module} <= unsplittable:
+        is_known = {type(child).__name__ for child in module.children()} <= unsplittable
+        if isinstance(module, nn.ModuleList) and len(module) == n_blocks and is_known:
             return module
     raise ValueError(f"{type(model).__name__} has no list of {n_blocks} blocks of a class in {sorted(unsplittable)}")
 
@@ -122,9 +122,13 @@ def check_tokens(model: PreTrainedModel, tokens: Int64[Tensor, "..."], seq_len: 
     """Refuse sequences beyond the model's context and token ids beyond its vocabulary."""
     if not 2 <= seq_len <= context_of(model):
         raise ValueError(f"seq_len {seq_len} is outside [2, {context_of(model)}], the model's context")
-    n_ids = model.get_input_embeddings().num_embeddings
+    n_ids = vocabulary_of(model)
     if not tokens.numel() or tokens.min() < 0 or tokens.max() >= n_ids:
         raise ValueError(f"no token ids, or ids outside the vocabulary of {n_ids}: was another tokenizer used?")
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    return len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
 
 
 def context_of(model: PreTrainedModel) -> int:
@@ -148,7 +152,7 @@ def record_calls(model: PreTrainedModel, windows: Int64[Tensor, "batch seq_len"]
         calls.append(BlockCall(args, kwargs, in_tuple))
         return calls[-1].answer(hidden)
 
-    other_windows = (windows + 1) % model.get_input_embeddings().num_embeddings
+    other_windows = (windows + 1) % vocabulary_of(model)
     with _stubbed(model, stub):
         for tokens in (windows, other_windows):
             model.base_model(tokens.to(model.device), use_cache=False)

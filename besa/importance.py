@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from besa.shapes import Matrix, Square
+
 Importance = Literal["magnitude", "wanda", "sparsegpt"]
-Matrix = Float[Tensor, "rows columns"]
-Square = Float[Tensor, "columns columns"]
 
 
 @dataclass
@@ -39,10 +39,16 @@ def collect_statistics(
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         _, owner = owners.setdefault(id(x), (x, name))
-        if owner == name:
-            _accumulate(statistics, name, x.reshape(-1, x.shape[-1]).float(), n_samples, hessian)
-        else:
+        if owner != name:
             statistics[name] = statistics[owner]
+            return
+        x = x.reshape(-1, x.shape[-1]).float()  # (tokens, columns)
+        if name not in statistics:
+            square = x.new_zeros(x.shape[1], x.shape[1]) if hessian else None
+            statistics[name] = InputStatistics(x.new_zeros(x.shape[1]), square)
+        statistics[name].squared_norm += x.square().sum(0) / n_samples
+        if (products := statistics[name].hessian) is not None:
+            products.addmm_(x.T, x, alpha=2 / n_samples)
 
     with contextlib.ExitStack() as hooks:
         for name, module in projections.items():
@@ -50,17 +56,6 @@ def collect_statistics(
         for last in list(projections.values())[-1:]:
             hooks.enter_context(last.register_forward_hook(lambda *_: owners.clear()))
         yield statistics
-
-
-def _accumulate(statistics: dict[str, InputStatistics], name: str, x: Tensor, n_samples: int, hessian: bool) -> None:
-    squares = x.square().sum(0) / n_samples
-    products = (x.T @ x).mul_(2 / n_samples) if hessian else None
-    if name not in statistics:
-        statistics[name] = InputStatistics(squares, products)
-        return
-    statistics[name].squared_norm += squares
-    if products is not None:
-        statistics[name].hessian += products
 
 
 def magnitude(weight: Matrix) -> Matrix:
@@ -78,8 +73,8 @@ def sparsegpt(weight: Matrix, statistics: InputStatistics) -> Matrix:
 
     The released code's `SparseGPT` metric; the OBS saliency (Frantar and Alistarh 2023, Eqn. 4) is W_ij^2 / U_jj^2.
     """
-    upper, _ = inverse_cholesky(statistics.hessian)
-    return weight.float().square().masked_fill_(statistics.hessian.diag() == 0, 0).div_(upper.diag())
+    upper, _ = inverse_cholesky(statistics.hessian)  # pyright: ignore[reportArgumentType]
+    return weight.float().square().masked_fill_(statistics.squared_norm == 0, 0).div_(upper.diag())
 
 
 def importance(kind: Importance, weight: Matrix, statistics: InputStatistics) -> Matrix:

@@ -9,9 +9,10 @@ from typing import no_type_check
 import numba
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from besa.shapes import KeepMask, Matrix
 from besa.system import deterministic
 from besa.threads import over_rows
 
@@ -26,17 +27,17 @@ class Ranking:
     """Index of the last candidate that prunes the weight; None on GPUs, which sum by `bucket_of_rank`."""
     bucket_of_rank: UInt8[Tensor, "columns"]
 
-    def kept_above(self, n_pruned: Int[Tensor, "rows"]) -> Bool[Tensor, "rows columns"]:
+    def kept_above(self, n_pruned: Int[Tensor, "rows"]) -> KeepMask:
         """Keep-mask without the `n_pruned` lowest-ranked weights of each row."""
         return self.ranks >= n_pruned.to(self.ranks.dtype)[:, None]
 
 
 def masked_rows(
-    weight: Float[Tensor, "rows columns"],
+    weight: Matrix,
     ranks: Int[Tensor, "rows columns"],
     n_pruned: Int[Tensor, "rows"],
-    out: Float[Tensor, "rows columns"],
-) -> Float[Tensor, "rows columns"]:
+    out: Matrix,
+) -> Matrix:
     """Write `weight` without the `n_pruned` lowest-ranked weights of each row to `out`."""
     if not _is_compiled(weight):
         return torch.mul(weight, ranks >= n_pruned[:, None], out=out)
@@ -44,14 +45,12 @@ def masked_rows(
     return out
 
 
-def bucket_sums(
-    grad: Float[Tensor, "rows columns"], weight: Float[Tensor, "rows columns"], ranking: Ranking, n_buckets: int
-) -> Float[Tensor, "rows n_buckets"]:
+def bucket_sums(grad: Matrix, weight: Matrix, ranking: Ranking, n_buckets: int) -> Float[Tensor, "rows n_buckets"]:
     """Sum grad * weight over each bucket of each row, in float32 and in a fixed order."""
     if _is_compiled(weight) and grad.dtype == weight.dtype:
         sums = torch.zeros(len(weight), n_buckets)
         kernel = _sum_bfloat16 if weight.dtype == torch.bfloat16 else _sum_float32
-        over_rows(kernel, _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy())
+        over_rows(kernel, _bits(grad.contiguous()), _bits(weight), ranking.buckets.numpy(), sums.numpy())  # pyright: ignore
         return sums
     # Sorted by rank, all rows have their buckets in the same columns, so that a matrix product sums them. Adding by
     # index would use float atomics on a GPU, whose order and rounding change from run to run.

@@ -4,15 +4,13 @@
 """
 
 import json
-import os
-import pkgutil
-import sys
+import time
 import warnings
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +20,7 @@ from besa.decoder import check_model, check_tokens, find_blocks, projections, pr
 from besa.masks import keep_largest, parse_pattern, places, zeros_before
 from besa.quantize import Quantize
 from besa.report import Report
+from besa.shapes import KeepMask, Matrix
 from besa.system import measure, n_ranks, resolve_device
 from besa.walk import Block, Match, PrunedBlock, frozen, walk
 
@@ -58,6 +57,10 @@ class Method:
         if n_samples % step or step % n_ranks():
             raise ValueError(f"{n_samples} windows do not divide into steps of {step} on {n_ranks()} ranks")
 
+    def prepared(self, model: PreTrainedModel, windows: Tensor) -> "Method":
+        """The method after a look at the dense model."""
+        return self
+
     def sparsity_of(self, block: Block) -> float:
         return self.sparsities[block.index] if self.sparsities else self.sparsity
 
@@ -82,16 +85,14 @@ class PatternMethod(Method):
     sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
-        sparsity = 0.5
-        if self.pattern is not None:
-            n, m = parse_pattern(self.pattern)
-            sparsity = 1 - n / m
-            if self.sparsities or self.sparsity not in (None, sparsity):
-                raise ValueError(f"pattern {self.pattern!r} sets the sparsity; leave sparsity and sparsities out")
+        n, m = parse_pattern(self.pattern or "1:2")
+        sparsity = 1 - n / m
+        if self.pattern is not None and (self.sparsities or self.sparsity not in (None, sparsity)):
+            raise ValueError(f"pattern {self.pattern!r} sets the sparsity; leave sparsity and sparsities out")
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", sparsity)
 
-    def keep_mask(self, scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
+    def keep_mask(self, scores: Matrix, sparsity: float) -> KeepMask:
         """Prune the lowest scores of each row, or of each M consecutive weights."""
         if self.pattern:
             n, m = parse_pattern(self.pattern)
@@ -101,7 +102,7 @@ class PatternMethod(Method):
 
 @runtime_checkable
 class Reconstruction(Protocol):
-    """Gives the kept weights of a pruned block new values, such as `besa.Reconstruct("closed")`."""
+    """Gives the kept weights of a pruned block new values, such as `besa.Reconstruct()`."""
 
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock: ...
 
@@ -117,6 +118,7 @@ def prune(
     *,
     reconstruct: Reconstruction | None = None,
     device: str | torch.device | None = None,
+    hidden_device: str | torch.device | None = None,
 ) -> Report:
     """Prune all projections of a model in place, block by block (paper Algorithm 1).
 
@@ -126,10 +128,13 @@ def prune(
         windows: calibration token ids, from `calibration_windows`.
         method: `Besa`, `Exact`, `Closed`, `Wanda`, `SparseGPT` or `Magnitude`.
         progress: show bars over blocks and windows.
-        reconstruct: `Reconstruct("closed")` gives the kept weights new values.
+        reconstruct: `Reconstruct()` gives the kept weights new values.
         device: move one block at a time there, for models larger than the GPU.
+        hidden_device: keep the hidden states of the windows there; None takes the GPU if they fill at most a quarter of
+            its free memory, else the host.
     """
     check(model, windows, method, reconstruct)
+    method = method.prepared(model, windows)
     compute_device = model.device if device is None else resolve_device(device)
     home = model.device
     report = Report(method.name, n_samples=len(windows), seq_len=windows.shape[1])
@@ -143,6 +148,7 @@ def prune(
                 hessian=method.needs_hessian,
                 ignore=method.ignore,
                 place=lambda module: module.to(compute_device),
+                hidden_device=None if hidden_device is None else resolve_device(hidden_device),
                 progress=progress,
             ):
                 report.extend(prune_block(block, method, reconstruct))
@@ -154,19 +160,11 @@ def prune(
     return report
 
 
-def method_class(name: str) -> type[Method]:
-    """A method of yours by "package.module:Class"; the package may lie in the working folder."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method {name!r} cannot be imported: {error}") from error
-
-
 def check(model: PreTrainedModel, windows: Tensor, method: Method, reconstruct: Reconstruction | None) -> None:
     """Refuse what does not go together, before any work."""
     check_model(model)
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError("this model is spread over devices; load it with device='cpu', and call prune(device='cuda')")
     first = projections(find_blocks(model)[0]).values()
     share = sum(int(zeros_before(linear.weight).sum()) for linear in first) / sum(each.weight.numel() for each in first)
     if share:
@@ -194,4 +192,25 @@ def prune_block(
         pruned = reconstruct.improve(block, pruned)
     if dtype is not None:
         pruned.weights = {name: weight.to(dtype).to(weight.dtype) for name, weight in pruned.weights.items()}
-    return block.finish(pruned, method.sparsity_of(block))
+    outcome = block.finish(pruned)
+    about = {
+        "target_sparsity": method.sparsity_of(block),
+        "block_error": outcome.block_error,
+        "block_seconds": time.perf_counter() - block.started,
+    }
+    report = Report(method.name, n_samples=block.n_samples, seq_len=block.inputs.shape[1])
+    for name, projection in projections(block.module).items():
+        weight = projection.weight
+        zeros = outcome.zeros.get(name, 0)
+        note = pruned.notes.get(name, "")
+        if name in block.ignored:
+            zeros = int(zeros_before(weight).sum())
+            note = "ignored"
+            pruned.keep_masks[name] = torch.ones_like(weight, dtype=torch.bool)
+        row = {"block": block.index, "projection": name, "rows": len(weight), "columns": weight.shape[1]}
+        row |= {"zeros": zeros, "sparsity": zeros / weight.numel()}
+        row |= {"projection_error": outcome.projection_errors.get(name, 0.0), **about, "note": note}
+        report.rows.append(row)
+        report.keep_masks[block.index, name] = pruned.keep_masks[name]
+    report.steps = [{"block": block.index, "step": number, **step} for number, step in enumerate(pruned.steps)]
+    return report

@@ -1,12 +1,9 @@
 """Errors of a pruned block's output on one window."""
 
-from jaxtyping import Float, Float32
-from torch import Tensor
-
-Window = Float[Tensor, "1 seq_len hidden"]
+from besa.shapes import Scalar, Window
 
 
-def reconstruction_error(output: Window, target: Window) -> Float32[Tensor, ""]:
+def reconstruction_error(output: Window, target: Window) -> Scalar:
     """Block loss of one window (Eqn. 1): sum(((target - output) / ||target||_2)^2) / hidden, with a norm per channel.
 
     So the released code has it; the paper writes the plain squared norm of the difference.
@@ -16,7 +13,7 @@ def reconstruction_error(output: Window, target: Window) -> Float32[Tensor, ""]:
     return ((target - output.float()) / norm).square().sum() / target.shape[-1]
 
 
-def token_error(output: Window, target: Window) -> Float32[Tensor, ""]:
+def token_error(output: Window, target: Window) -> Scalar:
     """Mean over tokens of sum_c d_c^2 / r_c, divided by sum_c r_c; d = (target - output) / ||target||.
 
     r_c is the root mean square of channel c of target / ||target||; one channel of Gemma holds 0.9 of the square norm.

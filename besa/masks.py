@@ -1,21 +1,20 @@
-"""Scores -> keep-masks, N:M patterns, and keep-masks as bits."""
+"""Matrix -> keep-masks, N:M patterns, and keep-masks as bits."""
 
 import re
 from collections import UserDict
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
+from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8
 from torch import Tensor
 
+from besa.shapes import KeepMask, Matrix
 from besa.system import deterministic
 from besa.threads import over_rows
 
-Scores = Float[Tensor, "rows columns"]
-KeepMask = Bool[Tensor, "rows columns"]
 
-
-def keep_largest(scores: Scores, sparsity: float) -> KeepMask:
+def keep_largest(scores: Matrix, sparsity: float) -> KeepMask:
     """Prune the floor(sparsity * columns) lowest scores of each row; of equal scores, the first."""
     n_pruned = int(sparsity * scores.shape[1])
     if n_pruned == 0:
@@ -26,7 +25,7 @@ def keep_largest(scores: Scores, sparsity: float) -> KeepMask:
     return ~(lower | equal & (equal.cumsum(dim=1, dtype=torch.int32) <= n_equal))
 
 
-def zeros_before(weight: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
+def zeros_before(weight: Matrix) -> KeepMask:
     """Zeros of a weight that was pruned before; dequantized weights have a few, which do not count."""
     zeros = weight == 0
     return zeros if zeros.float().mean() > 0.01 else torch.zeros_like(zeros)
@@ -41,7 +40,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     return n, m
 
 
-def places(scores: Scores, m: int) -> UInt8[Tensor, "rows columns"]:
+def places(scores: Matrix, m: int) -> UInt8[Tensor, "rows columns"]:
     """Rank of each weight among its m consecutive ones, 0 for the lowest score; of equal scores, the first."""
     if scores.shape[1] % m:
         raise ValueError(f"{scores.shape[1]} columns do not divide into groups of {m}; ignore the projection")
@@ -56,14 +55,14 @@ def places(scores: Scores, m: int) -> UInt8[Tensor, "rows columns"]:
     return place.T.reshape(scores.shape)
 
 
-def sorted_rows(scores: Scores) -> Scores:
+def sorted_rows(scores: Matrix) -> Matrix:
     """Sort each row in ascending order."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         return torch.from_numpy(_sort(scores.detach().numpy().copy()))
     return torch.cat([part.sort(dim=1).values for part in row_slices(scores)])
 
 
-def ranks_of_rows(scores: Scores, dtype: torch.dtype) -> Int[Tensor, "rows columns"]:
+def ranks_of_rows(scores: Matrix, dtype: torch.dtype) -> Int[Tensor, "rows columns"]:
     """Rank of each score in its row, 0 for the lowest; of equal scores, the first."""
     ranks = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     place = torch.arange(scores.shape[1], dtype=dtype, device=scores.device)
@@ -74,21 +73,21 @@ def ranks_of_rows(scores: Scores, dtype: torch.dtype) -> Int[Tensor, "rows colum
     return ranks
 
 
-def order_statistics(scores: Scores, ranks: Int64[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+def order_statistics(scores: Matrix, ranks: Int64[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
     """The scores of these ranks in each row, 0 for the lowest: by a sort on CPUs, by bisection on GPUs."""
     if scores.device.type == "cpu":
         return sorted_rows(scores).gather(1, ranks)
-    return torch.stack([bisect_rows(scores, rank) for rank in ranks.T], dim=1)
+    return bisect_rows(scores, ranks)
 
 
-def bisect_rows(scores: Float32[Tensor, "rows columns"], rank: Int64[Tensor, "rows"]) -> Float32[Tensor, "rows"]:
-    """The score of one rank in each row, exactly, in 32 passes over the integers behind the scores."""
-    keys = _ordered_bits(scores)
-    low = torch.full_like(rank, -(2**31))
-    high = torch.full_like(rank, 2**31 - 1)
+def bisect_rows(scores: Float32[Tensor, "rows columns"], ranks: Int64[Tensor, "rows n"]) -> Float32[Tensor, "rows n"]:
+    """The scores of n ranks in each row, exactly, in 32 passes over the integers behind the scores."""
+    keys = _ordered_bits(scores)[:, None]  # (rows, 1, columns)
+    low = torch.full_like(ranks, -(2**31))
+    high = torch.full_like(ranks, 2**31 - 1)
     for _ in range(32):
         middle = (low + high) >> 1
-        is_above = (keys <= middle.int()[:, None]).sum(1) <= rank
+        is_above = (keys <= middle.int()[:, :, None]).sum(2) <= ranks
         low, high = torch.where(is_above, middle + 1, low), torch.where(is_above, high, middle)
     bits = low.int()
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
@@ -100,7 +99,7 @@ def _ordered_bits(scores: Float32[Tensor, "rows columns"]) -> Int32[Tensor, "row
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _order_of_rows(scores: Scores) -> Int64[Tensor, "rows columns"]:
+def _order_of_rows(scores: Matrix) -> Int64[Tensor, "rows columns"]:
     """Indices that sort each row; of equal scores, the first comes first."""
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.sort(dim=1, stable=True).indices
@@ -131,6 +130,8 @@ def unpack_bits(bits: UInt8[Tensor, "n"], rows: int, columns: int) -> KeepMask:
 
 class KeepMasks(UserDict[tuple[int, str], Tensor]):
     """Keep-masks (rows, columns), True = keep, by (block, projection); `data` holds one bit per weight, and shapes."""
+
+    data: dict[tuple[int, str], Any]
 
     def __setitem__(self, key: tuple[int, str], keep_mask: Tensor) -> None:
         self.data[key] = pack_bits(keep_mask), *keep_mask.shape

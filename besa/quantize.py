@@ -4,20 +4,20 @@
     h = (gamma1 max W - gamma0 min W) / (2^N - 1),   z = -round(gamma0 min W / h)
 
 over the columns that share a scale h and a zero-point z. The range includes 0. Code Q stands for the weight h (Q - z).
-Weights are quantized first and then pruned: a pruned weight has code z and is exactly 0.
+Weights are quantized first and then pruned: a pruned weight is 0, which code z stands for.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, UInt8
+from jaxtyping import Float16, Float32, UInt8
 from pydantic import PositiveInt
 from torch import Tensor
 
 from besa.config import config
+from besa.shapes import Matrix
 
-Matrix = Float[Tensor, "rows columns"]
 Clipping = Float32[Tensor, "2 rows groups"]
 
 CLIPPING_START = 4.0  # clipping logits before training: gamma = sigmoid(4) = 0.98
@@ -31,20 +31,11 @@ class QuantizedWeight:
     codes: UInt8[Tensor, "rows columns"]
     scale: Float16[Tensor, "rows groups"]
     zero_point: UInt8[Tensor, "rows groups"]
-    bits: int
 
     def dequantize(self, dtype: torch.dtype) -> Matrix:
         """h (Q - z), computed in float32."""
         steps = self.codes.view(*self.scale.shape, -1).float() - self.zero_point[..., None]
         return (self.scale.float()[..., None] * steps).view(self.codes.shape).to(dtype)
-
-    def pruned(self, keep_mask: Bool[Tensor, "rows columns"]) -> "QuantizedWeight":
-        """Set pruned weights to 0, which is code z; kept weights may have it, too."""
-        zeros = self.zero_point.repeat_interleave(self.codes.shape[1] // self.scale.shape[1], dim=1)
-        return replace(self, codes=torch.where(keep_mask, self.codes, zeros))
-
-    def cpu(self) -> "QuantizedWeight":
-        return QuantizedWeight(self.codes.cpu(), self.scale.cpu(), self.zero_point.cpu(), self.bits)
 
 
 @config
@@ -56,7 +47,7 @@ class Quantize:
         group_size: columns that share a scale and a zero-point; None: a whole row.
     """
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4] = 4
     group_size: PositiveInt | None = None
 
     def clipping_shape(self, weight: Matrix) -> tuple[int, int, int]:
@@ -82,7 +73,7 @@ class Quantize:
         zero_point = (-lowest / scale.float()).round().clamp(0, self.levels)
         grouped = weight.float().view(*scale.shape, -1)
         codes = ((grouped / scale.float()[..., None]).round() + zero_point[..., None]).clamp(0, self.levels)
-        return QuantizedWeight(codes.view(weight.shape).byte(), scale, zero_point.byte(), self.bits)
+        return QuantizedWeight(codes.view(weight.shape).byte(), scale, zero_point.byte())
 
     @property
     def levels(self) -> int:

@@ -1,14 +1,11 @@
 """Report of a pruning run: one row per block and projection, one entry per training step, and the keep-masks."""
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import Tensor
 
 from besa.masks import KeepMasks
-from besa.quantize import QuantizedWeight
 from besa.system import require
 
 if TYPE_CHECKING:
@@ -21,12 +18,11 @@ class Report:
 
     Args:
         rows: by block and projection: `block`, `projection`, `rows`, `columns`, `zeros`, `sparsity`, `projection_error`
-            (||(W - W')x||^2 / ||Wx||^2 on the first window), `note`; and of the block: its
-            `target_sparsity`, `block_error` (Eqn. 1, mean over windows) and `block_seconds`.
+            (||(W - W')x||^2 / ||Wx||^2 on the first window), `note`; of the block `target_sparsity`, `block_error`
+            (Eqn. 1, mean over windows) and `block_seconds`.
         steps: by training step: `block`, `step`, `loss`, `reconstruction_error`, `sparsity`.
         peak_bytes: highest allocation on the GPU, or highest resident memory of the process.
         keep_masks: True = keep, by (block, projection).
-        quantized: codes, scales and zero-points by (block, projection).
     """
 
     method: str
@@ -38,28 +34,11 @@ class Report:
     seconds: float = 0.0
     peak_bytes: int = 0
     keep_masks: KeepMasks = field(default_factory=KeepMasks)
-    quantized: Mapping[tuple[int, str], QuantizedWeight] = field(default_factory=dict)
-
-    def add(
-        self, key: tuple[int, str], keep_mask: Tensor, zeros: int, quantized: QuantizedWeight | None, row: dict
-    ) -> None:
-        """Add a projection.
-
-        Args:
-            zeros: weights that are pruned, now or before this run.
-        """
-        rows, columns = keep_mask.shape
-        counted = {"block": key[0], "projection": key[1], "rows": rows, "columns": columns, "zeros": zeros}
-        self.rows.append({**counted, "sparsity": zeros / (rows * columns), **row})
-        self.keep_masks[key] = keep_mask
-        if quantized is not None:
-            self.quantized = {**self.quantized, key: quantized.cpu()}
 
     def extend(self, other: "Report") -> None:
         self.rows += other.rows
         self.steps += other.steps
         self.keep_masks.update(other.keep_masks)
-        self.quantized = {**self.quantized, **other.quantized}
 
     @property
     def sparsity(self) -> float:
@@ -76,7 +55,7 @@ class Report:
         frame = self.to_frame()
         kinds = frame.assign(weights=frame["rows"] * frame["columns"]).groupby("projection", sort=False)
         table = kinds["sparsity"].agg(["min", "max"]).assign(projection_error=kinds["projection_error"].mean())
-        table.insert(0, "sparsity", kinds["zeros"].sum() / kinds["weights"].sum())
+        table.insert(0, "sparsity", kinds["zeros"].sum() / kinds["weights"].sum())  # pyright: ignore
         return table
 
     def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
@@ -106,7 +85,7 @@ def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = Non
     target = frame["target_sparsity"].mean()
     if ax is None:
         _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")
-    image = ax.imshow(grid, aspect="auto", cmap="PuOr_r", norm=CenteredNorm(target))
+    image = ax.imshow(grid, aspect="auto", cmap="PuOr_r", norm=CenteredNorm(target))  # pyright: ignore
     ax.set(xlabel="block", yticks=range(len(names)), yticklabels=names)
     ax.figure.colorbar(image, ax=ax, label=f"sparsity (white: target, {target:.2f})")
     return ax

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +15,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-_LOCK = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows; a forked child has none of the threads that could release it
-    os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.RLock()))
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -39,11 +32,11 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return wanted
 
 
-def where_it_fits(stream: Tensor, device: torch.device, n_streams: int) -> Tensor:
-    """Hidden states on a GPU if so many streams of them take at most a quarter of its free memory."""
-    if device.type == "cuda" and n_streams * stream.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return stream.to(device)
-    return stream
+def where_it_fits(stream: Tensor, device: torch.device, n_streams: int) -> torch.device:
+    """The device of a block if so many streams of hidden states take at most a quarter of its free memory, else CPU."""
+    if device.type == "cuda" and n_streams * stream.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return torch.device("cpu")
+    return device
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
@@ -58,6 +51,12 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     units = torch.cpu.get_capabilities()
     arm = units.get("bf16") and sys.platform != "darwin"  # torch does not use Apple's instructions
     return torch.bfloat16 if arm or units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
+
+
+def set_precision(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters, not the buffers: rotary frequencies stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def require(package: str, extra: str) -> None:
@@ -76,16 +75,16 @@ def finite_hint(dtype: torch.dtype) -> str:
 def repeatable(device: torch.device) -> Iterator[None]:
     """Compute on a device independently of global settings: default dtype and device, autocast, TF32, kernel choice.
 
-    These settings belong to the process, so other threads wait at the entrance.
+    These settings belong to the process: compute in one thread at a time.
     """
-    with _LOCK, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in {device.type, "cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # pyright: ignore
             before = backend.fp32_precision
             if before not in ("none", "ieee"):
                 stack.callback(setattr, backend, "fp32_precision", before)
@@ -99,14 +98,14 @@ def repeatable(device: torch.device) -> Iterator[None]:
 def deterministic(wanted: bool, warn_only: bool = False) -> Iterator[None]:
     """Use only deterministic algorithms of torch, or allow the others."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
     torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore
 
 
 @contextlib.contextmanager

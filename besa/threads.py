@@ -39,7 +39,7 @@ def _library() -> ctypes.PyDLL | None:
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
         library = ctypes.PyDLL(str(path))
         if hasattr(library, "GOMP_parallel"):
-            library.parallel = ctypes.CDLL(str(path)).GOMP_parallel  # gives up Python's lock, which `run` takes
+            library.parallel = ctypes.CDLL(str(path)).GOMP_parallel  # pyright: ignore # without Python's lock, which `run` takes
             return library
     return None
 

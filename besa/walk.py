@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,14 +24,12 @@ from transformers import PreTrainedModel
 from besa import decoder
 from besa.decoder import BlockCall
 from besa.importance import InputStatistics, collect_statistics
-from besa.losses import Window, reconstruction_error
+from besa.losses import reconstruction_error
 from besa.masks import zeros_before
-from besa.quantize import QuantizedWeight
-from besa.report import Report
+from besa.shapes import HiddenStates, KeepMask, Window
 from besa.system import finite_hint, mean_over_ranks, n_ranks, rank, repeatable, sum_over_ranks, where_it_fits
 
 Match = Literal["block", "model"]
-HiddenStates = Float[Tensor, "n_samples seq_len hidden"]
 
 
 @dataclass
@@ -39,11 +37,22 @@ class PrunedBlock:
     """New weights and keep-masks of a block, by projection."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
-    keep_masks: dict[str, Bool[Tensor, "rows columns"]] = field(default_factory=dict)
+    keep_masks: dict[str, KeepMask] = field(default_factory=dict)
     steps: list[dict[str, float]] = field(default_factory=list)
     """Loss, reconstruction error and expected sparsity of each training step."""
     notes: dict[str, str] = field(default_factory=dict)
-    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """Errors and zeros of a block that is finished, by projection."""
+
+    block_error: float
+    """Reconstruction error (Eqn. 1), mean over the windows of all ranks."""
+    projection_errors: dict[str, float]
+    """||(W - W')x||^2 / ||Wx||^2 on the first window."""
+    zeros: dict[str, int]
+    """Weights that are pruned, now or before this run."""
 
 
 def walk(
@@ -56,6 +65,7 @@ def walk(
     ignore: Sequence[str] = (),
     place: Callable[[nn.Module], nn.Module] | None = None,
     stored: Callable[[int, nn.Module], dict[str, Tensor] | None] | None = None,
+    hidden_device: torch.device | None = None,
     progress: bool = True,
 ) -> Iterator["Block"]:
     """Yield every block, within `frozen(model)`; finish it before taking the next one. Ranks share the windows.
@@ -68,6 +78,7 @@ def walk(
         ignore: projections that stay dense, as in `decoder.pruned_projections`.
         place: returns the module to work on, such as a copy on another device.
         stored: returns the state of a block that was pruned before, which is then loaded and not yielded.
+        hidden_device: keep the hidden states of the windows there; None takes the block's device if they fit.
     """
     local_windows = windows[rank() :: n_ranks()]
     calls = decoder.record_calls(model, local_windows[:1])
@@ -84,7 +95,8 @@ def walk(
         module = place(module) if place else module
         if index == 0:
             keep_dense = dense or match == "model"
-            inputs = where_it_fits(inputs, decoder.device_of(module), 3 if keep_dense else 2)
+            n_streams = 2 + keep_dense + (dense and match == "block")
+            inputs = inputs.to(hidden_device or where_it_fits(inputs, decoder.device_of(module), n_streams))
             dense_inputs = inputs.clone() if keep_dense else None
         ignored = frozenset(name for name in decoder.projections(module) if (index, name) not in pruned)
         call = calls[index].to(decoder.device_of(module))
@@ -191,7 +203,7 @@ class Block:
             yield item
 
     @torch.no_grad()
-    def finish(self, pruned: PrunedBlock, target_sparsity: float = math.nan) -> Report:
+    def finish(self, pruned: PrunedBlock) -> Outcome:
         """Put in the pruned weights, and replace the inputs by the pruned block's outputs."""
         errors = []
         with _projection_errors(self.projections, pruned.weights) as projection_errors:
@@ -202,29 +214,13 @@ class Block:
         error = float(mean_over_ranks(torch.stack(errors).mean()))
         if not math.isfinite(error):
             raise self._not_finite("after pruning, the output is")
-        n_zeros = {}
+        zeros = {}
         for name, projection in self.projections.items():
             still_zero = zeros_before(projection.weight) & (pruned.weights[name] == 0)
-            n_zeros[name] = int((still_zero | ~pruned.keep_masks[name]).sum())
+            zeros[name] = int((still_zero | ~pruned.keep_masks[name]).sum())
             projection.weight.data = pruned.weights[name].detach()  # no copy: the old one may be mapped from a file
         self.is_finished = True
-        for name in self.ignored:
-            weight = decoder.projections(self.module)[name].weight
-            pruned.keep_masks[name] = torch.ones_like(weight, dtype=torch.bool)
-            pruned.notes[name] = "ignored"
-            projection_errors[name] = 0.0
-            n_zeros[name] = int(zeros_before(weight).sum())
-        report = Report("", n_samples=self.n_samples, seq_len=self.inputs.shape[1])
-        block = {
-            "target_sparsity": target_sparsity,
-            "block_error": error,
-            "block_seconds": time.perf_counter() - self.started,
-        }
-        for name in decoder.projections(self.module):
-            row = {"projection_error": projection_errors[name], **block, "note": pruned.notes.get(name, "")}
-            report.add((self.index, name), pruned.keep_masks[name], n_zeros[name], pruned.quantized.get(name), row)
-        report.steps = [{"block": self.index, "step": number, **step} for number, step in enumerate(pruned.steps)]
-        return report
+        return Outcome(error, projection_errors, zeros)
 
     def skip(self, state: dict[str, Tensor]) -> None:
         """Load the tensors of a block that was pruned before, and advance the inputs."""

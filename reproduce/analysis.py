@@ -1,8 +1,8 @@
 """Measurements of single notebooks: hidden states, stored bits, learned allocations; random checkpoints."""
 
 import contextlib
+import math
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from besa.decoder import embed, find_blocks, projections, record_calls, run_block
 from besa.importance import wanda
 from besa.masks import sorted_rows
+from besa.quantize import Quantize
 from besa.report import Report
 from besa.system import Cost
 from besa.walk import frozen
@@ -50,21 +51,21 @@ def hidden_state_errors(model: PreTrainedModel, dense: PreTrainedModel, segments
 # Table 3
 
 
-def stored_bits(model: PreTrainedModel, report: Report | None) -> float:
+def stored_bits(keep_masks: Mapping[tuple[int, str], Tensor], quantizer: Quantize) -> float:
     """Bits per weight: codes of the kept weights, a bit per weight for the mask, scales and zero-points.
 
-    Asserts that the codes give the model's weights, to the bit.
+    A projection without zeros has no mask. A scale takes two bytes, a zero-point one.
     """
-    if report is None or not report.quantized:
-        return 8.0 * model.dtype.itemsize
-    blocks, n_bytes, n_weights = find_blocks(model), 0, 0
-    for (index, name), codes in report.quantized.items():
-        weight = projections(blocks[index])[name].weight.cpu()
-        assert torch.equal(codes.dequantize(weight.dtype), weight), f"block {index}, {name}"
-        n_kept = int(report.keep_masks[index, name].sum())
-        n_bytes += -(-n_kept * codes.bits // 8) + codes.scale.nbytes + codes.zero_point.nbytes
-        n_bytes += -(-weight.numel() // 8) if n_kept < weight.numel() else 0
-        n_weights += weight.numel()
+    n_bytes = 0
+    n_weights = 0
+    for keep_mask in keep_masks.values():
+        rows, columns = keep_mask.shape
+        n_kept = int(keep_mask.sum())
+        n_bytes += math.ceil(n_kept * quantizer.bits / 8)
+        n_bytes += 3 * rows * columns // (quantizer.group_size or columns)
+        if n_kept < keep_mask.numel():
+            n_bytes += math.ceil(keep_mask.numel() / 8)
+        n_weights += keep_mask.numel()
     return 8 * n_bytes / n_weights
 
 
@@ -127,7 +128,7 @@ def correlation_table(by_row: pd.DataFrame, frame: pd.DataFrame, features: list[
     return table.assign(mean=table.mean(axis=1))
 
 
-# Cost, scale, packed
+# Cost, scale
 
 SHAPES: dict[str, dict[str, Any]] = {  # without the number of blocks
     "smollm2-135m": {
@@ -152,27 +153,6 @@ def write_random(shape: str, folder: Path, n_blocks: int) -> None:
     config = LlamaConfig(**SHAPES[shape], num_hidden_layers=n_blocks, max_position_embeddings=4096)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-
-
-class _Clock:
-    """A streamer of `generate` that notes when it gets the prompt and each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def generation_seconds(model: PreTrainedModel, ids: Tensor, n_new: int) -> tuple[float, float]:
-    """Seconds of a prompt (batch, tokens), and of each of `n_new` tokens after the first."""
-    clock, fixed = _Clock(), {"max_new_tokens": n_new + 1, "min_new_tokens": n_new + 1, "do_sample": False}
-    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, pad_token_id=0, **fixed)
-    start, first, *_, last = clock.times
-    return first - start, (last - first) / n_new
 
 
 @contextlib.contextmanager

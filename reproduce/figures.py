@@ -29,7 +29,6 @@ LABELS = {  # README's names of rows; * = not in the paper
     "joint-besa": "BESA",
     "joint-wanda": "Wanda",
     "joint-clipping": "Wanda, learned clipping",
-    "exact-gptq": "learned masks and weights, GPTQ *",
     "admm": "ADMM",
     "alps": "ALPS",
     "ria": "RIA",

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import besa
-from besa.besa import Learner, Parameters, candidate_rates, rank_rows
-from besa.beyond.exact import LR, BudgetLearner, Exact
-from besa.config import config
+from besa.besa import candidate_rates, n_groups, rank_rows
+from besa.beyond.exact import LR, BudgetLearner, Exact, masked
+from besa.config import config, method_class
 from besa.decoder import BlockCall, find_blocks, projections
 from besa.importance import InputStatistics, collect_statistics, wanda
 from besa.kernels import Ranking, bucket_sums, masked_rows
-from besa.loop import Method, method_class
-from besa.losses import reconstruction_error
+from besa.loop import Method
+from besa.losses import reconstruction_error, token_error
 from besa.quantize import CLIPPING_LR, CLIPPING_START
-from besa.system import deterministic
+from besa.system import deterministic, n_ranks
+from besa.training import Parameters, train
 from besa.walk import Block, Match, PrunedBlock
 
 KNOWN = {
@@ -150,9 +151,7 @@ class BesaByPart(besa.Besa):
         parts = dict.fromkeys(name.partition(".")[0] for name in block.projections)
         names = [name for name, _ in block.module.named_children() if name in parts]
         for name in list(block.projections) if self.unit == "projection" else names:
-            part = part_of(block, name, pruned.weights)
-            learner = Learner(self, part)
-            learned = learner.result(self.learn(learner, part))
+            learned = super().prune_block(part_of(block, name, pruned.weights))
             pruned.weights |= learned.weights
             pruned.keep_masks |= learned.keep_masks
             pruned.steps += learned.steps
@@ -234,22 +233,23 @@ class LearnedClipping(besa.Wanda):
 
     name: ClassVar[str] = "learned-clipping"
 
-    @torch.enable_grad()
     def prune_block(self, block: Block) -> PrunedBlock:
-        pruned, quantize = super().prune_block(block), self.quantize
+        pruned = super().prune_block(block)
         weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
-        shapes = {name: quantize.clipping_shape(weight) for name, weight in weights.items()}
+        shapes = {name: self.quantize.clipping_shape(weight) for name, weight in weights.items()}
         clipping = Parameters(shapes, CLIPPING_START, block.device)
-        optimizer = torch.optim.Adam([clipping.flat], lr=CLIPPING_LR)
-        for window in block.progress(range(len(block.inputs)), "learn"):
+
+        def loss_of(window: int) -> tuple[Tensor, Tensor, Tensor]:
             learned = clipping.by_name()
-            masked = {n: quantize.fake(w, learned[n]) * pruned.keep_masks[n] for n, w in weights.items()}
-            optimizer.zero_grad()
-            reconstruction_error(block.run(window, masked), block.window(block.targets, window)).backward()
-            optimizer.step()
+            masked = {n: self.quantize.fake(w, learned[n]) * pruned.keep_masks[n] for n, w in weights.items()}
+            error = reconstruction_error(block.run(window, masked), block.window(block.targets, window))
+            return error, error, torch.full_like(error, self.sparsity_of(block))
+
+        optimizer = torch.optim.Adam([clipping.flat], lr=CLIPPING_LR)
+        pruned.steps = train(block, block.batches(n_ranks(), 1), [optimizer], loss_of)
         for name, values in clipping.by_name().items():
-            codes = quantize.codes(weights[name], values.detach()).pruned(pruned.keep_masks[name])
-            pruned.quantized[name], pruned.weights[name] = codes, codes.dequantize(weights[name].dtype)
+            weight = self.quantize.codes(weights[name], values.detach()).dequantize(weights[name].dtype)
+            pruned.weights[name] = weight.masked_fill(~pruned.keep_masks[name], 0)
         return pruned
 
 
@@ -271,11 +271,19 @@ class ExactCounts(Exact):
 
     name: ClassVar[str] = "exact-counts"
 
-    def learner(self, block: Block, n_steps: int) -> "CountLearner":
-        return CountLearner(self, block, n_steps)
+    def prune_block(self, block: Block) -> PrunedBlock:
+        batches = block.batches(self.batch_size, self.epochs)
+        learner = CountLearner(self, block, len(batches))
+        error_of = token_error if self.loss == "token" else reconstruction_error
+        sparsity = torch.full((), learner.sparsity, device=block.device)
 
-    def error(self, output: Tensor, target: Tensor) -> Tensor:
-        return super().error(output, target) if self.loss == "token" else reconstruction_error(output, target)
+        def loss_of(window: int) -> tuple[Tensor, Tensor, Tensor]:
+            error = error_of(block.run(window, learner()), block.window(block.targets, window))
+            return error, error, sparsity
+
+        steps = train(block, batches, [learner.optimizer], loss_of, [learner.schedule])
+        keep_masks = learner.keep_masks()
+        return PrunedBlock(masked(learner.weights, keep_masks, learner.buffers), keep_masks, steps)
 
 
 BUCKETS = 101  # rates that divide the ranks of a row into buckets of 1 %
@@ -286,7 +294,8 @@ class CountLearner(BudgetLearner):
     """Trains the sparsities of row groups alone."""
 
     def __init__(self, method: ExactCounts, block: Block, n_steps: int) -> None:
-        super().__init__(method.sparsity_of(block), block, method.row_group)
+        groups = {name: n_groups(linear.weight, method.row_group) for name, linear in block.projections.items()}
+        super().__init__(method.sparsity_of(block), block, groups)
         rates, self.rankings = candidate_rates(BUCKETS).to(block.device), {}
         for name, weight in self.weights.items():
             self.rankings[name] = rank_rows(wanda(weight, block.statistics[name]), rates)

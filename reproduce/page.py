@@ -252,34 +252,6 @@ def table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def packed() -> str:
-    """A sentence on the packed model of LLaMA-7B's block shape."""
-    model = load("packed", row="llama-7b-8-blocks-0.5")[0]
-    other = load("packed", row="llama-cpp")[0]
-    bytes_of = {form: facts["bytes"] for form, facts in model["facts"].items()} | other["stored"]
-    seconds = {key: float(np.median(times)) for key, times in {**model["timings"], **other["timings"]}.items()}
-    forms = "packed", "joint 4 bits", "BF16", "Q4_0"
-    speeds = [f"{seconds['dense, 1'] / seconds[f'{form}, 1']:.1f}" for form in forms]
-    sizes = [f"{bytes_of[form] / bytes_of['dense']:.2f}" for form in forms]
-    return (
-        f"On two cores (AVX-512), eight blocks of LLaMA-7B's shape with random weights, half of them zeros, generate "
-        f"{speeds[0]} times as fast as torch's bfloat16, in "
-        f"{sizes[0]} of the bytes; in 4 bits {speeds[1]} times, in {sizes[1]}. Unpruned llama.cpp: BF16 {speeds[2]} "
-        f"times; Q4_0 {speeds[3]} times, in {sizes[3]}."
-    )
-
-
-def frontier() -> str:
-    """A sentence on the smallest form of packed Qwen2.5-Coder, and llama.cpp's that is smaller, better and faster."""
-    rows = pd.read_csv(REFERENCE / "frontier" / "qwen2.5-coder-1.5b-quick-web.csv", index_col="form")
-    parts = [
-        f"{name} {rows['bytes/weight'][name]:.2f} bytes a weight, `wiki` perplexity {rows['perplexity'][name]:.1f}, "
-        f"{rows['tokens/s'][name]:.1f} tokens/s"
-        for name in ("besa, 50%, 4 bits", "llama.cpp, Q2_K")
-    ]
-    return f"{'; '.join(parts)}."
-
-
 def cost() -> str:
     """A sentence on pruning time, from results/reference/cost."""
     hours = pd.read_csv(REFERENCE / "cost" / "hours-quick.csv", index_col="model")["hours"]
@@ -317,7 +289,6 @@ def parts() -> dict[str, str]:
         "snippet": snippet(),
         "results": f"{table(results_table())}\n\n{same}",
         "compared": f"{table(compared())}\n\n{gain()} {gain_on_gemma()}",
-        "packed": f"{frontier()}\n{packed()}",
         "cost": cost(),
     }
 

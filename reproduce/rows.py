@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import besa
-from besa.data import files
+from besa.data import files, models
 from besa.data.models import load_tokenizer
 from besa.evaluate.perplexity import Perplexity
 from besa.loop import Method
@@ -60,10 +60,9 @@ class Row:
         """
         device, method, report = self.run.device, self.method, None
         model = self._load(self.run.model)
-        fits = device.type == "cpu" or model.get_memory_footprint() < 0.6 * torch.cuda.mem_get_info(device)[0]
-        if fits:
+        if fits := models.fits(model, device):
             model.to(device)
-        if method and self.run.keeps and not hasattr(method, "prepared"):
+        if method and self.run.keeps and type(method).prepared is Method.prepared:
             model, report = self._pruned_folder(model, method)
             model = model.to(device) if fits else model
         elif method:
@@ -74,20 +73,13 @@ class Row:
         if report:
             model = self._trained(model, report)
             self.weights_sha256 = weights_sha256(model)
-        if not fits:
-            import accelerate
-
-            parts = accelerate.infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules))
-            model = accelerate.dispatch_model(model, parts)
-        return model, report
+        return model if fits else models.to_device(model, device), report
 
     def _load(self, name: str | Path) -> PreTrainedModel:
         return besa.load_model(name, self.run.dtype, "cpu")[0]
 
     def _prepared(self, model: PreTrainedModel, method: Method) -> Method:
-        """The method after its look at the dense model."""
-        if hasattr(method, "prepared"):
-            method = method.prepared(model, self.windows)
+        """The method with its budgets by block."""
         if rule := self.config.get("budgets"):
             budgets_of = BUDGETS.get(rule) or partial(besa.block_budgets, spread=rule)
             with self._timed("budgets"):

@@ -71,7 +71,7 @@ class Recipe:
     """Settings of a model, from reproduce/params/<model>.yaml; these defaults where there is no file.
 
     Args:
-        calibration: text of the calibration windows.
+        calibration: text of the calibration windows; "c4-{seed}" is another text for each seed.
         sampler: "crop" (published: a random crop of a document longer than seq_len) or "pack".
         seed: of the sampler.
         n_samples, seq_len: calibration windows and tokens of each; None takes the profile's.
@@ -162,8 +162,9 @@ class Run:
         )
         if not seeds:
             raise ValueError("seeds is empty: name one, or leave it out")
+        text = self.recipe.calibration
         return {
-            seed: besa.calibration_windows(self.recipe.calibration, tokenizer, *size, seed, self.recipe.sampler)
+            seed: besa.calibration_windows(text.format(seed=seed), tokenizer, *size, seed, self.recipe.sampler)
             for seed in seeds
         }
 

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import besa
 from besa.checkpoint import INDEX, Shards
-from besa.data import files
 from besa.data.files import sha256
 from besa.system import joined, n_ranks, rank
 
@@ -33,7 +32,7 @@ METHODS = {
     "quantized": (besa.Besa(quantize=besa.Quantize(bits=4)), None),
     "exact": (besa.Exact(pattern="2:4"), None),
     "closed": (besa.Closed(), None),
-    "reconstructed": (besa.Wanda(), besa.Reconstruct("closed")),
+    "reconstructed": (besa.Wanda(), besa.Reconstruct()),
 }
 
 
@@ -85,9 +84,6 @@ def test_a_checkpoint_is_pruned_to_the_bit_as_in_memory(tiny_llama, source, tmp_
     assert report.seconds > 0 and report.peak_bytes > 0
     assert report.keep_masks.keys() == expected.keep_masks.keys()
     assert all(torch.equal(report.keep_masks[key], expected.keep_masks[key]) for key in expected.keep_masks)
-    assert report.quantized.keys() == expected.quantized.keys()
-    for key, weight in expected.quantized.items():
-        assert torch.equal(report.quantized[key].dequantize(torch.float32), weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -166,7 +162,7 @@ def test_small_files_are_copied_and_what_their_user_changes_stays(source, tmp_pa
         ({"method": besa.SparseGPT()}, "another method: .*wanda.* there, .*sparsegpt.* now"),
         ({"windows": WINDOWS[:2]}, r"another windows: .*\[4, 24\].* there, .*\[2, 24\]"),
         ({"windows": WINDOWS.flip(0)}, "another windows: "),
-        ({"reconstruct": besa.Reconstruct("closed")}, "another reconstruct: None there"),
+        ({"reconstruct": besa.Reconstruct()}, "another reconstruct: None there"),
     ],
 )
 def test_another_run_in_the_same_output_is_refused(source, tmp_path, change, words):
@@ -192,27 +188,6 @@ def test_a_source_saved_again_under_the_same_names_is_refused(tiny_llama, source
     save(tiny_llama, source)
     with pytest.raises(ValueError, match=r"another source: .*model.safetensors"):
         prune(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("outside", [True, False])
-def test_links_beside_the_weights_stay_in_the_folder(source, tmp_path, outside):
-    (tmp_path / "private").write_text("key")
-    (source / "LICENSE").symlink_to(tmp_path / "private" if outside else "nowhere")
-    with pytest.raises(ValueError, match="LICENSE is a link that leaves the folder or leads nowhere"):
-        prune(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    (source / "LICENSE").unlink()
-    (source / "LICENSE").symlink_to("LICENSE.txt")
-    prune(source, tmp_path / "out")
-    assert not (tmp_path / "out" / "LICENSE").is_symlink()
-
-
-def test_codes_are_read_when_asked_for(source, tmp_path, monkeypatch):
-    report = prune(source, tmp_path / "out", *METHODS["quantized"])
-    reads, read = [], files.load_quantized
-    monkeypatch.setattr(files, "load_quantized", lambda path: reads.append(path.name) or read(path))
-    assert report.quantized.keys() == report.keep_masks.keys() and not reads
-    assert report.quantized[1, "mlp.up_proj"].codes.shape == (80, 32) and reads == ["codes-00001.safetensors"]
 
 
 def test_an_embedded_model_is_written_in_its_originals_precision(small_cache, tmp_path, monkeypatch):

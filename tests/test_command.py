@@ -41,7 +41,6 @@ def called(monkeypatch):
     record(besa, "test_tokens", TOKENS)
     record(besa, "perplexity", 12.0)
     record(besa, "zero_shot", Scores())
-    record(besa.checkpoint, "pack_folder")
     return found
 
 
@@ -54,12 +53,12 @@ def invoke(*line, code=0):
 def test_every_option_of_prune_is_passed_on(called):
     windows = ["--calibration", "mine", "--n-samples", 7, "--seq-len", 33, "--seed", 3, "--sampler", "pack"]
     fields = ["--sparsity", 0.45, "--set", "d_coef=2", "--set", "epochs=4", "--set", 'ignore=["0", ".*down_proj"]']
-    where = ["--device", "cpu", "--trust-remote-code", "--reconstruct", "closed"]
+    where = ["--device", "cpu", "--trust-remote-code", "--reconstruct"]
     output = invoke("prune", "model", "out", *windows, *fields, "--set", "quantize.bits=3", *where)
     method = besa.Besa(sparsity=0.45, d_coef=2.0, epochs=4, ignore=("0", ".*down_proj"), quantize=besa.Quantize(bits=3))
     assert called["load_tokenizer"] == (("model",), {"trust_remote_code": True})
     assert called["calibration_windows"] == (("mine", "tokenizer", 7, 33, 3, "pack"), {})
-    options = {"device": "cpu", "reconstruct": besa.Reconstruct("closed"), "trust_remote_code": True}
+    options = {"device": "cpu", "reconstruct": besa.Reconstruct(), "trust_remote_code": True}
     assert called["prune_checkpoint"] == (("model", Path("out"), WINDOWS, method), options)
     assert "report\nwrote out" in output
 
@@ -146,13 +145,8 @@ def test_every_option_of_evaluate_is_passed_on(called):
     assert "perplexity on a: 12.0000\nperplexity on b: 12.0000\n" in output and "piqa  0.5" in output
 
 
-def test_pack_passes_its_folders_on(called):
-    assert invoke("pack", "model", "folder", "--head") == "wrote folder\n"
-    assert called["pack_folder"] == ((Path("model"), Path("folder"), None, None, True, False), {})
-
-
 def test_help_answers_without_loading_torch():
     script = "import sys; from besa.__main__ import app; assert 'torch' not in sys.modules; app(['--help'])"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert all(name in shown for name in ("prune", "pack", "evaluate"))
+    assert all(name in shown for name in ("prune", "evaluate"))
     assert invoke("--version") == f"besa {besa.__version__}\n"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 import besa
-from besa.beyond.exact import UpdatedWeight, around_threshold, meet_budget, whole_counts
+from besa.beyond.exact import LearnedWeight, around_threshold, meet_budget, whole_counts
 from besa.decoder import find_blocks, projections
 
 
@@ -116,7 +116,7 @@ def test_gradients_of_scores_and_sparsities_against_a_naive_loop():
     keep, near = around_threshold(ranked, counts)
     scores, alpha = torch.zeros(6, 40, requires_grad=True), torch.full((6,), 0.5, requires_grad=True)
     weight.requires_grad_()
-    masked = UpdatedWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
+    masked = LearnedWeight.apply(scores, alpha, weight, keep, near, torch.empty_like(weight))
     (masked * toward).sum().backward()
     torch.testing.assert_close(weight.grad, toward * keep)
     to_scores, to_alpha = torch.zeros(6, 40), torch.zeros(6)

@@ -95,6 +95,5 @@ def test_keep_masks_of_several_blocks_are_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_bisection_finds_the_score_of_any_rank(scores, sign):
     signed = sign * scores - 0.5
-    for share in (0.0, 0.3, 1.0):
-        rank = torch.full((len(scores),), int(share * (scores.shape[1] - 1)))
-        assert torch.equal(bisect_rows(signed, rank), sorted_rows(signed).gather(1, rank[:, None])[:, 0])
+    ranks = torch.tensor([[int(share * (scores.shape[1] - 1)) for share in (0.0, 0.3, 1.0)]] * len(scores))
+    assert torch.equal(bisect_rows(signed, ranks), sorted_rows(signed).gather(1, ranks))

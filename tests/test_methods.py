@@ -57,11 +57,11 @@ def test_learned_clipping_keeps_wandas_mask_and_loses_less_than_min_max(tiny_lla
     fixed = besa.prune(tiny_llama, windows, besa.Wanda(quantize=quantize), progress=False)
     report = besa.prune(learned, windows, LearnedClipping(quantize=quantize), progress=False)
     assert report.rows[0]["block_error"] < 0.97 * fixed.rows[0]["block_error"]
-    for (index, name), codes in report.quantized.items():
-        assert index > 0 or torch.equal(report.keep_masks[0, name], fixed.keep_masks[0, name])
+    for (index, name), keep_mask in report.keep_masks.items():
+        assert index > 0 or torch.equal(keep_mask, fixed.keep_masks[0, name])
         weight = projections(find_blocks(learned)[index])[name].weight
-        assert torch.equal(codes.dequantize(weight.dtype), weight)
-        assert not weight[~report.keep_masks[index, name]].any()
+        assert max(len(row.unique()) for row in weight) <= 2**3
+        assert not weight[~keep_mask].any()
 
 
 def test_errors_of_hidden_states_are_those_of_whole_runs(tiny_llama, windows):
@@ -126,7 +126,7 @@ def test_inputs_of_a_part_come_from_the_pruned_rest_of_the_block(tiny_llama, win
 
 def test_pairs_reproduce_the_output_of_their_last_block(tiny_llama, windows):
     dense = copy.deepcopy(tiny_llama)
-    method = BesaByPair().prepared(tiny_llama, windows)
+    method = BesaByPair()
     report = besa.prune(tiny_llama, windows, method, progress=False)  # blocks 0 and 1, then 2
     assert [row["block"] for row in report.rows] == [0] * 14 + [1] * 7 and len(report.steps) == 2 * 6
     outputs = []

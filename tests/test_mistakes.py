@@ -27,7 +27,6 @@ MISTAKES = {
     "besa.Besa(pattern='2:4')": "no field 'pattern' .*; Exact, Wanda, SparseGPT and Magnitude take patterns",
     "besa.Besa(sparsity=50.0)": "sparsity: Input should be less than 1, not 50.0; 0.5 is 50 %",
     "besa.Besa(sparsity=0.0)": "the sparsity must be above 0",
-    "besa.Reconstruct('open')": "Input should be 'closed'",
 }
 SCRIPT = """
 import json, sys, traceback

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import besa
 from besa.data import models
-from besa.data.models import find_checkpoint, load_tokenizer, open_checkpoint, save_model
+from besa.data.models import checkpoint_dtype, find_checkpoint, load_tokenizer, open_checkpoint, save_model
 from reproduce.records import checkpoint_identity
 
 
@@ -71,7 +71,7 @@ def test_tied_heads_stay_tied_when_saved(folder, tmp_path):
 
 
 def test_the_embedded_model_is_saved_in_bfloat16_as_the_original_is(smollm2):
-    assert smollm2[0].dtype == torch.float32 and smollm2[0].checkpoint_dtype == torch.bfloat16
+    assert smollm2[0].dtype == torch.float32 and checkpoint_dtype(smollm2[0]) == torch.bfloat16
 
 
 @pytest.mark.parametrize("opened", [load, open_checkpoint])

@@ -22,9 +22,9 @@ RUNS = {
     "granularity": {"row_groups": ["row", 4], "steps": [0.01, 0.02]},
     "sparsity": {"sparsities": [0.5, 0.7]},
 }
-OTHERS = ("table4", "figure1", "allocation", "beyond", "models", "cost", "scale", "fidelity", "packed", "frontier")
+OTHERS = ("table4", "figure1", "allocation", "beyond", "models", "cost", "scale", "fidelity")
 RUNS |= {name: {} for name in OTHERS}
-OWN_MODELS = ("cost", "scale", "fidelity", "packed")  # the embedded model, or random weights of a published shape
+OWN_MODELS = ("cost", "scale", "fidelity")  # the embedded model, or random weights of a published shape
 
 
 @pytest.fixture(autouse=True)

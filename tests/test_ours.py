@@ -46,13 +46,13 @@ CASES = {
     "exact-70": (Exact(sparsity=0.7), None),
     "exact-2:4": (Exact(pattern="2:4"), None),
     "closed": (Closed(), None),
-    "exact-closed": (Exact(), Reconstruct("closed")),
+    "exact-closed": (Exact(), Reconstruct()),
     "magnitude": (Magnitude(), None),
     "wanda": (Wanda(), None),
     "wanda-2:4": (Wanda(pattern="2:4"), None),
     "wanda-4-bits": (Wanda(quantize=Quantize()), None),
     "wanda-sparsities": (Wanda(sparsities=(0.4, 0.6)), None),
-    "wanda-closed": (Wanda(), Reconstruct("closed")),
+    "wanda-closed": (Wanda(), Reconstruct()),
     "sparsegpt": (SparseGPT(), None),
     "sparsegpt-2:4": (SparseGPT(pattern="2:4"), None),
     "sparsegpt-bfloat16": (SparseGPT(), None),
@@ -78,8 +78,6 @@ def outcome(smollm2, case: str) -> tuple[dict, torch.Tensor]:
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     model.to(torch.bfloat16 if "bfloat16" in case else torch.float32)
     method, reconstruct = CASES[case]
-    if isinstance(method, BesaByPair):
-        method.prepared(model, windows)
     report = besa.prune(model, windows, method, progress=False, reconstruct=reconstruct)
     steps = [[step[key] for key in ("loss", "reconstruction_error", "sparsity")] for step in report.steps]
     errors = [[row["projection_error"], row["block_error"]] for row in report.rows]

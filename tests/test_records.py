@@ -148,7 +148,7 @@ def test_segments_know_the_document_in_which_they_begin(tiny_tokenizer, tmp_path
 def test_reconstruction_is_part_of_the_configuration(run, inputs):
     windows, texts = inputs
     plain = run.row("wanda", besa.Wanda(), windows[0], texts)
-    better = run.row("wanda", besa.Wanda(), windows[0], texts, reconstruct=besa.Reconstruct("closed"), tasks=["piqa"])
+    better = run.row("wanda", besa.Wanda(), windows[0], texts, reconstruct=besa.Reconstruct(), tasks=["piqa"])
     assert "reconstruct" not in plain.config and better.config["reconstruct"]["kind"] == "closed"
     assert better.config["tasks"] == ["piqa"] and better.prune()[1].sparsity == 0.5
 

@@ -1,8 +1,5 @@
 """Device, precision, determinism, cost and atomic files."""
 
-import multiprocessing
-import threading
-
 import pytest
 import torch
 
@@ -70,56 +67,6 @@ def test_results_do_not_depend_on_global_settings_which_are_restored():
     finally:
         torch.set_default_dtype(torch.float32)
         torch.backends.mkldnn.matmul.fp32_precision = before[-1]
-
-
-def test_overlapping_calls_in_threads_wait_for_each_other():
-    entered, leave, found = threading.Event(), threading.Event(), []
-
-    def first():
-        with repeatable(CPU):
-            entered.set()
-            leave.wait(10)
-            found.append(torch.get_default_dtype())
-
-    def second():
-        with repeatable(CPU), repeatable(CPU):  # the same thread may enter twice
-            found.append("second")
-
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
-    threads[0].start()
-    entered.wait(10)
-    threads[1].start()
-    threads[1].join(0.1)
-    assert not found
-    leave.set()
-    for thread in threads:
-        thread.join(10)
-    assert found == [torch.float32, "second"]
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_child_forked_while_another_thread_computes_does_not_wait_for_it():
-    def compute():
-        with repeatable(torch.device("cpu")):
-            pass
-
-    def hold():
-        with repeatable(torch.device("cpu")):
-            held.set()
-            release.wait(30)
-
-    held, release = threading.Event(), threading.Event()
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait(10)
-    child = multiprocessing.get_context("fork").Process(target=compute)
-    child.start()
-    child.join(20)
-    release.set()
-    thread.join()
-    child.kill()
-    assert child.exitcode == 0
 
 
 def test_deterministic_algorithms_are_chosen_for_a_while():

@@ -45,7 +45,7 @@ def masked_lora(
     pruned = pruned_linears(model, report)
     names = {id(module): name for name, module in model.named_modules()}
     config = copy.deepcopy(config)
-    config.target_modules = config.target_modules or {names[id(linear)] for linear, _ in pruned}
+    config.target_modules = config.target_modules or {names[id(linear)] for linear, _ in pruned}  # pyright: ignore
     config._register_custom_module({nn.Linear: MaskedLora})
     with warnings.catch_warnings():  # peft calls a deprecated function of transformers
         warnings.simplefilter("ignore", FutureWarning)
@@ -59,6 +59,9 @@ def masked_lora(
 
 class MaskedLora(lora.Linear):
     """A projection whose adapters change kept weights only; without a keep-mask, all weights."""
+
+    keep_mask: Tensor | None
+    base_layer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -14,21 +14,22 @@ A pattern N:M fixes how many are kept, so that only the scores are learned. One 
     dL/dM_ij = dL/dW'_ij W_ij    and, where the weights are trained, too,    dL/dW_ij = dL/dW'_ij M_ij
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from besa.besa import Parameters, loss_scaler, n_groups, training_log
 from besa.config import config
-from besa.importance import Matrix, wanda
+from besa.importance import wanda
 from besa.loop import PatternMethod
-from besa.losses import Window, token_error
-from besa.masks import KeepMask, order_statistics, ranks_of_rows
-from besa.system import mean_over_ranks
+from besa.losses import token_error
+from besa.masks import order_statistics, ranks_of_rows
+from besa.shapes import KeepMask, Matrix, Scalar
+from besa.training import Parameters, train
 from besa.walk import Block, Match, PrunedBlock
 
 Counts = Int64[Tensor, "rows"]
@@ -59,75 +60,48 @@ class Exact(PatternMethod):
     name: ClassVar[str] = "exact"
     match: ClassVar[Match] = "model"
 
-    def learner(self, block: Block, n_steps: int) -> Any:
-        return MaskLearner(self, block, n_steps)
-
-    def error(self, output: Window, target: Window) -> Float32[Tensor, ""]:
-        return token_error(output, target)
-
     def prune_block(self, block: Block) -> PrunedBlock:
         if not block.projections:  # all are ignored
             return PrunedBlock()
         batches = block.batches(self.batch_size, self.epochs)
-        masks = self.learner(block, len(batches))
-        scaler = loss_scaler(block)
-        if self.update:
-            weights = WeightLearner(masks.weights, 3 * len(batches), WEIGHT_LR)
-            masks.weights = weights.weights  # the masks are then of the weights as they are trained
-            errors = learn(block, block.targets, batches, [masks, weights], self.error, scaler)
-            weights.keep_masks = masks.keep_masks()
-            errors += learn(block, block.targets, 2 * batches, [weights], self.error, scaler)
-        else:
-            errors = learn(block, block.targets, batches, [masks], self.error, scaler)
-        pruned = PrunedBlock(keep_masks=masks.keep_masks())
-        pruned.weights = masked(masks.weights, pruned.keep_masks, masks.buffers)
+        masks = MaskLearner(self, block, len(batches))
         sparsity = torch.full((), masks.sparsity, device=block.device)
-        entries = torch.stack([torch.stack([error, error, sparsity]) for error in errors])
-        pruned.steps = training_log(block, entries, self.batch_size, scaler)
-        return pruned
 
+        def loss_of(learner: Callable[[], dict[str, Tensor]], window: int) -> tuple[Scalar, Scalar, Scalar]:
+            error = token_error(block.run(window, learner()), block.window(block.targets, window))
+            return error, error, sparsity
 
-@torch.enable_grad()
-def learn(
-    block: Block,
-    targets: Tensor,
-    batches: Sequence[range],
-    learners: Sequence[Any],
-    error_of: Callable[[Tensor, Tensor], Tensor],
-    scaler: torch.amp.GradScaler,
-) -> list[Tensor]:
-    """Train all learners on the masked weights that the first one gives; returns the errors of the windows."""
-    errors = []
-    for batch in block.progress(batches, "learn"):
-        for learner in learners:
-            learner.optimizer.zero_grad()
-        for window in batch:
-            error = error_of(block.run(window, learners[0]()), block.window(targets, window))
-            scaler.scale(error / len(batch)).backward()
-            errors.append(error.detach())
-        for learner in learners:
-            for parameter in [each for group in learner.optimizer.param_groups for each in group["params"]]:
-                mean_over_ranks(parameter.grad)
-            scaler.step(learner.optimizer)
-            learner.schedule.step()
-        scaler.update()
-    return errors
+        if self.update:
+            weights = WeightLearner(masks.weights, 3 * len(batches))
+            masks.weights = weights.weights  # the masks are then of the weights as they are trained
+            schedules = [masks.schedule, weights.schedule]
+            optimizers = [masks.optimizer, weights.optimizer]
+            steps = train(block, batches, optimizers, partial(loss_of, masks), schedules)
+            weights.keep_masks = masks.keep_masks()
+            steps += train(block, 2 * batches, optimizers[1:], partial(loss_of, weights), schedules[1:])
+            keep_masks = weights.keep_masks
+        else:
+            steps = train(block, batches, [masks.optimizer], partial(loss_of, masks), [masks.schedule])
+            keep_masks = masks.keep_masks()
+        return PrunedBlock(masked(masks.weights, keep_masks, masks.buffers), keep_masks, steps)
 
 
 class WeightLearner:
     """Train float32 copies of weights, of which keep-masks keep some; calling it gives these."""
 
-    def __init__(self, weights: dict[str, Tensor], n_steps: int, lr: float) -> None:
-        self.weights = {name: nn.Parameter(weight.to(torch.float32, copy=True)) for name, weight in weights.items()}
+    def __init__(self, weights: dict[str, Tensor], n_steps: int) -> None:
+        self.weights: dict[str, Tensor] = {
+            name: nn.Parameter(weight.to(torch.float32, copy=True)) for name, weight in weights.items()
+        }
         self.buffers = {name: torch.empty_like(weight) for name, weight in weights.items()}
         self.keep_masks: dict[str, KeepMask] = {}
         self.optimizer = torch.optim.Adam([{"params": [weight]} for weight in self.weights.values()], fused=True)
-        lrs = [lr * float(weight.detach().square().mean().sqrt()) for weight in self.weights.values()]
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lrs, n_steps)
+        lrs = [WEIGHT_LR * float(weight.detach().square().mean().sqrt()) for weight in self.weights.values()]
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lrs, n_steps)  # cycles Adam's beta1, too
 
     def __call__(self) -> dict[str, Tensor]:
         return {
-            name: UpdatedWeight.apply(None, None, weight, self.keep_masks[name], None, self.buffers[name])
+            name: LearnedWeight.apply(None, None, weight, self.keep_masks[name], None, self.buffers[name])
             for name, weight in self.weights.items()
         }
 
@@ -143,21 +117,21 @@ def masked(
 
 
 class BudgetLearner:
-    """Sparsities of row groups that always meet the block's budget.
+    """Sparsities of groups of rows that always meet the block's budget.
 
     Args:
-        row_group: rows that share a sparsity, as in `Besa`.
+        groups: number of row groups of each projection.
     """
 
-    def __init__(self, sparsity: float, block: Block, row_group: str | int = "row") -> None:
+    def __init__(self, sparsity: float, block: Block, groups: dict[str, int]) -> None:
         self.sparsity = sparsity
+        self.groups = groups
         self.weights = {name: linear.weight.detach() for name, linear in block.projections.items()}
         self.buffers = {name: torch.empty_like(weight) for name, weight in self.weights.items()}
-        self.groups = {name: n_groups(weight, row_group) for name, weight in self.weights.items()}
         self.n_pruned = round(sparsity * sum(weight.numel() for weight in self.weights.values()))
         columns = [torch.full((len(weight),), weight.shape[1]) for weight in self.weights.values()]
         self.columns = torch.cat(columns).to(block.device)  # of each row
-        sizes = [torch.full((n,), self.weights[name].numel() / n) for name, n in self.groups.items()]
+        sizes = [torch.full((n,), self.weights[name].numel() / n) for name, n in groups.items()]
         self.sizes = torch.cat(sizes).to(block.device)  # weights of each row group
         self.theta = Parameters({"": (len(self.sizes),)}, sparsity, block.device)
 
@@ -168,11 +142,10 @@ class BudgetLearner:
 
     def counts(self, alpha: dict[str, Tensor]) -> dict[str, Counts]:
         """Weights to prune from each row."""
-        if self.theta.flat.isnan().any():  # the loss was not finite: the training log raises
-            return {name: torch.zeros_like(weight[:, 0], dtype=torch.long) for name, weight in self.weights.items()}
         rows = [len(weight) for weight in self.weights.values()]
         by_row = [each.detach().repeat_interleave(n // len(each)) for n, each in zip(rows, alpha.values(), strict=True)]
-        counts = whole_counts(torch.cat(by_row) * self.columns, self.columns, self.n_pruned)
+        finite = torch.cat(by_row).nan_to_num(self.sparsity)  # if the loss was not finite, the training log raises
+        counts = whole_counts(finite * self.columns, self.columns, self.n_pruned)
         return dict(zip(self.weights, counts.split(rows), strict=True))
 
 
@@ -180,7 +153,8 @@ class MaskLearner(BudgetLearner):
     """Train a score of every weight, and sparsities of rows that meet the block's budget."""
 
     def __init__(self, method: Exact, block: Block, n_steps: int) -> None:
-        super().__init__(method.sparsity_of(block), block)
+        rows = {name: len(linear.weight) for name, linear in block.projections.items()}
+        super().__init__(method.sparsity_of(block), block, groups=rows)
         self.method = method
         tiny = torch.finfo(torch.float32).tiny
         self.log_importance = {
@@ -201,14 +175,14 @@ class MaskLearner(BudgetLearner):
         scores = self.scores.by_name()
         if self.method.pattern:
             return {
-                name: UpdatedWeight.apply(scores[name], None, self.weights[name], keep, None, self.buffers[name])
+                name: LearnedWeight.apply(scores[name], None, self.weights[name], keep, None, self.buffers[name])
                 for name, keep in self.keep_masks().items()
             }
         alpha = self.alpha()
         weights = {}
         for name, counts in self.counts(alpha).items():
             keep, near = around_threshold(self.ranked(name), counts)
-            weights[name] = UpdatedWeight.apply(
+            weights[name] = LearnedWeight.apply(
                 scores[name], alpha[name], self.weights[name], keep, near, self.buffers[name]
             )
         return weights
@@ -230,7 +204,7 @@ def around_threshold(ranked: Matrix, counts: Counts) -> tuple[KeepMask, KeepMask
     return above[0], above[1] & ~above[2]
 
 
-class UpdatedWeight(torch.autograd.Function):
+class LearnedWeight(torch.autograd.Function):
     """W' = W * M forward; the gradients of scores, alpha and W, where they are learned, backward.
 
     `near` marks the weights that give the gradient of alpha.
@@ -277,10 +251,13 @@ def meet_budget(theta: Groups, sizes: Groups, sparsity: float) -> Groups:
 def whole_counts(wanted: Float[Tensor, "rows"], limits: Counts, total: int) -> Counts:
     """Round `wanted` to whole numbers up to `limits` that add up to `total`: largest remainders go up first."""
     counts = wanted.double().floor().long().clamp(min=0).minimum(limits)
-    while (missing := total - int(counts.sum())) != 0:
-        sign = 1 if missing > 0 else -1
-        can_move = counts < limits if missing > 0 else counts > 0
-        remainders = torch.where(can_move, (wanted.double() - counts) * sign, -torch.inf)
-        n_moved = min(abs(missing), int(can_move.sum()))
-        counts[remainders.sort(descending=True, stable=True).indices[:n_moved]] += sign
-    return counts
+    place = torch.arange(len(counts), device=counts.device)
+    while True:
+        missing = total - counts.sum()
+        can_move = torch.where(missing > 0, counts < limits, counts > 0)
+        remainders = torch.where(can_move, (wanted.double() - counts) * missing.sign(), -torch.inf)
+        order = remainders.sort(descending=True, stable=True).indices
+        n_moved = missing.abs().minimum(can_move.sum())
+        counts[order] += missing.sign() * (place < n_moved)
+        if counts.sum() == total:  # the one wait for the GPU; nearly always after one pass
+            return counts

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from besa.beyond.adapters import KeepZeros, masked_lora, pruned_linears
 from besa.config import checked
 from besa.report import Report
+from besa.system import n_ranks, set_precision
 
 
 @checked
@@ -39,7 +40,7 @@ def finetune(
         report: what `prune` returned, or keep-masks by (block, projection).
         lr: Adam's highest step size; None takes 2e-4 with `lora`, else that of `step_size`: 2e-4 for SmolLM2-135M, 7e-6
             for Gemma 3 270M.
-        batch_size: windows, or their parts, per step; 1 is slightly better for 32 windows of 2048 tokens, not of 512.
+        batch_size: windows, or their parts, per step, over all ranks.
         max_length: windows with more tokens are cut into equal parts.
         lora: train masked adapters instead, which are merged.
         folder: save the state here after each epoch; the same call continues from it.
@@ -54,7 +55,7 @@ def finetune(
         arguments = TrainingArguments(
             str(folder or temporary),
             num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=max(1, batch_size // n_ranks()),
             learning_rate=lr or (2e-4 if lora else step_size(model, report)),
             lr_scheduler_type="cosine",
             warmup_steps=0.1,  # below 1: a share of the steps
@@ -68,17 +69,18 @@ def finetune(
             report_to="none",
             disable_tqdm=not progress,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer multiplies the batch by the GPUs of the machine
         trainer = Trainer(
             trained,
             arguments,
-            train_dataset=[
+            train_dataset=[  # pyright: ignore[reportArgumentType]
                 {"input_ids": part, "labels": part} for part in windows.unfold(1, length, length).flatten(0, 1)
             ],
             callbacks=[] if lora else [KeepZeros(model, report)],
         )
         trainer.train(resume_from_checkpoint=bool(folder and list(Path(folder).glob("checkpoint-*"))))
     if lora:
-        trained.merge_and_unload()
+        trained.merge_and_unload()  # pyright: ignore[reportCallIssue]
     set_precision(model, dtype)
     for parameter in model.eval().parameters():
         parameter.requires_grad_(parameter in trainable)
@@ -91,8 +93,3 @@ def step_size(model: PreTrainedModel, report: Report | Mapping[tuple[int, str], 
     """
     weights = [linear.weight.detach() for linear, _ in pruned_linears(model, report)]
     return float(f"{7e-3 * sum(float(w.square().sum()) for w in weights) / sum(w.numel() for w in weights):.0e}")
-
-
-def set_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)

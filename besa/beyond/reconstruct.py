@@ -13,20 +13,18 @@ M is given (`Reconstruct`), or chosen by |V + U| in the first iterations (`Close
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from besa.config import CONFIG, config
+from besa.config import config
 from besa.decoder import Stopped, run_block
-from besa.importance import Matrix, Square
 from besa.loop import PatternMethod
-from besa.masks import KeepMask
+from besa.shapes import KeepMask, Matrix, Square
 from besa.system import finite_hint, sum_over_ranks
 from besa.walk import Block, Match, PrunedBlock
 
@@ -37,18 +35,15 @@ RHO = 1.0  # ADMM's penalty, for a Hessian of unit diagonal, as in Boža 2024
 DAMPING = 0.1  # added to the diagonals of H and T, as a fraction of the mean of H's; as in his code
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class Reconstruct:
     """Give the kept weights new values once a block's mask is chosen, for `prune(..., reconstruct=Reconstruct())`.
 
-    Args:
-        kind: "closed": each projection by itself, without training.
+    Each projection by itself, in closed form.
     """
 
-    kind: Literal["closed"] = "closed"
-
     def config(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"kind": "closed"}
 
     def improve(self, block: Block, pruned: PrunedBlock) -> PrunedBlock:
         return replace(pruned, weights=fit(block, lambda name, _: pruned.keep_masks[name]).weights)
@@ -115,7 +110,8 @@ def closed_form(
 def scaled(hessian: Tensor, toward: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Both damped and divided by the square roots of H's diagonal, and these."""
     added = damping * hessian.diagonal().mean() + 1e-30
-    hessian, toward = hessian.clone(), toward.clone()
+    hessian = hessian.clone()
+    toward = toward.clone()
     hessian.diagonal().add_(added)
     toward.diagonal().add_(added)
     scale = hessian.diagonal().sqrt()
@@ -134,6 +130,7 @@ def run_until(block: Block, name: str, hidden: Tensor, weights: dict[str, Tensor
             run_block(block.module, hidden, block.call, weights)
         except Stopped as stopped:
             return stopped.args[0].flatten(0, -2)
+    raise ValueError(f"block {block.index} did not call {name}")
 
 
 def projections_by_input(block: Block) -> list[list[str]]:
@@ -155,9 +152,10 @@ def moments(block: Block, name: str, weights: dict[str, Tensor], toward_dense: f
     share = 1 / block.n_samples
     for number in block.progress(range(len(block.inputs)), "observe"):
         y = run_until(block, name, block.window(block.inputs, number), weights)
-        x = run_until(block, name, block.window(block.dense_inputs, number), {})
+        x = run_until(block, name, block.window(block.dense_inputs, number), {})  # pyright: ignore[reportArgumentType]
         if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
-            x, y = x.float(), y.float()
+            x = x.float()
+            y = y.float()
         hessian.add_(y.T @ y, alpha=share)
         cross.add_(x.T @ y, alpha=share)
     if not torch.isfinite(sum_over_ranks(hessian)).all() or not torch.isfinite(sum_over_ranks(cross)).all():

@@ -65,11 +65,10 @@ def fetch(name: str) -> Path:
     """Path of an embedded file in the cache, checked by its SHA-256; a missing or damaged one is downloaded."""
     asset = ASSETS[name]
     path = cache_folder() / asset.sha256[:12] / asset.filename
-    if not _is_intact(path, asset):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock")):
-            if not _is_intact(path, asset):  # another process may have fetched it meanwhile
-                _download(asset, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_suffix(".lock")):
+        if not _is_intact(path, asset):
+            _download(asset, path)
     return path
 
 
@@ -77,13 +76,12 @@ def derive(name: str, build: Callable[[Path, Path], None]) -> Path:
     """Folder that `build(asset_path, folder)` makes from an embedded file, made once."""
     source = fetch(name)
     folder = source.parent / name
-    if not folder.is_dir():
-        with filelock.FileLock(f"{folder}.derived.lock"), tempfile.TemporaryDirectory(dir=source.parent) as temporary:
-            if not folder.is_dir():
-                unfinished = Path(temporary, name)
-                unfinished.mkdir()
-                build(source, unfinished)
-                unfinished.rename(folder)
+    with filelock.FileLock(f"{folder}.derived.lock"), tempfile.TemporaryDirectory(dir=source.parent) as temporary:
+        if not folder.is_dir():
+            unfinished = Path(temporary, name)
+            unfinished.mkdir()
+            build(source, unfinished)
+            unfinished.rename(folder)
     return folder
 
 

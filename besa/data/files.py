@@ -1,10 +1,10 @@
-"""Files that are written whole or not at all, hashes, keep-masks and codes on disk."""
+"""Files that are written whole or not at all, hashes, keep-masks on disk."""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from besa.masks import KeepMasks
-from besa.quantize import QuantizedWeight
 
 PART = ".besa-part-"  # begins the names of half-written files
 
@@ -52,7 +51,7 @@ def sha256(path: Path) -> str:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of the values of a tensor, of any precision."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def save_masks(keep_masks: KeepMasks, path: str | Path) -> None:
@@ -70,27 +69,3 @@ def load_masks(path: str | Path) -> KeepMasks:
             block, _, name = key.partition(".")
             keep_masks.data[int(block), name] = file.get_tensor(key), rows, columns
     return keep_masks
-
-
-def save_quantized(quantized: Mapping[tuple[int, str], QuantizedWeight], path: str | Path) -> None:
-    """Write `Report.quantized` as a safetensors file: codes, scales and zero-points."""
-    tensors = {}
-    bits = {}
-    for (block, name), weight in quantized.items():
-        key = f"{block}.{name}"
-        bits[key] = weight.bits
-        tensors |= {f"{key}.codes": weight.codes, f"{key}.scale": weight.scale, f"{key}.zero_point": weight.zero_point}
-    with atomic_write(Path(path)) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"bits": json.dumps(bits)})
-
-
-def load_quantized(path: str | Path) -> dict[tuple[int, str], QuantizedWeight]:
-    quantized = {}
-    tensors = safetensors.torch.load_file(path)
-    with safetensors.safe_open(path, "pt") as file:
-        bits = json.loads(file.metadata()["bits"])
-    for key, n_bits in bits.items():
-        block, _, name = key.partition(".")
-        stored = [tensors[f"{key}.{part}"] for part in ("codes", "scale", "zero_point")]
-        quantized[int(block), name] = QuantizedWeight(*stored, n_bits)
-    return quantized

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaTokenizer,
@@ -20,10 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import besa.packed  # noqa: F401 (registers the packed format)
 from besa.config import checked
-from besa.data import assets
-from besa.system import require, resolve_device, resolve_dtype
+from besa.data import assets, files
+from besa.system import from_rank_0, rank, require, resolve_device, resolve_dtype, set_precision
 
 EMBEDDED = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
 PAPER_MODELS = {
@@ -51,19 +49,47 @@ def load_model(
             qwen2.5-coder-1.5b.
         dtype: precision to compute in; None takes bfloat16 if the device is fast in it, else float16 (GPU) or float32
             (CPU).
-        kwargs: for `from_pretrained`, such as `trust_remote_code=True`, or `device_map="auto"` to evaluate a model that
-            is larger than the GPU.
+        device: accelerate spreads a model that is larger than the GPU; such a model can be evaluated, not pruned.
+        kwargs: for `from_pretrained`, such as `trust_remote_code=True`.
     """
-    device = resolve_device(device)
+    place = resolve_device(device)
     trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
     tokenizer = load_tokenizer(name, **trust)
     folder = find_checkpoint(name)
     if not any(folder.glob("*.safetensors")):
         folder = find_checkpoint(name, "*.bin")  # pickles, from which transformers reads nothing but tensors
-    model = _load(folder, dtype=resolve_dtype(dtype, device), **trust, **kwargs)
-    is_embedded = name in EMBEDDED  # from originals in bfloat16
-    model.checkpoint_dtype = torch.bfloat16 if is_embedded else AutoConfig.from_pretrained(folder, **trust).dtype
-    return model if "device_map" in kwargs else model.to(device), tokenizer
+    model = _load(folder, dtype=resolve_dtype(dtype, place), **trust, **kwargs)
+    return model if "device_map" in kwargs else to_device(model, place), tokenizer
+
+
+def checkpoint_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Precision of the checkpoint that a model was loaded from, whatever it computes in.
+
+    The embedded models, in float32 on the disk, come from originals in bfloat16.
+    """
+    folder = Path(model.config.name_or_path or "")
+    if folder.name in EMBEDDED and folder.is_relative_to(files.cache_folder()):
+        return torch.bfloat16
+    path = folder / "config.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = stored.get("dtype") or stored.get("torch_dtype")
+    return getattr(torch, name) if name else model.dtype
+
+
+def fits(model: PreTrainedModel, device: torch.device) -> bool:
+    """Compare the size of a model with the free memory of a GPU, of which computing takes a part."""
+    return device.type == "cpu" or model.get_memory_footprint() < 0.6 * torch.cuda.mem_get_info(device)[0]
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device; one that is larger than the GPU is spread over GPUs and host memory."""
+    if fits(model, device):
+        return model.to(device)  # pyright: ignore[reportArgumentType]
+    require("accelerate", "adapters")
+    import accelerate  # slow
+
+    parts = accelerate.infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
+    return accelerate.dispatch_model(model, parts)  # pyright: ignore[reportReturnType]
 
 
 def open_checkpoint(
@@ -77,10 +103,8 @@ def open_checkpoint(
     options = {"dtype": torch.bfloat16 if name in EMBEDDED else "auto", "trust_remote_code": trust_remote_code}
     with torch.device("cpu"):
         model = _load(find_checkpoint(name), use_safetensors=True, **options)
-    model.checkpoint_dtype = model.dtype
     if name in EMBEDDED or dtype:
-        for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
-            parameter.data = parameter.to(resolve_dtype(dtype, resolve_device(device)))
+        set_precision(model, resolve_dtype(dtype, resolve_device(device)))
     return model.requires_grad_(False)
 
 
@@ -91,7 +115,8 @@ def _load(folder: Path, **kwargs: Any) -> PreTrainedModel:
                 pass
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{path} is cut, empty or a git-lfs pointer ({error}): fetch it again") from None
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, info = loaded
     left_over = [name for name in info["unexpected_keys"] if not _COMPUTED.search(name)]
     if info["missing_keys"] or left_over:
         raise ValueError(
@@ -135,9 +160,10 @@ def find_checkpoint(name: str | Path, weights: str = "*.safetensors") -> Path:
             raise ValueError(f"{name} is an unfinished output of `besa prune`: the same command continues it")
         return Path(name)
     second_copies = ["*/*.safetensors", "*/*.bin", "consolidated*"]
-    patterns = {"allow_patterns": [*CARRIED, weights], "ignore_patterns": second_copies}
+    wanted = [*CARRIED, weights]
     try:
-        return Path(snapshot_download(PAPER_MODELS.get(name, name), **patterns))
+        folder = snapshot_download(PAPER_MODELS.get(name, name), allow_patterns=wanted, ignore_patterns=second_copies)
+        return Path(folder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).rpartition("\n\n")[2].split())  # without the request's number
         known = "" if "/" in name or name in PAPER_MODELS else f" or one of {', '.join([*EMBEDDED, *PAPER_MODELS])}"
@@ -145,13 +171,15 @@ def find_checkpoint(name: str | Path, weights: str = "*.safetensors") -> Path:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save a model in the precision of the checkpoint that it came from, whatever it was computed in."""
-    dtype = getattr(model, "checkpoint_dtype", None) or model.dtype
-    if dtype != model.dtype:
-        weights = {id(weight): nn.Parameter(weight.detach().to(dtype)) for weight in model.parameters()}
-        model = copy.deepcopy(model, weights)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Save a model in the precision of the checkpoint that it came from; under torchrun rank 0 writes."""
+    dtype = checkpoint_dtype(model)
+    if rank() == 0:
+        if dtype != model.dtype:
+            weights = {id(weight): nn.Parameter(weight.detach().to(dtype)) for weight in model.parameters()}
+            model = copy.deepcopy(model, weights)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    from_rank_0(None)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

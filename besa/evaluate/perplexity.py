@@ -11,8 +11,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from besa.config import checked
-from besa.data.text import with_bos
-from besa.decoder import BlockCall, check_tokens, context_of, embed, find_blocks, record_calls, run_block, run_head
+from besa.data.text import needs_bos, with_bos
+from besa.decoder import (
+    BlockCall,
+    check_tokens,
+    context_of,
+    embed,
+    find_blocks,
+    record_calls,
+    run_block,
+    run_head,
+    vocabulary_of,
+)
 from besa.system import finite_hint, n_ranks, rank, sum_over_ranks
 from besa.walk import frozen
 
@@ -46,9 +56,8 @@ def perplexity(
     if n_segments == 0:
         raise ValueError(f"{len(tokens)} tokens do not fill a segment of seq_len={seq_len}")
     segments = tokens[: n_segments * seq_len].view(n_segments, seq_len)
-    config = model.config.get_text_config()
-    if "gemma" in config.model_type:
-        segments = with_bos(segments, config.bos_token_id)
+    if needs_bos(model):
+        segments = with_bos(segments, model.config.get_text_config().bos_token_id)
     losses = torch.zeros(n_segments, dtype=torch.float64)  # sums over the tokens of each segment
     local_segments = range(rank(), n_segments, n_ranks())
     with frozen(model):
@@ -74,7 +83,7 @@ def _negative_log_likelihood(
         hidden = run_block(block, hidden, call)
     labels = segment[0, 1:].to(hidden.device)
     at_once = LOGITS_AT_ONCE["cpu" if hidden.device.type == "cpu" else "cuda"]
-    step = max(1, min(context_of(model), at_once // model.get_input_embeddings().num_embeddings))
+    step = max(1, min(context_of(model), at_once // vocabulary_of(model)))
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part, part_labels in zip(hidden[0, :-1].split(step), labels.split(step), strict=True):
         logits = run_head(model, part[None], calls[0])[0].float()

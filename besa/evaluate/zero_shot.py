@@ -13,6 +13,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from besa.config import checked
+from besa.data.text import needs_bos
 from besa.evaluate.tasks import TASKS, load_task
 from besa.system import deterministic, finite_hint, require
 from besa.walk import frozen
@@ -63,34 +64,31 @@ def zero_shot(
         limit: questions per task, drawn by `seed`; None asks all.
         batch_size: choices per batch.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit}: ask at least one question per task; None asks all")
     require("lm_eval", "eval")
     import lm_eval.evaluator  # slow
     from lm_eval.models.huggingface import HFLM
 
     loaded = {name: load_task(name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in loaded.items()}
-    questions = {name: _draw(n, limit, seed) for name, n in available.items()}
-    options = {"add_bos_token": "gemma" in model.config.get_text_config().model_type, "softmax_dtype": "float32"}
+    questions = {
+        name: sorted(random.Random(seed).sample(range(n), min(limit or n, n))) for name, n in available.items()
+    }
+    options = {"add_bos_token": needs_bos(model), "softmax_dtype": "float32"}
     # Some models count positions by a cumulative sum, for which CUDA has no deterministic algorithm: warn only.
     with frozen(model), deterministic(model.device.type == "cuda", warn_only=True):
-        lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **options)
+        lm: Any = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **options)  # pyright: ignore
         lm.loglikelihood = partial(lm.loglikelihood, disable_tqdm=not progress)
-        outcome = lm_eval.evaluator.evaluate(lm, loaded, samples=questions)
+        outcome: Any = lm_eval.evaluator.evaluate(lm, dict(loaded), samples=questions)
     rows = [_row(name, outcome, available[name]) for name in tasks]
     answers = []
     for name in tasks:
         for sample in outcome["samples"][name]:
-            logliks, question = [loglik for loglik, _ in sample["filtered_resps"]], sample["doc_id"]
+            question = sample["doc_id"]
+            logliks = [loglik for loglik, _ in sample["filtered_resps"]]
             if not all(map(math.isfinite, logliks)):
                 raise ValueError(f"{name}, question {question}: log-likelihoods {logliks}; {finite_hint(model.dtype)}")
             answers.append({"task": name, "question": question, "logliks": logliks, "correct": bool(sample["acc"])})
     return ZeroShot(rows=rows, answers=answers, limit=limit, seed=seed, lm_eval=lm_eval.__version__)
-
-
-def _draw(n: int, limit: int | None, seed: int) -> list[int]:
-    return sorted(random.Random(seed).sample(range(n), n if limit is None else min(limit, n)))
 
 
 def _row(name: str, outcome: dict[str, Any], available: int) -> dict[str, Any]:
