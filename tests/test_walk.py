@@ -116,7 +116,7 @@ def test_losses_against_naive_loops():
 WANDA, TRAINED = (besa.Wanda(), None), (besa.Exact(update=True), Reconstruct())
 MOMENTS = {  # object, its function that is interrupted, at which call; method and reconstruction
     "recording calls": (decoder, "BlockCall", 2, WANDA),
-    "collecting statistics": (importance, "_accumulate", 20, WANDA),
+    "collecting statistics": (importance, "InputStatistics", 6, WANDA),
     "learning": (torch.Tensor, "backward", 8, (besa.Besa(), None)),
     "training a block": (torch.Tensor, "backward", 5, TRAINED),
 }
