@@ -11,7 +11,8 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from besa.config import checked
 from besa.data import files
 from besa.data.models import CARRIED, checkpoint_dtype, find_checkpoint, open_checkpoint
 from besa.decoder import find_blocks
-from besa.loop import Method, Reconstruction, check, prune_block
+from besa.experts import join, split
+from besa.loop import Method, Reconstruction, check, prune_block, warn_of_few_tokens
 from besa.report import Report
 from besa.system import from_rank_0, rank
 from besa.walk import frozen, walk
@@ -96,12 +98,14 @@ def prune_checkpoint(
         if not shards.complete:
             with frozen(model, compute_device):
                 for block in walk(
-                    model, windows, place=lambda block: copy.deepcopy(block).to(compute_device), **options
+                    model, windows, place=lambda block: split(copy.deepcopy(block).to(compute_device)), **options
                 ):
-                    shards.write(block.index, block.module, prune_block(block, method, reconstruct, stored_dtype))
+                    outcome = prune_block(block, method, reconstruct, stored_dtype)
+                    shards.write(block.index, join(block.module), outcome)
                     del block  # before the next one is loaded
         shards.close()
     report = shards.report(len(windows), windows.shape[1])
+    warn_of_few_tokens(report)
     report.peak_bytes = cost.peak_bytes
     return report
 
@@ -177,23 +181,35 @@ class Shards:
     def complete(self) -> bool:
         return len(self.notes) == len(self.prefixes)
 
-    def read(self, index: int, module: nn.Module) -> dict[str, Tensor] | None:
-        """Tensors of a finished block, by their names in the module; None if it is not finished."""
-        if index not in self.notes:
-            return None
+    def read(self, index: int) -> Callable[[nn.Module], None] | None:
+        """Return a function that loads a finished block; None if it is not finished."""
+        return partial(self._load, index) if index in self.notes else None
+
+    def _load(self, index: int, module: nn.Module) -> None:
         tensors = safetensors.torch.load_file(self._shard(index))
-        names = self._stored_names(index, module)
-        state = module.state_dict()
-        return {name: tensors[stored].to(state[name]) for name, stored in names.items()}
+        for name, value in join(module).state_dict().items():
+            name = f"{self.prefixes[index]}.{name}"
+            places = torch.empty(0)
+            if value.ndim > 2:  # fused, and stored in parts
+                places = torch.arange(value.numel()).view(value.shape)
+            stored = revert_weight_conversion(self.model, {name: places})
+            for part, where in stored.items():
+                if len(stored) == 1:
+                    value.copy_(tensors[part])
+                else:
+                    value.view(-1)[where.flatten()] = tensors[part].flatten().to(value)
+        split(module)
 
     def write(self, index: int, module: nn.Module, report: Report) -> None:
         """Write the shard and masks of a pruned block, and its note last."""
         self.notes[index] = {"rows": report.rows, "steps": report.steps, "seconds": report.rows[0]["block_seconds"]}
         if rank() == 0:
-            state = module.state_dict()
-            names = self._stored_names(index, module)
             dtype = checkpoint_dtype(self.model)
-            save({stored: state[name].to("cpu", dtype) for name, stored in names.items()}, self._shard(index))
+            state = {f"{self.prefixes[index]}.{name}": value for name, value in module.state_dict().items()}
+            stored = revert_weight_conversion(self.model, state)
+            if len(stored) < len(state):
+                raise ValueError(f"{type(self.model).__name__} joins tensors when it is saved: no shards by block")
+            save({name: value.to("cpu", dtype).contiguous() for name, value in stored.items()}, self._shard(index))
             files.save_masks(report.keep_masks, self._beside("masks", index))
             files.write_json(self._beside("block", index), self.notes[index])
 
@@ -230,27 +246,13 @@ class Shards:
     def _beside(self, kind: str, index: int) -> Path:
         return self.state / f"{kind}-{index:05d}.{'json' if kind == 'block' else 'safetensors'}"
 
-    def _stored_names(self, index: int, block: nn.Module) -> dict[str, str]:
-        """Name in the block -> name in the checkpoint."""
-        path = self.prefixes[index]
-        state = block.state_dict()
-        names = {name: stored_name(self.model, f"{path}.{name}", tensor) for name, tensor in state.items()}
-        if len(set(names.values())) < len(names):
-            raise ValueError(f"{type(self.model).__name__} joins tensors when it is saved: it has no shards by block")
-        return names
-
     def _rest(self) -> dict[str, Tensor]:
         """Tensors outside the blocks by their name in the checkpoint: embeddings, norm, head; a tied weight once."""
         state = self.model.state_dict()
         tied = {name for name, kept in self.model.all_tied_weights_keys.items() if kept in state}
         inside = tuple(f"{prefix}." for prefix in self.prefixes)
         rest = {name: value for name, value in state.items() if name not in tied and not name.startswith(inside)}
-        return {stored_name(self.model, name, value): value for name, value in rest.items()}
-
-
-def stored_name(model: PreTrainedModel, name: str, tensor: Tensor) -> str:
-    """Name of a tensor in the checkpoint; some families rename a few when they are loaded."""
-    return next(iter(revert_weight_conversion(model, {name: tensor})))
+        return revert_weight_conversion(self.model, rest)
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:

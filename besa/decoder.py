@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from besa.experts import is_fused, linear_views, routers
 from besa.system import deterministic
 
 Hidden = Float[Tensor, "batch seq_len hidden"]
@@ -52,8 +53,15 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def projections(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps of a block by their name in it (`self_attn.q_proj`)."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linear maps of a block by their name in it (`self_attn.q_proj`), without routers."""
+    linears = {}
+    passed = routers(block)
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and module not in passed:
+            linears[name] = module
+        if is_fused(module):
+            linears |= {f"{name}.{inner}": linear for inner, linear in linear_views(module).items()}
+    return linears
 
 
 def pruned_projections(model: PreTrainedModel, ignore: Sequence[str] = ()) -> dict[tuple[int, str], nn.Linear]:
@@ -89,8 +97,9 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse a model whose projections cannot be pruned, before any work."""
     owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
+        passed = routers(block)
         for name, module in block.named_modules():
-            problem = _problem(module)
+            problem = None if module in passed else _problem(module)
             full_name = f"block {index}, {name}"
             if isinstance(module, nn.Linear) and problem is None:
                 owner = owners.setdefault(id(module.weight), full_name)
@@ -111,10 +120,8 @@ def _problem(module: nn.Module) -> str | None:
     for parameter in module.parameters(recurse=False):
         if parameter.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"weights of {parameter.dtype}; load the model in bfloat16, float16 or float32"
-        if parameter.ndim > 2:
-            return f"a weight of shape {tuple(parameter.shape)}: mixtures of experts are not supported"
-        if parameter.ndim == 2 and not isinstance(module, nn.Linear):
-            return f"a {kind} is not a torch.nn.Linear; convert it first (mixtures of experts are not supported)"
+        if parameter.ndim >= 2 and not isinstance(module, nn.Linear) and not is_fused(module):
+            return f"a {kind} is not a torch.nn.Linear, nor experts in the form of transformers.integrations.moe"
     return None
 
 

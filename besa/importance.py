@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from besa.shapes import Matrix, Square
@@ -23,6 +23,14 @@ class InputStatistics:
     """Sum of x_j^2 over the tokens, divided by the number of sequences."""
     hessian: Square | None = None
     """2 * sum of x x^T over the tokens, divided by the number of sequences; only on request."""
+    tokens: Int64[Tensor, ""] = field(default_factory=partial(torch.zeros, (), dtype=torch.int64))
+
+    def complete(self) -> None:
+        """Take inputs of norm 1 where no token was seen: weights then go by magnitude."""
+        if self.tokens == 0:
+            self.squared_norm.fill_(1)
+            if self.hessian is not None:
+                self.hessian.fill_diagonal_(1)
 
 
 @contextlib.contextmanager
@@ -45,7 +53,8 @@ def collect_statistics(
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, columns)
         if name not in statistics:
             square = x.new_zeros(x.shape[1], x.shape[1]) if hessian else None
-            statistics[name] = InputStatistics(x.new_zeros(x.shape[1]), square)
+            statistics[name] = InputStatistics(x.new_zeros(x.shape[1]), square, x.new_zeros((), dtype=torch.int64))
+        statistics[name].tokens += len(x)
         statistics[name].squared_norm += x.square().sum(0) / n_samples
         if (products := statistics[name].hessian) is not None:
             products.addmm_(x.T, x, alpha=2 / n_samples)

@@ -17,12 +17,15 @@ from transformers import PreTrainedModel
 
 from besa.config import Sparsity, checked, config
 from besa.decoder import check_model, check_tokens, find_blocks, projections, pruned_projections
+from besa.experts import join, split
 from besa.masks import keep_largest, parse_pattern, places, zeros_before
 from besa.quantize import Quantize
 from besa.report import Report
 from besa.shapes import KeepMask, Matrix
 from besa.system import measure, n_ranks, resolve_device
 from besa.walk import Block, Match, PrunedBlock, frozen, walk
+
+FEW_TOKENS = 64
 
 
 @config
@@ -147,14 +150,15 @@ def prune(
                 dense=reconstruct is not None,
                 hessian=method.needs_hessian,
                 ignore=method.ignore,
-                place=lambda module: module.to(compute_device),
+                place=lambda module: split(module.to(compute_device)),
                 hidden_device=None if hidden_device is None else resolve_device(hidden_device),
                 progress=progress,
             ):
                 report.extend(prune_block(block, method, reconstruct))
-                block.module.to(home)
+                join(block.module).to(home)
         finally:
-            find_blocks(model).to(home)  # the one that was being pruned, after an error
+            join(find_blocks(model)).to(home)  # the one that was being pruned, after an error
+    warn_of_few_tokens(report)
     report.seconds = cost.seconds
     report.peak_bytes = cost.peak_bytes
     return report
@@ -209,8 +213,20 @@ def prune_block(
             pruned.keep_masks[name] = torch.ones_like(weight, dtype=torch.bool)
         row = {"block": block.index, "projection": name, "rows": len(weight), "columns": weight.shape[1]}
         row |= {"zeros": zeros, "sparsity": zeros / weight.numel()}
+        row["tokens"] = int(block.statistics[name].tokens) if name in block.statistics else None
         row |= {"projection_error": outcome.projection_errors.get(name, 0.0), **about, "note": note}
         report.rows.append(row)
         report.keep_masks[block.index, name] = pruned.keep_masks[name]
     report.steps = [{"block": block.index, "step": number, **step} for number, step in enumerate(pruned.steps)]
     return report
+
+
+def warn_of_few_tokens(report: Report) -> None:
+    tokens = [row["tokens"] for row in report.rows if row["tokens"] is not None]
+    few = sum(n < FEW_TOKENS for n in tokens)
+    if few > len(tokens) / 10:
+        warnings.warn(
+            f"{few} of {len(tokens)} projections saw fewer than {FEW_TOKENS} calibration tokens, one of them "
+            f"{min(tokens)}; give more windows",
+            stacklevel=3,
+        )

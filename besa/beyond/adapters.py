@@ -45,7 +45,7 @@ def masked_lora(
     pruned = pruned_linears(model, report)
     names = {id(module): name for name, module in model.named_modules()}
     config = copy.deepcopy(config)
-    config.target_modules = config.target_modules or {names[id(linear)] for linear, _ in pruned}  # pyright: ignore
+    config.target_modules = config.target_modules or {names[id(linear)] for linear, _ in pruned if id(linear) in names}  # pyright: ignore
     config._register_custom_module({nn.Linear: MaskedLora})
     with warnings.catch_warnings():  # peft calls a deprecated function of transformers
         warnings.simplefilter("ignore", FutureWarning)
@@ -90,10 +90,12 @@ class KeepZeros(TrainerCallback):
     """
 
     def __init__(self, model: PreTrainedModel, report: Report | Mapping[tuple[int, str], Tensor]) -> None:
+        self.model = model
+        self.report = report
         self.pruned = pruned_linears(model, report)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.pruned = [(linear, keep_mask.to(linear.weight.device)) for linear, keep_mask in self.pruned]
+        self.pruned = pruned_linears(self.model, self.report)  # the Trainer may have moved the model
 
     @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -106,9 +108,9 @@ def pruned_linears(
 ) -> list[tuple[nn.Linear, Tensor]]:
     """Pruned projections with their keep-masks."""
     pruned = []
-    blocks = find_blocks(model)
+    linears = [projections(block) for block in find_blocks(model)]
     for (index, name), keep_mask in (report.keep_masks if isinstance(report, Report) else report).items():
-        linear = projections(blocks[index])[name]
+        linear = linears[index][name]
         keep_mask = keep_mask.to(linear.weight.device)
         if linear.weight[~keep_mask].any():
             raise ValueError(f"block {index}, {name}: weights are not 0 where the keep-mask has zeros: another model?")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from besa.config import checked
 from besa.decoder import embed, find_blocks, projections, record_calls, run_block, run_head
+from besa.experts import join, split
 from besa.importance import collect_statistics, wanda
 from besa.masks import keep_largest
 from besa.system import resolve_device
@@ -63,7 +64,7 @@ def divergences(
         calls = record_calls(model, windows)
         hidden = embed(model, windows).to(place)
         for index, block in enumerate(find_blocks(model)):
-            block.to(place)
+            split(block.to(place))
             call = calls[index].to(place)
             with collect_statistics(projections(block), len(windows), False) as statistics:
                 output = run_block(block, hidden, call)
@@ -75,7 +76,7 @@ def divergences(
                 }
                 pruned[index, column] = run_block(block, hidden, call, weights)
             hidden = output
-            block.to(home)
+            join(block).to(home)
         dense = run_head(model, hidden.to(home), calls[0]).float().log_softmax(-1)
         table = np.zeros((len(calls), 2))
         for key, states in pruned.items():

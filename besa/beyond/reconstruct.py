@@ -153,6 +153,8 @@ def moments(block: Block, name: str, weights: dict[str, Tensor], toward_dense: f
     for number in block.progress(range(len(block.inputs)), "observe"):
         y = run_until(block, name, block.window(block.inputs, number), weights)
         x = run_until(block, name, block.window(block.dense_inputs, number), {})  # pyright: ignore[reportArgumentType]
+        if not len(x) == len(y) == block.inputs.shape[1]:  # some tokens only, and other ones in the dense model: a = 0
+            x = y
         if y.dtype == torch.float16:  # sums over tokens overflow; bfloat16's do not, and its products are fast
             x = x.float()
             y = y.float()
