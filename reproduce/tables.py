@@ -64,15 +64,15 @@ def published(item: str, metric: str = "perplexity", model: str = "llama-7b") ->
 def beside_paper(records: Iterable[Record], item: str, metric: str = "perplexity") -> pd.DataFrame:
     """BESA relative to the paper's other methods, there and here: ratios, or points of accuracy.
 
-    The paper's columns are of the same model if it is in the paper, else of LLaMA-7B.
+    The paper's columns are of the same model if its BESA is in the paper, else of LLaMA-7B.
     """
     means = summary(records).groupby(level=0, sort=False).mean()
     ours = means.drop(columns=["sparsity", "seconds", "peak GiB"])
     name = records[0]["config"]["model"]
-    model = "llama-7b" if published(item, metric, name).empty else name
-    paper = published(item, metric, model)
-    parts = [_relative(ours, metric).add_prefix(f"{name}: ")]
-    parts.insert(0, _relative(paper, metric).add_prefix(f"paper, {model}: "))
+    model, paper = name, _relative(published(item, metric, name), metric)
+    if paper.empty:
+        model, paper = "llama-7b", _relative(published(item, metric), metric)
+    parts = [paper.add_prefix(f"paper, {model}: "), _relative(ours, metric).add_prefix(f"{name}: ")]
     both = parts[0].index.intersection(parts[1].index, sort=False)
     return pd.concat([part.loc[both] for part in parts], axis=1).rename_axis("BESA relative to")
 
@@ -88,8 +88,11 @@ def _relative(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     return frame.loc["besa"] / others
 
 
-def compare(records: Iterable[Record], item: str, metric: str = "perplexity") -> pd.DataFrame:
-    """Our numbers beside the paper's of the same model: reproduced if they differ by at most 2 %."""
+def compare(records: list[Record], item: str, metric: str = "perplexity") -> pd.DataFrame:
+    """Our numbers beside published ones of the same model: reproduced if they differ by at most 2 %.
+
+    Published methods without a row of ours come last.
+    """
     lines = []
     for record in records:
         config = record["config"]
@@ -102,6 +105,12 @@ def compare(records: Iterable[Record], item: str, metric: str = "perplexity") ->
                 line = {"method": config["row"], "of": name, "ours": ours, "published": other}
                 line |= {"difference": f"{ours / other - 1:+.1%}", "verdict": verdict if same else "other settings"}
                 lines.append(line)
+    others = published(item, metric, config["model"]).rename(index={"besa": "besa-row-wise"})
+    lines += [
+        {"method": method, "of": name, "published": value, "verdict": "no row here"}
+        for (method, name), value in others.stack().items()
+        if name in record["metrics"] and method not in [each["config"]["row"] for each in records]
+    ]
     return pd.DataFrame(lines).set_index("method") if lines else pd.DataFrame()
 
 
