@@ -72,7 +72,7 @@ def test_pruning_needs_no_extra():
     assert run("-c", WITHOUT_EXTRAS) == "14"
 
 
-LOW = ["shapes", "system", "threads", "config", "kernels", "importance", "decoder", "masks", "quantize", "losses"]
+LOW = ["shapes", "system", "threads", "config", "kernels", "importance", "experts", "decoder", "masks", "quantize", "losses"]
 ORDER = [*LOW, "report", "walk", "loop", "training", "baselines", "besa", "beyond", "data", "evaluate", "checkpoint"]
 ORDER += ["__main__"]
 """A file of besa/ imports only what comes before it here."""
