@@ -188,16 +188,10 @@ class Shards:
     def _load(self, index: int, module: nn.Module) -> None:
         tensors = safetensors.torch.load_file(self._shard(index))
         for name, value in join(module).state_dict().items():
-            name = f"{self.prefixes[index]}.{name}"
-            places = torch.empty(0)
-            if value.ndim > 2:  # fused, and stored in parts
-                places = torch.arange(value.numel()).view(value.shape)
-            stored = revert_weight_conversion(self.model, {name: places})
-            for part, where in stored.items():
-                if len(stored) == 1:
-                    value.copy_(tensors[part])
-                else:
-                    value.view(-1)[where.flatten()] = tensors[part].flatten().to(value)
+            # Fused tensors may be stored in parts: the names of these, and the places of their values.
+            named = {f"{self.prefixes[index]}.{name}": torch.arange(value.numel()).view(value.shape)}
+            for part, where in revert_weight_conversion(self.model, named).items():
+                value.view(-1)[where.flatten()] = tensors[part].flatten().to(value)
         split(module)
 
     def write(self, index: int, module: nn.Module, report: Report) -> None:

@@ -97,9 +97,8 @@ def check_model(model: PreTrainedModel) -> None:
     """Refuse a model whose projections cannot be pruned, before any work."""
     owners: dict[int, str] = {}
     for index, block in enumerate(find_blocks(model)):
-        passed = routers(block)
         for name, module in block.named_modules():
-            problem = None if module in passed else _problem(module)
+            problem = None if module in routers(block) else _problem(module)
             full_name = f"block {index}, {name}"
             if isinstance(module, nn.Linear) and problem is None:
                 owner = owners.setdefault(id(module.weight), full_name)

@@ -39,8 +39,7 @@ def linear_views(fused: nn.Module) -> dict[str, nn.Linear]:
             state = {"weight": weight.T if fused.is_transposed else weight}
             if fused.has_bias:
                 state["bias"] = getattr(fused, f"{source}_bias").data[index]
-            rows, columns = state["weight"].shape
-            linear = nn.Linear(columns, rows, fused.has_bias, device="meta").requires_grad_(False)
+            linear = nn.Linear(*state["weight"].T.shape, fused.has_bias, device="meta").requires_grad_(False)
             linear.load_state_dict(state, assign=True)
             linears[f"{index}.{source.split('_')[-2]}"] = linear
     return linears
@@ -53,8 +52,7 @@ def split(module: nn.Module) -> nn.Module:
         fused.whole = dict(fused._parameters)
         fused._parameters.clear()
         for index in range(fused.num_experts):
-            expert = {kind: linears[f"{index}.{kind}"] for kind in ("up", "down")}
-            fused.add_module(str(index), nn.ModuleDict(expert))
+            fused.add_module(str(index), nn.ModuleDict({kind: linears[f"{index}.{kind}"] for kind in ("up", "down")}))
         fused.forward = partial(forward, fused)
     return module
 
@@ -64,10 +62,9 @@ def join(module: nn.Module) -> nn.Module:
     for fused in [each for each in module.modules() if "whole" in vars(each)]:
         experts = [fused._modules.pop(str(index)) for index in range(fused.num_experts)]
         for name, parameter in fused.whole.items():
-            linears = [expert["down" if name.startswith("down") else "up"] for expert in experts]
-            parts = [linear.bias if name.endswith("_bias") else linear.weight for linear in linears]
-            turned = fused.is_transposed and not name.endswith("_bias")
-            parameter.data = torch.stack([part.detach().T if turned else part.detach() for part in parts])
+            kind = ("down" if name.startswith("down") else "up") + (".bias" if name.endswith("_bias") else ".weight")
+            parts = [expert.get_parameter(kind).detach() for expert in experts]
+            parameter.data = torch.stack([part.T if fused.is_transposed and part.ndim == 2 else part for part in parts])
         fused._parameters.update(fused.whole)
         del fused.whole, fused.forward
     return module

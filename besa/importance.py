@@ -25,13 +25,6 @@ class InputStatistics:
     """2 * sum of x x^T over the tokens, divided by the number of sequences; only on request."""
     tokens: Int64[Tensor, ""] = field(default_factory=partial(torch.zeros, (), dtype=torch.int64))
 
-    def complete(self) -> None:
-        """Take inputs of norm 1 where no token was seen: weights then go by magnitude."""
-        if self.tokens == 0:
-            self.squared_norm.fill_(1)
-            if self.hessian is not None:
-                self.hessian.fill_diagonal_(1)
-
 
 @contextlib.contextmanager
 def collect_statistics(

@@ -25,8 +25,6 @@ from besa.shapes import KeepMask, Matrix
 from besa.system import measure, n_ranks, resolve_device
 from besa.walk import Block, Match, PrunedBlock, frozen, walk
 
-FEW_TOKENS = 64
-
 
 @config
 class Method:
@@ -212,8 +210,9 @@ def prune_block(
             note = "ignored"
             pruned.keep_masks[name] = torch.ones_like(weight, dtype=torch.bool)
         row = {"block": block.index, "projection": name, "rows": len(weight), "columns": weight.shape[1]}
-        row |= {"zeros": zeros, "sparsity": zeros / weight.numel()}
-        row["tokens"] = int(block.statistics[name].tokens) if name in block.statistics else None
+        row |= {"zeros": zeros, "sparsity": zeros / weight.numel()} | {
+            "tokens": int(block.statistics[name].tokens) if name in block.statistics else None
+        }
         row |= {"projection_error": outcome.projection_errors.get(name, 0.0), **about, "note": note}
         report.rows.append(row)
         report.keep_masks[block.index, name] = pruned.keep_masks[name]
@@ -222,11 +221,10 @@ def prune_block(
 
 
 def warn_of_few_tokens(report: Report) -> None:
-    tokens = [row["tokens"] for row in report.rows if row["tokens"] is not None]
-    few = sum(n < FEW_TOKENS for n in tokens)
-    if few > len(tokens) / 10:
+    few = [row["tokens"] for row in report.rows if row["tokens"] is not None and row["tokens"] < 64]
+    if len(few) > len(report.rows) / 10:
         warnings.warn(
-            f"{few} of {len(tokens)} projections saw fewer than {FEW_TOKENS} calibration tokens, one of them "
-            f"{min(tokens)}; give more windows",
+            f"{len(few)} of {len(report.rows)} projections saw fewer than 64 calibration tokens, one of them "
+            f"{min(few)}; give more windows",
             stacklevel=3,
         )

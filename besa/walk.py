@@ -150,7 +150,10 @@ class Block:
             for moment in (shared.squared_norm, shared.hessian, shared.tokens):
                 if moment is not None:
                     sum_over_ranks(moment)
-            shared.complete()
+            if shared.tokens == 0:  # as of inputs of norm 1: weights go by magnitude
+                shared.squared_norm.fill_(1)
+                if shared.hessian is not None:
+                    shared.hessian.fill_diagonal_(1)
         for name in self.projections:
             if name not in self.statistics:
                 raise ValueError(

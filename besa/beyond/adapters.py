@@ -7,6 +7,7 @@ MaskLoRA (Zimmer et al. 2023); merged into W they leave its zeros.
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,12 +91,11 @@ class KeepZeros(TrainerCallback):
     """
 
     def __init__(self, model: PreTrainedModel, report: Report | Mapping[tuple[int, str], Tensor]) -> None:
-        self.model = model
-        self.report = report
-        self.pruned = pruned_linears(model, report)
+        self.find = partial(pruned_linears, model, report)
+        self.pruned = self.find()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.pruned = pruned_linears(self.model, self.report)  # the Trainer may have moved the model
+        self.pruned = self.find()  # the Trainer may have moved the model
 
     @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
