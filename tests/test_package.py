@@ -145,7 +145,7 @@ def test_code_readme_and_tests_stay_small():
     assert sum(isinstance(node, ast.stmt) for node in others) <= 1690
     assert lines(ROOT / "README.md") <= 120
     assert lines(ROOT / "reproduce" / "README.md") <= 150
-    assert lines(*(ROOT / "tests").glob("*.py")) <= 5170
+    assert lines(*(ROOT / "tests").glob("*.py")) <= 5320
 
 
 # Distribution
