@@ -50,7 +50,6 @@ def prune_checkpoint(
     reconstruct: Reconstruction | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
-    hidden_device: str | torch.device | None = None,
 ) -> Report:
     """Prune a checkpoint into a new folder, with one block in memory at a time.
 
@@ -64,7 +63,6 @@ def prune_checkpoint(
         reconstruct: give the kept weights new values, as in `prune`.
         trust_remote_code: run Python code that comes with the source.
         dtype: precision to compute in; None takes the source's.
-        hidden_device: keep the hidden states of the windows there, as in `prune`.
     """
     compute_device = system.resolve_device(device)
     folder = find_checkpoint(source)
@@ -89,7 +87,6 @@ def prune_checkpoint(
         "hessian": method.needs_hessian,
         "ignore": method.ignore,
         "stored": shards.read,
-        "hidden_device": None if hidden_device is None else system.resolve_device(hidden_device),
         "progress": progress,
     }
     with shards.opened(identity), system.measure(compute_device) as cost:
@@ -155,7 +152,7 @@ class Shards:
         for path in [
             *self.output.rglob(f"{files.PART}*"),
             *self.output.rglob(".tmp*"),
-        ]:  # half-written; .tmp by safetensors
+        ]:  # half-written, the second by safetensors
             path.unlink()
         run = self.state / "run.json"
         for index in range(len(self.prefixes)):

@@ -67,7 +67,7 @@ def checkpoint_dtype(model: PreTrainedModel) -> torch.dtype:
 
     The embedded models, in float32 on the disk, come from originals in bfloat16.
     """
-    folder = Path(model.config.name_or_path or "")
+    folder = Path(model.config.name_or_path or "not loaded from a folder")
     if folder.name in EMBEDDED and folder.is_relative_to(files.cache_folder()):
         return torch.bfloat16
     path = folder / "config.json"
